@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   ?= demo
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test_gpu test_peers quality style clean
+
+# The virtual environment, made once and again when the requirements change.
+$(READY): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  f"Python {v[0]}.{v[1]} is not supported: run make with PYTHON=python3.11 (or 3.12, 3.13).")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quality]'
+	@touch $@
+
+# A whole run on the embedded tiny SDXL: pictures, training, base and tuned side by side.
+demo: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(DEMO)
+
+# One thread, and no GPU: these tests compare bit for bit.
+test: $(READY)
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/unit tests/integration
+
+test_gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu
+
+# Compares with checkouts of the peers: make test_peers DIFFUSERS=path/to/diffusers
+test_peers: $(READY)
+	DIFFUSERS="$(DIFFUSERS)" $(BIN)/python -m pytest -rs tests/peers
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo

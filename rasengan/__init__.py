@@ -1,0 +1,20 @@
+"""The tested parts behind `scripts/train_lora_sdxl.py` and `scripts/infer.py`."""
+
+import logging
+
+
+__version__ = "0.1.0"
+
+# transformers says at import that it would rather have torchvision, which nothing here uses.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
+
+
+class UserError(ValueError):
+    """What the user gave cannot be used. The message says what, with its value, and then the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,50 @@
+"""Files that are whole or absent."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+from rasengan import UserError
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, and only then give it its own; makes its folder if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Machines that share a folder may have equal process ids.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_memory(file: Path) -> dict:
+    """Return what a JSON file remembers; nothing where it is absent or damaged, since all of it can be found again."""
+    try:
+        remembered = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
+
+
+def check_writable(directory: Path, flag: str) -> None:
+    """Make a folder, and check that a file can be written there; `flag` is what named it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = directory / ".writable"
+    try:
+        write_atomically(probe, b"")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {directory} cannot be written: {error.strerror}. Give another folder.") from error

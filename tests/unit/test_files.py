@@ -1,0 +1,90 @@
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rasengan import UserError
+from rasengan.files import check_writable, write_atomically
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_file_appears_whole_in_a_folder_that_is_made_for_it(tmp_path):
+    write_atomically(tmp_path / "a" / "b" / "file.json", b"content")
+    assert (tmp_path / "a" / "b" / "file.json").read_bytes() == b"content"
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file.json"]
+
+
+def test_a_file_is_replaced_and_its_old_content_stays_whole_for_who_has_it_open(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with open(path, "rb") as reader:
+        write_atomically(path, b"new, and longer")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new, and longer"
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_write_that_fails_on_the_way_leaves_what_was_there(tmp_path, before):
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    with pytest.raises(TypeError):
+        write_atomically(path, "no bytes: the temporary file is open when this fails")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"file": before} if before else {})
+
+
+def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "file").mkdir()  # nothing can be renamed onto a folder
+    with pytest.raises(OSError, match="directory"):
+        write_atomically(tmp_path / "file", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").is_dir()
+
+
+def test_a_write_that_stops_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    # A limit on the size of files stops the write after its first bytes, as a full disk does.
+    code = (
+        "import pathlib, resource, sys; from rasengan.files import write_atomically;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "write_atomically(pathlib.Path(sys.argv[1]), bytes(5000))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    assert "OSError: [Errno 27]" in finished.stderr
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path, contents = tmp_path / "file", [bytes(1 << 20), b"1" * (1 << 20)]
+    write_atomically(path, contents[0])
+    seen, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.append(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for turn in range(30):
+        write_atomically(path, contents[turn % 2])
+    done.set()
+    reader.join()
+    assert len(seen) > 10
+    assert all(content in contents for content in seen)
+
+
+def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
+    check_writable(tmp_path / "a" / "b", "--output_dir")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_its_flag(tmp_path):
+    (tmp_path / "file").write_bytes(b"no folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"^--output_dir {folder} cannot be written: .*Give another"):
+            check_writable(folder, "--output_dir")
