@@ -1,0 +1,335 @@
+"""Where each SDXL component is, whether it fits the others, and how it is loaded: by itself, in its precision."""
+
+import fnmatch
+import gc
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from rasengan import UserError, first_line
+
+
+MODELS = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "vae": AutoencoderKL,
+    "unet": UNet2DConditionModel,
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = (*TOKENIZERS, *MODELS, "scheduler")
+
+# The flag that gives a component a place of its own. The VAE's is diffusers' name for it.
+COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONENTS if name != "vae"} | {
+    "vae": "--pretrained_vae_model_name_or_path"
+}
+
+# Text width of other families' UNets, to say what a wrong file is.
+OTHER_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
+
+
+class Source(NamedTuple):
+    """Where a component's files are: a local folder or a hub repository."""
+
+    name_or_path: str
+    subfolder: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+
+
+# --- where components are ---
+
+
+def component_sources(
+    base: str | None,
+    overrides: dict[str, str | None],
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, Source]:
+    """Return the source of each component: its own place where `overrides` names one, else its folder in `base`.
+
+    Raises:
+        UserError: a component has neither.
+    """
+    sources = {}
+    for component in COMPONENTS:
+        if overrides.get(component):
+            sources[component] = Source(overrides[component], None, revision, variant, cache_dir)
+        elif base:
+            sources[component] = Source(base, component, revision, variant, cache_dir)
+        else:
+            raise UserError(
+                f"There is no source for the {component}. Give --pretrained_model_name_or_path, or "
+                f"{COMPONENT_FLAGS[component]} for this component alone."
+            )
+    return sources
+
+
+def fetch(component: str, source: Source, weights: bool = True) -> Path:
+    """Return the local folder of a component, downloading it from the hub first where it is not local.
+
+    With `weights=False` only its configuration is fetched, so that a wrong model is refused before gigabytes move.
+
+    Raises:
+        UserError: there is no such folder or repository, or it holds no such component, or no safetensors weights.
+    """
+    root = Path(source.name_or_path).expanduser()
+    patterns = _weight_patterns(source.variant) if weights and component in MODELS else []
+    if not root.is_dir():
+        root = _download(component, source, patterns)
+    folder = root / source.subfolder if source.subfolder else root
+    if not (folder / _config_name(component)).is_file():
+        if source.subfolder is None and (root / component).is_dir():
+            return fetch(component, source._replace(subfolder=component), weights)
+        raise UserError(
+            f"{folder} holds no {component}: it has no {_config_name(component)}. Give the folder that has it by "
+            f"{COMPONENT_FLAGS[component]}, or a base by --pretrained_model_name_or_path."
+        )
+    names = {file.name for file in folder.iterdir()}
+    if component in TOKENIZERS and not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
+        raise UserError(
+            f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt, for the {component}. Fetch it "
+            f"again, or give another folder by {COMPONENT_FLAGS[component]}."
+        )
+    if patterns and not any(fnmatch.filter(names, p) for p in patterns):
+        found = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".ckpt")))
+        pickled = found and not any(name.endswith(".safetensors") for name in found)
+        remedy = "Drop --variant" if source.variant and not pickled else "Save it as safetensors"
+        raise UserError(
+            f"{folder} holds no {' or '.join(patterns[:2])} for the {component}; its weight files are: "
+            f"{', '.join(found) or 'none'}. {remedy}, or give another folder by {COMPONENT_FLAGS[component]}."
+        )
+    return folder
+
+
+def _config_name(component: str) -> str:
+    if component in TOKENIZERS:
+        return "tokenizer_config.json"
+    return "scheduler_config.json" if component == "scheduler" else "config.json"
+
+
+def _weight_patterns(variant: str | None) -> list[str]:
+    shard = "-?????-of-?????"
+    stems = ("diffusion_pytorch_model", "model")
+    if variant is None:
+        return [f"{stem}{part}.safetensors" for part in ("", shard) for stem in stems]
+    endings = (f".{variant}", f".{variant}{shard}", f"{shard}.{variant}")
+    return [f"{stem}{ending}.safetensors" for ending in endings for stem in stems]
+
+
+def _download(component: str, source: Source, weight_patterns: list[str]) -> Path:
+    name = source.name_or_path
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"{name} is neither a folder nor a hub id, so there is no {component}. Correct "
+            f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
+        ) from None
+    # A repository of one component has its files at the top, one of several has them in a folder.
+    folders = [f"{source.subfolder}/"] if source.subfolder else ["", f"{component}/"]
+    patterns = [folder + pattern for folder in folders for pattern in ("*.json", "*.txt", *weight_patterns)]
+    try:
+        return Path(
+            snapshot_download(name, revision=source.revision, cache_dir=source.cache_dir, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        revision = f" at --revision {source.revision}" if source.revision else ""
+        raise UserError(
+            f"{name} is no folder here, and the hub did not give its {component}{revision}: {first_line(error)} "
+            "Correct the name, log in with `hf auth login` if it is private, or give a local folder."
+        ) from error
+
+
+def component_files(component: str, folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the files of a component that `load` reads, sorted by name."""
+    patterns = ["config.json", *_weight_patterns(variant)] if component in MODELS else ["*.json", "*.txt"]
+    return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in patterns))
+
+
+def check_components(folders: dict[str, Path]) -> None:
+    """Check by their configurations alone that the components are of one SDXL base model.
+
+    Args:
+        folders: the folder of each of `MODELS`, or of some of them; what is absent is not checked.
+
+    Raises:
+        UserError: one is of another class or family, or its sizes do not fit the others'.
+    """
+    configs = {component: read_config(component, folder) for component, folder in folders.items()}
+    for component, config in configs.items():
+        expected = MODELS[component].__name__
+        found = config.get("_class_name") or (config.get("architectures") or ["model of no named class"])[0]
+        if found != expected:
+            raise UserError(
+                f"{folders[component]} holds a {found}, not SDXL's {component} ({expected}). Correct "
+                f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
+            )
+    unet = configs.get("unet")
+    if unet is None:
+        return
+    correct = f"Correct --pretrained_model_name_or_path or {COMPONENT_FLAGS['unet']}."
+    width = unet["cross_attention_dim"]
+    if unet.get("addition_embed_type") != "text_time":
+        family = OTHER_FAMILIES.get(width, "another model family")
+        raise UserError(
+            f"{folders['unet']} holds a UNet of {family}: it takes text of width {width} and no size "
+            f"conditioning, SDXL's takes both encoders' and the picture's size. {correct}"
+        )
+    if unet["in_channels"] != 4:
+        raise UserError(
+            f"{folders['unet']} holds a UNet with {unet['in_channels']} input channels (inpainting or editing), "
+            f"not the base model's 4. {correct}"
+        )
+    if "text_encoder" in configs and "text_encoder_2" in configs:
+        text_width = configs["text_encoder"]["hidden_size"] + configs["text_encoder_2"]["hidden_size"]
+        if width != text_width:
+            family = f" (as {OTHER_FAMILIES[width]} does)" if width in OTHER_FAMILIES else ""
+            raise UserError(
+                f"{folders['unet']} holds a UNet that takes text of width {width}{family}, but the text encoders "
+                f"give {text_width}. Give a UNet and text encoders of the same SDXL base model."
+            )
+    if "text_encoder_2" in configs:
+        pooled_width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        if pooled_width != configs["text_encoder_2"]["projection_dim"]:
+            raise UserError(
+                f"{folders['unet']} holds a UNet for a pooled text width of {pooled_width}, but the text_encoder_2 "
+                f"gives {configs['text_encoder_2']['projection_dim']}. Give both of the same SDXL base model."
+            )
+    if "vae" in configs and configs["vae"]["latent_channels"] != unet["in_channels"]:
+        raise UserError(
+            f"{folders['vae']} holds a VAE with {configs['vae']['latent_channels']} latent channels, but the UNet "
+            f"takes {unet['in_channels']}. Correct {COMPONENT_FLAGS['vae']}."
+        )
+
+
+def read_config(component: str, folder: Path) -> dict:
+    """Return a component's configuration file as a dictionary.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    file = folder / _config_name(component)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is not JSON ({error}). Fetch the {component} again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a configuration, but a {type(config).__name__}. Fetch the {component} again.")
+    return config
+
+
+def skeleton(component: str, folder: Path) -> torch.nn.Module:
+    """Return a model of a folder on the meta device: every name and shape, no memory."""
+    config = read_config(component, folder)
+    with torch.device("meta"):
+        if component in TEXT_ENCODERS:
+            return MODELS[component](CLIPTextConfig(**config))
+        return MODELS[component].from_config(config)
+
+
+# --- precision ---
+
+
+def weight_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the frozen UNet and text encoders.
+
+    The VAE is always fp32 (SDXL's overflows in fp16), and so are the trainable weights.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16".
+        device: where they run.
+
+    Raises:
+        UserError: the device cannot run this precision.
+    """
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("fp16 was asked for, but this run is on a CPU. Use --mixed_precision no.")
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError(
+            f"bf16 was asked for, but {torch.cuda.get_device_name(device)} does not have it. "
+            "Use --mixed_precision fp16."
+        )
+    dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if mixed_precision not in dtypes:
+        raise UserError(f"mixed precision is {mixed_precision!r}. Use one of {', '.join(dtypes)}.")
+    return dtypes[mixed_precision]
+
+
+# --- loading ---
+
+
+def load(component: str, folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None):
+    """Load one component from its own folder, frozen and on the CPU.
+
+    A model is cast tensor by tensor while it is read: it never exists in the precision of its file.
+
+    Args:
+        component: one of `COMPONENTS`.
+        folder: what `fetch` returned.
+        dtype: of the UNet and the text encoders; the VAE is loaded in fp32 whatever it says.
+        variant: of the weight files, "fp16" say.
+
+    Raises:
+        UserError: the weights are damaged or do not fit their configuration.
+    """
+    if component == "scheduler":
+        return _scheduler_class(folder).from_pretrained(str(folder))
+    options = {"variant": variant, "use_safetensors": True, "low_cpu_mem_usage": True, "output_loading_info": True}
+    options["dtype" if component in TEXT_ENCODERS else "torch_dtype"] = torch.float32 if component == "vae" else dtype
+    absent = []
+    try:
+        if component in TOKENIZERS:
+            return CLIPTokenizer.from_pretrained(str(folder))
+        model, report = MODELS[component].from_pretrained(str(folder), **options)
+        absent = sorted(report["missing_keys"])
+    except Exception as error:  # the loaders raise OSError, ValueError, RuntimeError and SafetensorError alike
+        raise _damaged(component, folder, first_line(error)) from error
+    if absent:  # the loaders only warn, and leave these at random values
+        raise _damaged(component, folder, f"{len(absent)} tensors are missing, such as {absent[0]}.")
+    return model.requires_grad_(False).eval()
+
+
+def _damaged(component: str, folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"The {component} in {folder} cannot be loaded: {reason} Fetch it again, or correct "
+        f"{COMPONENT_FLAGS[component]}."
+    )
+
+
+def load_text_encoders(
+    folders: dict[str, Path], variant: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[list, list]:
+    """Load both tokenizers and both text encoders, one after the other, onto a device."""
+    text_encoders = [
+        load(name, folders[name], dtype, variant).to(device) for name in ("text_encoder", "text_encoder_2")
+    ]
+    return [load(name, folders[name]) for name in TOKENIZERS], text_encoders
+
+
+def _scheduler_class(folder: Path) -> type[SchedulerMixin]:
+    name = read_config("scheduler", folder).get("_class_name", "")
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise UserError(
+            f"{folder} names the scheduler class {name!r}, which diffusers does not have. Correct "
+            f"{COMPONENT_FLAGS['scheduler']}."
+        )
+    return found
+
+
+def free_memory() -> None:
+    """Give the memory of dropped models back to the host and the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

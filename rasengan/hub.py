@@ -1,0 +1,88 @@
+"""Publish an adapter on the Hugging Face hub, with a model card."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from rasengan import UserError, first_line
+from rasengan.export import DIFFUSERS_FILE
+
+
+RECIPE = (
+    *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "resolution", "optimizer_steps"),
+    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_8bit_adam"),
+    *("prediction_type", "snr_gamma", "noise_offset", "mixed_precision", "seed"),
+)
+
+
+def create_repository(name: str, token: str | None) -> str:
+    """Return the id of a hub repository, made if missing.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses.
+    """
+    try:
+        return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"--push_to_hub: the hub refused {name}: {first_line(error)} Log in with `hf auth login`."
+        ) from error
+
+
+def upload(repo_id: str, token: str | None, directory: Path) -> None:
+    """Upload both kinds of adapter, the model card and its grid.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses; the files stay where they are.
+    """
+    patterns = [DIFFUSERS_FILE, "peft/*", "README.md", "validation.png"]
+    try:
+        HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=patterns)
+    except (HTTPError, OSError) as error:
+        raise UserError(
+            f"--push_to_hub: the upload to {repo_id} failed: {first_line(error)} The adapter is in {directory}; "
+            f"upload it with `hf upload {repo_id} {directory}`."
+        ) from error
+
+
+def model_card(
+    base_model: str | None, dataset: str, prompts: list[str], grid_file: str | None, settings: dict[str, object]
+) -> str:
+    """Return the README of a trained adapter: what it is, the grid, how to load it, and the recipe.
+
+    Args:
+        base_model: a hub id, or None for a local base.
+        dataset: a name to show.
+        prompts: of the grid.
+        grid_file: the grid's name beside the card, or None.
+        settings: of the run, by name; those of `RECIPE` are shown.
+    """
+    header = ["library_name: diffusers", "license: openrail++", "tags:"]
+    header += [f"- {tag}" for tag in ("text-to-image", "stable-diffusion-xl", "diffusers", "lora", "peft")]
+    if base_model:
+        header.insert(0, f"base_model: {base_model}")
+    grid = [f"![base and tuned pictures]({grid_file})", "", *[f"- {prompt}" for prompt in prompts], ""]
+    rows = [f"| `{name}` | {settings[name]} |" for name in RECIPE]
+    return "\n".join(
+        [
+            "---",
+            *header,
+            "---",
+            "",
+            f"# A LoRA for {base_model or 'Stable Diffusion XL 1.0'}, trained on {dataset}",
+            "",
+            *(grid if grid_file else []),
+            "```python",
+            "pipeline.load_lora_weights('THIS_REPOSITORY')  # a StableDiffusionXLPipeline",
+            "```",
+            "",
+            "Its alpha stands in the file's metadata, so diffusers applies it at the strength of the training.",
+            "The folder `peft/` holds the same weights for `PeftModel.from_pretrained(pipeline.unet, ...)`.",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )

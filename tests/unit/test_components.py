@@ -1,0 +1,329 @@
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rasengan import UserError, components
+from rasengan.components import Source, fetch, load
+
+
+ROOT = Path(__file__).parents[2]
+MODELS = list(components.MODELS)
+
+
+@pytest.fixture
+def base(tiny_base, tmp_path):
+    """A copy of the tiny base that a test may damage."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+def folders_of(base):
+    return {name: base / name for name in MODELS}
+
+
+def weights_of(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v != "absent"}))
+
+
+def refuse(words, function, *arguments, **options):
+    with pytest.raises(UserError, match=words) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+
+
+# --- where components are ---
+
+
+def test_each_component_comes_from_its_own_place_or_from_the_base():
+    sources = components.component_sources("base", {"vae": "other", "unet": None}, "rev", "fp16", "cache")
+    assert set(sources) == {*MODELS, "tokenizer", "tokenizer_2", "scheduler"}
+    assert sources["vae"] == Source("other", None, "rev", "fp16", "cache")
+    assert sources["unet"] == Source("base", "unet", "rev", "fp16", "cache")
+    alone = dict.fromkeys(sources, "alone")
+    assert components.component_sources(None, alone)["scheduler"] == Source("alone")
+    words = "scheduler.*--pretrained_model_name_or_path.*--pretrained_scheduler_name_or_path"
+    refuse(words, components.component_sources, None, alone | {"scheduler": None})
+    assert components.COMPONENT_FLAGS["vae"] == "--pretrained_vae_model_name_or_path"  # diffusers' name
+
+
+@pytest.mark.parametrize("component", components.COMPONENTS)
+def test_a_component_is_found_in_a_pipeline_or_by_itself(base, monkeypatch, component):
+    folder = base / component
+    assert fetch(component, Source(str(base), component)) == folder
+    assert fetch(component, Source(str(folder))) == folder
+    assert fetch(component, Source(str(base))) == folder  # its own flag may name a whole pipeline
+    monkeypatch.setenv("HOME", str(base.parent))
+    assert fetch(component, Source("~/base", component)) == folder
+    (base / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    assert fetch(component, Source(str(base), component)) == folder
+    refuse("neither a folder nor a hub id", fetch, component, Source(str(base / "none" / "none"), component))
+    shutil.move(folder, base / "elsewhere")
+    refuse(f"holds no {component}.*{components.COMPONENT_FLAGS[component]}", fetch, component, Source(str(base)))
+
+
+@pytest.mark.parametrize("component", MODELS)
+def test_weights_that_are_not_safetensors_or_not_there_are_refused(base, component):
+    file = weights_of(base / component)
+    file.rename(file.with_suffix(".bin"))
+    refuse(rf"{file.stem}\.bin.*Save it as safetensors", fetch, component, Source(str(base), component))
+    file.with_suffix(".bin").unlink()
+    refuse("its weight files are: none", fetch, component, Source(str(base), component))
+    assert fetch(component, Source(str(base), component), weights=False) == base / component
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_variant_is_found_and_loaded_and_kept_apart(base, component, max_shard_size):
+    folder, source = base / component, Source(str(base), component)
+    model, stem = load(component, folder).half(), weights_of(folder).stem
+    refuse("Drop --variant", fetch, component, source._replace(variant="fp16"))
+    model.save_pretrained(folder, variant="fp16", max_shard_size=max_shard_size)
+    assert fetch(component, source._replace(variant="fp16")) == fetch(component, source) == folder
+    plain = [file.name for file in components.component_files(component, folder)]
+    variant = [file.name for file in components.component_files(component, folder, "fp16")]
+    assert plain == ["config.json", f"{stem}.safetensors"]
+    assert all(name == "config.json" or (name.startswith(stem) and "fp16" in name) for name in variant)
+    assert len(variant) == 2 if max_shard_size == "5GB" else len(variant) > 2
+    (folder / f"{stem}.safetensors").unlink()
+    loaded = load(component, folder, torch.float16, variant="fp16").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    (folder / variant[1]).unlink()
+    refuse(f"{component} .*cannot be loaded", load, component, folder, variant="fp16")
+
+
+# --- whether they fit together ---
+
+
+def test_the_tiny_base_is_one_sdxl(base):
+    components.check_components(folders_of(base))
+    components.check_components({"unet": base / "unet"})
+
+
+@pytest.mark.parametrize("component", MODELS)
+def test_another_class_is_refused_by_its_name(base, component):
+    other = MODELS[MODELS.index(component) - 1]
+    found, expected = components.MODELS[other].__name__, components.MODELS[component].__name__
+    words = f"{base / other} holds an? {found}, not .*{expected}.*{components.COMPONENT_FLAGS[component]}"
+    refuse(words, components.check_components, folders_of(base) | {component: base / other})
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "words"),
+    [
+        ("unet", {"cross_attention_dim": 768, "addition_embed_type": "absent"}, r"UNet of Stable Diffusion 1\.x.*768"),
+        ("unet", {"cross_attention_dim": 1024, "addition_embed_type": None}, r"UNet of Stable Diffusion 2\.x.*1024"),
+        ("unet", {"cross_attention_dim": 640, "addition_embed_type": "text"}, "another model family.*640"),
+        ("unet", {"cross_attention_dim": 1280}, "1280 .*the SDXL refiner.*text encoders give 96"),
+        ("unet", {"cross_attention_dim": 2048}, "2048, but the text encoders give 96"),
+        ("unet", {"in_channels": 9}, r"9 input channels \(inpainting.*--pretrained_unet_name_or_path"),
+        ("unet", {"projection_class_embeddings_input_dim": 2816}, "pooled text width of 2624.*gives 64"),
+        ("text_encoder_2", {"hidden_size": 128}, "width 96, but the text encoders give 160"),
+        ("text_encoder_2", {"projection_dim": 1280}, "pooled text width of 64.*gives 1280"),
+        ("vae", {"latent_channels": 16}, "VAE with 16 latent channels.*--pretrained_vae_model_name_or_path"),
+        ("unet", {"_class_name": "absent"}, "not SDXL's unet"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component, changes, words):
+    edit(base / component, **changes)
+    for file in base.rglob("*.safetensors"):
+        file.unlink()
+    refuse(words, components.check_components, folders_of(base))
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", "\x00"])
+def test_a_damaged_configuration_is_refused(base, content):
+    (base / "vae" / "config.json").write_text(content)
+    refuse("vae.*config.json is not", components.check_components, folders_of(base))
+
+
+@pytest.mark.parametrize("component", MODELS)
+def test_a_skeleton_has_every_name_and_shape_and_no_memory(tiny_base, component):
+    skeleton = components.skeleton(component, tiny_base / component)
+    loaded = load(component, tiny_base / component)
+    assert type(skeleton) is type(loaded)
+    assert {tensor.device.type for tensor in skeleton.parameters()} == {"meta"}
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (skeleton, loaded)]
+    assert shapes[0] == shapes[1]
+
+
+# --- precision and loading ---
+
+
+def test_the_frozen_weights_are_in_the_precision_asked_for():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert components.weight_dtype("no", cpu) == components.weight_dtype("no", cuda) == torch.float32
+    assert components.weight_dtype("bf16", cpu) == torch.bfloat16
+    assert components.weight_dtype("fp16", cuda) == torch.float16
+    refuse("fp16 .*CPU.*--mixed_precision no", components.weight_dtype, "fp16", cpu)
+    refuse("fp8", components.weight_dtype, "fp8", cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("component", MODELS)
+def test_a_model_is_loaded_frozen_in_the_dtype_and_the_vae_always_in_fp32(base, component, dtype):
+    if component == "vae":  # as the fp16 variant stores it
+        save_file({k: v.half() for k, v in load_file(weights_of(base / "vae")).items()}, weights_of(base / "vae"))
+    model = load(component, base / component, dtype)
+    expected = torch.float32 if component == "vae" else dtype
+    assert type(model) is components.MODELS[component]
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {expected}
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    stored, loaded = load_file(weights_of(base / component)), model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], tensor.to(expected)) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of other shapes", "incomplete", "of other names"])
+@pytest.mark.parametrize("component", MODELS)
+def test_damaged_weights_are_refused_by_the_components_name(base, component, damage):
+    file = weights_of(base / component)
+    tensors = load_file(file)
+    name = next(name for name in reversed(tensors) if name.endswith(".weight"))
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "of other shapes":
+        save_file(tensors | {name: torch.zeros(3, 5)}, file)
+    elif damage == "incomplete":
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+    else:
+        save_file({f"wrapped.{key}": tensor for key, tensor in tensors.items()}, file)
+    words = f"{component} in .*cannot be loaded.*{components.COMPONENT_FLAGS[component]}"
+    refuse(words, load, component, base / component)
+
+
+def test_text_encoders_load_with_the_hubs_names_of_tensors(base):
+    for name in components.TEXT_ENCODERS:  # which have the prefix in both, and a position_ids that is no weight now
+        before, file = load(name, base / name).state_dict(), weights_of(base / name)
+        tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
+        if name == "text_encoder_2":
+            tensors["text_projection.weight"] = tensors.pop("text_model.text_projection.weight")
+        save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
+        after = load(name, base / name).state_dict()
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("component", components.TOKENIZERS)
+def test_a_tokenizer_loads_from_the_hubs_files_and_not_without_its_vocabulary(base, component):
+    text = "A red star, on striped らせんがん"
+    folder, expected = base / component, load(component, base / component)(text).input_ids
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n")
+    assert fetch(component, Source(str(base), component)) == folder
+    assert load(component, folder)(text).input_ids == expected
+    (folder / "merges.txt").unlink()
+    refuse(f"{component}.*merges.txt", fetch, component, Source(str(base), component))
+    (folder / "tokenizer.json").write_text("{")
+    refuse(f"{component} in .*cannot be loaded", load, component, folder)
+
+
+def test_a_scheduler_is_of_the_class_that_its_configuration_names(base):
+    assert type(load("scheduler", base / "scheduler")) is diffusers.EulerDiscreteScheduler
+    file = base / "scheduler" / "scheduler_config.json"
+    for name in ("NoScheduler", "UNet2DConditionModel"):
+        file.write_text(json.dumps({"_class_name": name}))
+        refuse(f"'{name}'.*--pretrained_scheduler_name_or_path", load, "scheduler", base / "scheduler")
+
+
+# --- the hub ---
+
+ASK = """
+import json, sys
+from rasengan import UserError
+from rasengan.components import Source, fetch
+answers = []
+for component, source, weights in json.loads(sys.argv[1]):
+    try:
+        answers.append(str(fetch(component, Source(**source), weights)))
+    except UserError as error:
+        answers.append(f"error: {error}")
+print(json.dumps(answers))
+"""
+TINY, ALONE = "org/tiny", "org/vae-alone"
+QUESTIONS = {
+    "configuration": ("unet", {"name_or_path": TINY, "subfolder": "unet"}, False),
+    "unet": ("unet", {"name_or_path": TINY, "subfolder": "unet"}, True),
+    "tokenizer_2": ("tokenizer_2", {"name_or_path": TINY, "subfolder": "tokenizer_2"}, True),
+    "scheduler": ("scheduler", {"name_or_path": TINY, "subfolder": "scheduler"}, True),
+    "alone": ("vae", {"name_or_path": ALONE}, True),
+    "of a pipeline": ("vae", {"name_or_path": TINY}, True),
+    "no variant": ("unet", {"name_or_path": TINY, "subfolder": "unet", "variant": "fp16"}, True),
+    "no component": ("unet", {"name_or_path": ALONE, "subfolder": "unet"}, True),
+    "no repository": ("unet", {"name_or_path": "org/none", "subfolder": "unet"}, True),
+    "no revision": ("unet", {"name_or_path": TINY, "subfolder": "unet", "revision": "v9"}, True),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_base, tmp_path_factory):
+    """The answers to QUESTIONS of a process that has a hub, and the folder with a cache for each."""
+    spec = importlib.util.spec_from_file_location("hub_server", ROOT / "tests" / "hub_server.py")
+    hub_server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub_server)
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(tiny_base, folder / "root" / "models" / TINY)
+    shutil.copytree(tiny_base / "vae", folder / "root" / "models" / ALONE)
+    questions = [(c, source | {"cache_dir": str(folder / name)}, w) for name, (c, source, w) in QUESTIONS.items()]
+    with hub_server.serve_hub(folder / "root") as (address, _):
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
+        finished = subprocess.run(
+            [sys.executable, "-c", ASK, json.dumps(questions)],
+            env={name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"},
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
+        )
+    assert finished.returncode == 0, finished.stderr
+    return dict(zip(QUESTIONS, json.loads(finished.stdout), strict=True)), folder
+
+
+@pytest.mark.parametrize("name", ["configuration", "unet", "tokenizer_2", "scheduler", "alone"])
+def test_only_the_component_asked_for_is_downloaded(hub, tiny_base, name):
+    answers, caches = hub
+    component, source, weights = QUESTIONS[name]
+    folder = Path(answers[name])
+    expected = {file.name for file in (tiny_base / component).iterdir() if weights or file.suffix == ".json"}
+    assert {file.name for file in folder.iterdir()} == expected
+    assert all((folder / file).read_bytes() == (tiny_base / component / file).read_bytes() for file in expected)
+    snapshot = folder if name == "alone" else folder.parent
+    assert {file for file in snapshot.rglob("*") if file.is_file()} == {folder / file for file in expected}
+    assert caches / name in folder.parents
+
+
+def test_of_a_pipeline_for_one_component_only_its_weights_are_downloaded(hub):
+    folder = Path(hub[0]["of a pipeline"])
+    assert [file.parent.name for file in folder.parent.rglob("*.safetensors")] == ["vae"]
+    load("vae", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no variant", ["holds no diffusion_pytorch_model.fp16.safetensors", "Drop --variant"]),
+        ("no component", ["holds no unet", "--pretrained_unet_name_or_path"]),
+        ("no repository", ["org/none", "the hub did not give its unet", "hf auth login"]),
+        ("no revision", ["org/tiny", "v9", "--revision"]),
+    ],
+)
+def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, name, words):
+    answer = hub[0][name]
+    assert answer.startswith("error: ")
+    assert "\n" not in answer
+    assert [word for word in words if word not in answer] == []
