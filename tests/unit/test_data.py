@@ -1,0 +1,383 @@
+import io
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from rasengan import UserError, data
+
+
+RES = 32
+PILLOW_FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5, "nearest": 0, "nearest_exact": 0}
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise_image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def load_folder(folder, cache_dir, image_column="image", caption_column="text"):
+    return data.load_pictures(None, None, str(folder), image_column, caption_column, str(cache_dir))
+
+
+@pytest.fixture(scope="module")
+def dataset(picture_set, tmp_path_factory):
+    return load_folder(picture_set, tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def pictures(dataset, tmp_path_factory):
+    return data.inspect_pictures(dataset["image"], tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture
+def make_samples(dataset, pictures):
+    def make(**changes):
+        options = {"seed": 0, "resolution": RES, "interpolation": "lanczos", "center_crop": True, "noise_offset": 0.0}
+        options |= {"random_flip": False, "scaling_factor": 0.5, "num_train_timesteps": 1000}
+        options |= {"latents": None, "prompts": None, "captions": data.read_captions(dataset["text"][:])} | changes
+        return data.TrainingSamples(dataset["image"], pictures, **options)
+
+    return make
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in one.items())
+
+
+# --- sizes and crops, after torchvision's formulas ---
+
+
+def torchvision_size(height, width, size):
+    short, long = (width, height) if width <= height else (height, width)
+    new_short, new_long = size, int(size * long / short)
+    new_width, new_height = (new_short, new_long) if width <= height else (new_long, new_short)
+    return new_height, new_width
+
+
+def test_sizes_and_center_crops_are_torchvisions():
+    rng = random.Random(0)
+    for _ in range(2000):
+        height, width, size = rng.randint(1, 3000), rng.randint(1, 3000), rng.choice([64, 512, 1000, 1024])
+        new = torchvision_size(height, width, size)
+        assert data.resized_size(height, width, size) == new
+        assert data.center_crop_top_left(new, size) == tuple(int(round((side - size) / 2.0)) for side in new)
+    assert data.resized_size(768, 1024, 512) == (512, 682)
+    assert data.center_crop_top_left((512, 682), 512) == (0, 85)
+    assert [data.center_crop_top_left((side, 64), 64)[0] for side in (65, 67, 69, 71)] == [0, 2, 2, 4]  # half to even
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("name", PILLOW_FILTERS)
+def test_cropped_pixels_are_those_of_plain_pillow_and_numpy(name, flip):
+    assert data.INTERPOLATIONS.keys() == PILLOW_FILTERS.keys()
+    for size in ((100, 61), (61, 100), (50, 50), (20, 27)):
+        image = noise_image(*size)
+        height, width = torchvision_size(image.height, image.width, RES)
+        pixels = np.asarray(image.resize((width, height), PILLOW_FILTERS[name]))
+        top, left = height - RES, (width - RES) // 3
+        pixels = (pixels[:, ::-1] if flip else pixels)[top : top + RES, left : left + RES]
+        expected = torch.tensor((pixels / 255 - 0.5) / 0.5, dtype=torch.float32).permute(2, 0, 1)
+        result = data.crop_pixels(image, RES, name, flip, (top, left))
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+# --- decoding ---
+
+
+def test_transparency_is_laid_on_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., 3] = np.arange(0, 256, 17).reshape(4, 4)  # black, ever less transparent
+    pixels = np.asarray(data.decode(encoded(Image.fromarray(rgba))))
+    assert np.abs(pixels.astype(int) - (255 - rgba[..., 3:])).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    assert np.asarray(data.decode(encoded(palette, transparency=0))).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    gray = Image.fromarray(np.array([[[0, 0], [40, 255]]], np.uint8), "LA")
+    assert np.asarray(data.decode(encoded(gray))).tolist() == [[[255, 255, 255], [40, 40, 40]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_comes_upright(orientation):
+    upright = np.asarray(noise_image(7, 5))
+    turns = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.transpose(1, 0, 2)]
+    turns += [lambda a: np.rot90(a, 1), lambda a: np.rot90(a, 2).transpose(1, 0, 2), lambda a: np.rot90(a, -1)]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(turns[orientation - 1](upright)))
+    assert np.array_equal(data.decode(encoded(stored, exif=exif)), upright)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    values = np.array([[0, 257, 128 * 257, 40000, 65535]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        pixels = np.asarray(data.decode(encoded(Image.fromarray(values), kind)))
+        assert pixels.shape == (1, 5, 3)
+        assert np.abs(pixels - values[..., None] / 257).max() < 1
+
+
+def test_other_modes_become_rgb():
+    red = np.asarray(data.decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))).astype(int)
+    assert np.abs(red - [255, 0, 0]).max() < 10
+    assert np.asarray(data.decode(encoded(Image.new("L", (1, 1), 90)))).tolist() == [[[90, 90, 90]]]
+    assert np.asarray(data.decode(encoded(Image.new("1", (1, 1), 1)))).tolist() == [[[255, 255, 255]]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_truncated_picture_fails(kind):
+    content = encoded(noise_image(64, 64), kind)
+    data.decode(content)
+    with pytest.raises(Exception, match=r"truncat|unrecognized|decod|cannot identify"):
+        data.decode(content[: len(content) // 2])
+
+
+# --- finding and inspecting ---
+
+
+def write_folder(folder, count=3):
+    folder.mkdir(parents=True)
+    names = [f"{number}.png" for number in range(count)]
+    for number, name in enumerate(names):
+        noise_image(20 + number, 30, number).save(folder / name)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": n}) + "\n" for n in names))
+    return folder
+
+
+def test_broken_files_are_found_and_remembered(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "set", 5)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (folder / "1.png").write_bytes(encoded(noise_image(64, 48), "JPEG")[:1500])
+    (folder / "2.png").write_bytes(b"")
+    (folder / "3.png").write_text("<html>404</html>")
+    noise_image(64, 48).save(folder / "4.png", exif=exif)
+    column, calls = load_folder(folder, tmp_path / "cache")["image"], []
+    found = data.inspect_pictures(column, tmp_path / "memory", lambda: calls.append(1))
+    assert [(Path(p.name).name, p.height_px, p.width_px, p.error is None) for p in found] == [
+        ("0.png", 30, 20, True),
+        *((f"{broken}.png", 0, 0, False) for broken in (1, 2, 3)),
+        ("4.png", 64, 48, True),  # upright
+    ]
+    assert len({picture.digest for picture in found}) == len(calls) == 5
+    assert not any("object at 0x" in (picture.error or "") for picture in found)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", lambda content: pytest.fail("a second look decodes nothing"))
+        assert data.inspect_pictures(column, tmp_path / "memory") == found
+
+    # A changed picture is seen, even of the same length and age; so is one that has gone.
+    before = (folder / "0.png").stat()
+    (folder / "0.png").write_bytes(encoded(noise_image(10, 10)).ljust(before.st_size, b"\0"))
+    os.utime(folder / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (folder / "4.png").unlink()
+    again = data.inspect_pictures(column, tmp_path / "memory")
+    assert (folder / "0.png").stat().st_size == before.st_size
+    assert again[0][1:] != found[0][1:]
+    assert again[0].width_px == 10
+    assert again[1:4] == found[1:4]
+    assert again[4].error == "cannot be read: No such file or directory"
+
+
+def test_captions_are_texts_or_lists_of_texts():
+    assert data.read_captions(["a", ["b", "c"]]) == [["a"], ["b", "c"]]
+    for value in (None, 5, [], ["a", None], {"en": "a"}):
+        with pytest.raises(UserError, match="Picture 1 .*caption"):
+            data.read_captions(["a", value])
+
+
+@pytest.mark.parametrize("name", ["[artist] style", "50% *star*", "Where?"])
+def test_a_folder_of_any_name_is_read_in_order_and_undecoded(tmp_path, name):
+    write_folder(tmp_path / name.translate(dict.fromkeys(map(ord, "*?[]"), "x")))  # a pattern might match it too
+    found = load_folder(write_folder(tmp_path / name), tmp_path / "cache")
+    assert [row["path"] for row in found["image"]] == [str(tmp_path / name / f"{n}.png") for n in range(3)]
+    assert found["text"][:] == ["0.png", "1.png", "2.png"]
+    assert data.read_bytes(found["image"][1]) == (tmp_path / name / "1.png").read_bytes()
+
+
+def test_a_local_copy_of_a_hub_dataset_is_read(tmp_path):
+    contents = [encoded(noise_image(20, 30, seed)) for seed in range(3)]
+    rows = {"image": [{"bytes": c, "path": f"{n}.png"} for n, c in enumerate(contents)], "text": ["a", "b", "c"]}
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    written = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    written.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    found = data.load_pictures(str(tmp_path / "set"), None, None, "image", "text", str(tmp_path / "cache"))
+    assert found["text"][:] == ["a", "b", "c"]
+    assert [data.read_bytes(row) for row in found["image"]] == contents
+    picture = data.inspect_pictures(found["image"], tmp_path / "memory")[2]
+    assert (picture.name, picture.height_px, picture.width_px, picture.error) == ("2.png", 30, 20, None)
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
+    folder = write_folder(tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jsonl"))
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": \n')
+    for arguments, words in (
+        ((tmp_path / "none",), "--train_data_dir .*none is no folder"),
+        ((tmp_path / "empty",), "--train_data_dir .*empty holds no pictures"),
+        ((tmp_path / "damaged",), "--train_data_dir .*damaged cannot be read: JSON"),
+        ((tmp_path / "plain",), r"--caption_column text .*columns are: image\..*metadata.jsonl"),
+        ((folder, "picture"), "--image_column picture .*columns are: image, text"),
+        ((folder, "image", "caption"), "--caption_column caption .*columns are: image, text"),
+        ((folder, "text"), "--image_column text .*not pictures"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            load_folder(arguments[0], tmp_path / "cache", *arguments[1:])
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--dataset_name .*none cannot be read"):
+        data.load_pictures(str(tmp_path / "none"), None, None, "image", "text", str(tmp_path / "cache"))
+
+
+# --- order and randomness ---
+
+
+def stream(size, batch, accumulation, processes, steps, seed=0):
+    """The samples of each step, over all micro-batches and processes."""
+    by_step = {step: [] for step in steps}
+    for process in range(processes):
+        first_sample = steps[0] * batch * accumulation * processes
+        micro_batches = data.sample_stream(
+            size, seed, batch, accumulation, processes, process, first_sample, len(steps)
+        )
+        for number, samples in enumerate(micro_batches):
+            assert len(samples) == batch
+            by_step[steps[0] + number // accumulation] += samples
+    return by_step
+
+
+@pytest.mark.parametrize("size", [7, 25])  # less and more than a step's 12 samples
+def test_a_step_sees_the_same_samples_however_it_is_split(size):
+    steps = range(2 * size)
+    whole = stream(size, 12, 1, 1, steps)
+    for batch, accumulation, processes in ((6, 2, 1), (6, 1, 2), (3, 2, 2), (1, 3, 4), (2, 1, 6), (1, 12, 1)):
+        split = stream(size, batch, accumulation, processes, steps)
+        assert {step: sorted(s) for step, s in split.items()} == {step: sorted(s) for step, s in whole.items()}
+
+    # 2 x size steps of 12 samples are 24 whole epochs: every picture comes once in each, and in a new order.
+    flat = [sample for samples in whole.values() for sample in samples]
+    assert sorted(flat) == [(epoch, index) for epoch in range(24) for index in range(size)]
+    assert [epoch for epoch, _ in flat] == sorted(epoch for epoch, _ in flat)
+    orders = {tuple(index for epoch, index in flat if epoch == number) for number in range(24)}
+    assert len(orders) == 24
+    assert stream(size, 12, 1, 1, steps, seed=1) != whole
+
+
+@pytest.mark.parametrize("first", [1, 3, 10])
+def test_a_stream_from_a_later_step_is_the_tail_of_the_whole(first):
+    for process in range(2):
+        whole = list(data.sample_stream(7, 5, 3, 2, 2, process, 0, 12))
+        assert list(data.sample_stream(7, 5, 3, 2, 2, process, 12 * first, 12 - first)) == whole[2 * first :]
+        assert len(whole) == 24
+
+
+def test_a_sample_depends_on_its_key_alone(make_samples):
+    options = {"random_flip": True, "center_crop": False, "noise_offset": 0.1}
+    samples, keys = make_samples(**options), [(epoch, index) for epoch in range(2) for index in range(0, 64, 9)]
+    first = {key: samples[key] for key in keys}
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    state = torch.get_rng_state()
+    again = make_samples(**options)
+    assert all(equal(first[key], again[key]) for key in reversed(keys))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first[0, 0]["noise"], first[1, 0]["noise"])
+    assert not torch.equal(first[0, 0]["noise"], first[0, 9]["noise"])
+    assert not torch.equal(first[0, 0]["noise"], make_samples(seed=1, **options)[0, 0]["noise"])
+
+
+def test_worker_processes_give_the_same_batches(make_samples):
+    samples = make_samples(random_flip=True, center_crop=False)
+    batches = []
+    for workers in (0, 2):
+        keys = data.sample_stream(len(samples), 0, 4, 1, 1, 0, 14 * 4, 4)  # across the end of an epoch
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, collate_fn=data.collate)
+        batches.append(list(loader))
+    assert len(batches[0]) == 4
+    assert all(equal(one, other) for one, other in zip(*batches, strict=True))
+    assert {k: tuple(v.shape) for k, v in batches[0][0].items() if torch.is_tensor(v)} == {
+        "noise": (4, 4, RES // 8, RES // 8),
+        "latent_noise": (4, 4, RES // 8, RES // 8),
+        "pixel_values": (4, 3, RES, RES),
+        "timesteps": (4,),
+        "time_ids": (4, 6),
+    }
+    assert all(len(batches[0][0][name]) == 4 for name in ("name", "caption"))
+
+
+def rows(pictures, mean, std):
+    return {picture.digest: {"mean": torch.tensor(mean), "std": torch.tensor(std)} for picture in pictures}
+
+
+def test_no_flag_changes_what_another_one_draws(make_samples, pictures):
+    flags = {"random_flip": True, "center_crop": False, "captions": [["a", "b", "c"]] * 64, "interpolation": "box"}
+    flags |= {"latents": rows(pictures, [0.0], [1.0])}
+    for flag, value in flags.items():
+        for key in ((0, 3), (7, 20)):
+            changed, expected = make_samples(**{flag: value})[key], make_samples()[key]
+            latent_noise = changed["latents"] / 0.5 if flag == "latents" else changed["latent_noise"]
+            assert torch.equal(latent_noise, expected["latent_noise"])
+            assert all(torch.equal(changed[name], expected[name]) for name in ("noise", "timesteps"))
+    offset = make_samples(noise_offset=0.3)[0, 3]["noise"] - make_samples()[0, 3]["noise"]
+    assert offset.std(dim=(1, 2)).max() < 1e-6  # one number for each channel
+    assert offset.abs().min() > 1e-4
+
+
+def test_noise_is_normal_and_timesteps_flips_and_captions_are_uniform(make_samples, pictures):
+    captions = [[f"{index} {number}" for number in range(3)] for index in range(64)]
+    samples = make_samples(
+        latents=rows(pictures, [0.0, 1.0], [0.0, 0.0]),  # as it is 0, flipped 1
+        prompts={text: {"prompt": text} for texts in captions for text in texts},
+        captions=captions,
+        random_flip=True,
+    )
+    drawn = [(index, samples[epoch, index]) for epoch in range(30) for index in range(64)]
+    noise = torch.stack([sample["noise"] for _, sample in drawn])
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    timesteps = torch.stack([sample["timesteps"] for _, sample in drawn])
+    assert timesteps.min() >= 0
+    tenths = torch.bincount(timesteps // 100)
+    assert len(tenths) == 10
+    assert tenths.min() > 140  # of 192 expected, with a deviation of 13
+    flips = torch.stack([sample["latents"] for _, sample in drawn])
+    assert set(flips.flatten().tolist()) == {0.0, 0.5}
+    assert abs(flips.mean() - 0.25) < 0.03
+    assert all(sample["prompt"].startswith(f"{index} ") for index, sample in drawn)
+    for number in range(3):
+        assert abs(sum(sample["prompt"].endswith(f" {number}") for _, sample in drawn) - 640) < 90
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_pixels_sizes_and_crops_of_a_sample_belong_together(make_samples, dataset, center_crop):
+    samples, corners, flips = make_samples(center_crop=center_crop, random_flip=True), set(), 0
+    for epoch, index in [(epoch, index) for epoch in range(3) for index in range(0, 64, 5)]:
+        sample = samples[epoch, index]
+        image = data.decode(Path(dataset[index]["image"]["path"]).read_bytes())
+        height, width, top, left, *target = map(int, sample["time_ids"])
+        size = torchvision_size(image.height, image.width, RES)
+        assert (height, width, target) == (image.height, image.width, [RES, RES])
+        assert 0 <= top <= size[0] - RES
+        assert 0 <= left <= size[1] - RES
+        crops = [data.crop_pixels(image, RES, "lanczos", flip, (top, left)) for flip in (False, True)]
+        found = [torch.equal(sample["pixel_values"], crop) for crop in crops]
+        assert any(found)
+        assert sample["name"] == dataset[index]["image"]["path"]
+        assert sample["caption"] == dataset[index]["text"]
+        corners.add((index, top, left))
+        flips += found[1]
+    assert 8 < flips < 31
+    assert (len(corners) == 13) == center_crop
