@@ -1,0 +1,268 @@
+"""Encode pictures and captions once, to disk, and read the results from there.
+
+A cache is a set of safetensors shards. A shard's name is a digest of all that its content depends on, so a changed
+picture, caption or setting is another shard, an interrupted build goes on where it was, and several runs share one
+folder. Items are encoded in batches whose boundaries are fixed by their position, because the last bits of an encoded
+picture depend on the size of its batch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import datasets
+import diffusers
+import PIL
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm.auto import tqdm
+
+from rasengan import UserError, components, data, sdxl
+from rasengan.files import read_memory, write_atomically
+from rasengan.processes import wait_for_everyone
+
+
+FORMAT = 1
+ITEMS_PER_SHARD = 64
+
+
+class ShardedCache:
+    """Rows of tensors on disk, looked up by item: a picture's digest, or a caption.
+
+    Rows are read through memory-mapped files, so host memory does not grow with the data set.
+    """
+
+    def __init__(self, directory: Path, settings: dict, items: Iterable[str]):
+        self.items = list(dict.fromkeys(items))
+        self._positions = {item: position for position, item in enumerate(self.items)}
+        self._paths = [
+            directory / f"{_digest([settings, self.items[start : start + ITEMS_PER_SHARD]])}.safetensors"
+            for start in range(0, len(self.items), ITEMS_PER_SHARD)
+        ]
+        self._open = {}
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that are not there, or are damaged."""
+        return [number for number, path in enumerate(self._paths) if not _is_readable(path)]
+
+    def items_in(self, shards: list[int]) -> list[str]:
+        """Return the items of some shards, in order."""
+        return [item for n in shards for item in self.items[n * ITEMS_PER_SHARD : (n + 1) * ITEMS_PER_SHARD]]
+
+    def build(
+        self,
+        shards: list[int],
+        encode: Callable[[list[str]], dict[str, torch.Tensor]],
+        batch_size: int,
+        on_items: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """Encode and write some shards.
+
+        Args:
+            shards: their numbers, a process's share of `missing`.
+            encode: returns one row for each item of a batch, on any device.
+            batch_size: items that are encoded together.
+            on_items: called with the size of each batch that is done.
+        """
+        for number in shards:
+            items = self.items_in([number])
+            batches = []
+            for start in range(0, len(items), batch_size):
+                batch = encode(items[start : start + batch_size])
+                batches.append({name: rows.cpu() for name, rows in batch.items()})
+                on_items(len(items[start : start + batch_size]))
+            tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
+            write_atomically(self._paths[number], save(tensors))
+
+    def __getitem__(self, item: str) -> dict[str, torch.Tensor]:
+        number, row = divmod(self._positions[item], ITEMS_PER_SHARD)
+        if number not in self._open:
+            self._open[number] = safe_open(self._paths[number], framework="pt")
+        shard = self._open[number]
+        return {name: shard.get_slice(name)[row] for name in shard.keys()}
+
+    def __getstate__(self) -> dict:
+        # A data worker that is started afresh opens the files itself.
+        return self.__dict__ | {"_open": {}}
+
+
+def _digest(content) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def weights_digest(files: list[Path], memory: Path) -> str:
+    """Return a digest of the files' contents, remembered in the file `memory` by path, size and time of change.
+
+    The weights are gigabytes, and on a mounted Drive they take a minute to read: only a first run does.
+    """
+    remembered = read_memory(memory)
+    known = {}
+    for file in files:
+        status = file.stat()
+        key = f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}"
+        known[key] = remembered.get(key)
+        if known[key] is None:
+            with open(file, "rb") as content:
+                known[key] = hashlib.file_digest(content, "blake2b").hexdigest()[:32]
+    if any(key not in remembered for key in known):
+        write_atomically(memory, json.dumps(remembered | known).encode())
+    return _digest(list(known.values()))
+
+
+def latent_cache(
+    directory: Path,
+    pictures: list[data.Picture],
+    vae_digest: str,
+    resolution: int,
+    interpolation: str,
+    random_flip: bool,
+    batch_size: int,
+    device: torch.device,
+) -> ShardedCache:
+    """Return the cache of the center-cropped pictures' latents, built or not.
+
+    A row is `mean` and `std`, each (1 or 2, 4, resolution/8, resolution/8), unscaled, fp32; the second is flipped.
+    """
+    settings = {
+        "content": "latents of center crops",
+        "format": FORMAT,
+        "vae": vae_digest,
+        "resolution": resolution,
+        "interpolation": interpolation,
+        "flips": random_flip,
+        "batch_size": batch_size,
+        "device": [device.type, torch.backends.cuda.matmul.allow_tf32],
+        "versions": [torch.__version__, diffusers.__version__, PIL.__version__],
+    }
+    return ShardedCache(directory / "latents", settings, [picture.digest for picture in pictures])
+
+
+def prompt_cache(
+    directory: Path,
+    captions: Iterable[str],
+    encoders_digest: str,
+    dtype: torch.dtype,
+    batch_size: int,
+    device: torch.device,
+) -> ShardedCache:
+    """Return the cache of the captions' embeddings, built or not.
+
+    A row is `prompt_embeds` (T, D) and `pooled_prompt_embeds` (P,), in the text encoders' dtype.
+    """
+    settings = {
+        "content": "prompt embeddings",
+        "format": FORMAT,
+        "encoders": encoders_digest,
+        "dtype": str(dtype),
+        "batch_size": batch_size,
+        "device": [device.type, torch.backends.cuda.matmul.allow_tf32],
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    return ShardedCache(directory / "prompts", settings, captions)
+
+
+@torch.no_grad()
+def encode_pictures(
+    digests: list[str],
+    column: datasets.Column,
+    positions: dict[str, int],
+    vae: torch.nn.Module,
+    resolution: int,
+    interpolation: str,
+    random_flip: bool,
+) -> dict[str, torch.Tensor]:
+    """Return rows of a latent cache: `mean` and `std` (B, 1 or 2, 4, h, w), fp32.
+
+    Args:
+        digests: of the pictures to encode.
+        column: the undecoded pictures.
+        positions: where in the column each digest is.
+        vae: on the device to encode on.
+        resolution: side of the crop, in px.
+        interpolation: one of `data.INTERPOLATIONS`.
+        random_flip: encode each picture mirrored too.
+
+    Raises:
+        UserError: the VAE gave non-finite latents.
+    """
+    records = [column[positions[digest]] for digest in digests]
+    images = [data.decode(data.read_bytes(record)) for record in records]
+    moments = []
+    for flip in (False, True) if random_flip else (False,):
+        pixels = []
+        for image in images:
+            size = data.resized_size(image.height, image.width, resolution)
+            top_left = data.center_crop_top_left(size, resolution)
+            pixels.append(data.crop_pixels(image, resolution, interpolation, flip, top_left))
+        moments.append(torch.stack(sdxl.encode_pictures(vae, torch.stack(pixels))))  # (2, B, 4, h, w)
+    mean, std = torch.stack(moments, dim=2)  # each (B, 1 or 2, 4, h, w)
+    for record, row in zip(records, mean + std, strict=True):
+        if not torch.isfinite(row).all():
+            raise UserError(
+                f"{record['path'] or 'A picture'} has non-finite latents: the VAE is damaged. Give another by "
+                f"{components.COMPONENT_FLAGS['vae']}."
+            )
+    return {"mean": mean, "std": std}
+
+
+@torch.no_grad()
+def encode_captions(captions: list[str], tokenizers: list, text_encoders: list) -> dict[str, torch.Tensor]:
+    """Return rows of a prompt cache."""
+    prompt_embeds, pooled_prompt_embeds = sdxl.encode_prompts(captions, tokenizers, text_encoders)
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+
+def load_picture_encoder(folder: Path, variant: str | None, device: torch.device, **options):
+    """Load the VAE, and return the function that encodes a batch of pictures with it; `options` are its others."""
+    return partial(encode_pictures, vae=components.load("vae", folder, variant=variant).to(device), **options)
+
+
+def load_caption_encoder(folders: dict[str, Path], variant: str | None, device: torch.device, dtype: torch.dtype):
+    """Load the tokenizers and text encoders, and return the function that encodes a batch of captions with them."""
+    tokenizers, text_encoders = components.load_text_encoders(folders, variant, device, dtype)
+    return partial(encode_captions, tokenizers=tokenizers, text_encoders=text_encoders)
+
+
+def fill(
+    share: tuple[int, int],
+    caches: list[ShardedCache],
+    batch_size: int,
+    load_encoder: Callable[[], Callable],
+    make_bar: Callable[[int], tqdm],
+) -> None:
+    """Build what is missing, each process on a machine its share; the encoder is loaded only where it is needed.
+
+    Machines do not share the work: their disks may be their own. The encoder leaves memory at the end.
+
+    Args:
+        share: this process's number on its machine, and how many there are on it.
+        caches: that one encoder fills.
+        batch_size: items that are encoded together.
+        load_encoder: returns the function that encodes a batch.
+        make_bar: returns a progress bar for a number of items.
+    """
+    number, processes = share
+    shares = [shards.missing()[number::processes] for shards in caches]
+    wait_for_everyone()  # all have seen what is missing before anyone builds
+    if any(shares):
+        encode = load_encoder()
+        total = sum(len(shards.items_in(share)) for shards, share in zip(caches, shares, strict=True))
+        with make_bar(total) as bar:
+            for shards, share in zip(caches, shares, strict=True):
+                shards.build(share, encode, batch_size, bar.update)
+        del encode
+        components.free_memory()
+    wait_for_everyone()

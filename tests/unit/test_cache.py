@@ -1,0 +1,281 @@
+import hashlib
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from tqdm.auto import tqdm
+
+from rasengan import UserError, cache, components, data
+
+
+CPU = torch.device("cpu")
+ITEMS = [f"item {number}" for number in range(150)]  # three shards of 64, 64 and 22
+
+
+def encode(items):
+    """A cheap encoder whose rows also tell which items were encoded together."""
+    rows = [list(hashlib.sha256(item.encode()).digest()) for item in items]
+    together = int.from_bytes(hashlib.sha256("".join(items).encode()).digest()[:4], "little")
+    return {"row": torch.tensor(rows).float(), "together": torch.full((len(items), 1), together)}
+
+
+def make(folder, items=ITEMS, **settings):
+    return cache.ShardedCache(folder, {"setting": 1} | settings, items)
+
+
+def built(folder, items=ITEMS, **settings):
+    shards = make(folder, items, **settings)
+    shards.build(shards.missing(), encode, batch_size=10)
+    return shards
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- shards ---
+
+
+def test_every_item_finds_its_own_row(tmp_path):
+    sizes = []
+    shards = make(tmp_path, ITEMS + ITEMS[:5])  # an item that comes twice is kept once
+    shards.build(shards.missing(), encode, 10, sizes.append)
+    assert sizes == [10] * 6 + [4] + [10] * 6 + [4] + [10, 10, 2]
+    for item in reversed(ITEMS):
+        assert torch.equal(shards[item]["row"], encode([item])["row"][0])
+    with pytest.raises(KeyError):
+        shards["another item"]
+
+
+def test_a_second_cache_with_the_same_settings_has_nothing_missing(tmp_path):
+    assert make(tmp_path).missing() == [0, 1, 2]
+    built(tmp_path)
+    again = make(tmp_path)
+    assert again.missing() == []
+    assert all(torch.equal(again[item]["row"], encode([item])["row"][0]) for item in ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("items", "missing"),
+    [
+        (["another", *ITEMS[1:]], [0]),
+        ([*ITEMS[:64], "another", *ITEMS[65:]], [1]),
+        ([*ITEMS, "another"], [2]),
+        (ITEMS[:149], [2]),
+        (ITEMS[:128], []),
+        ([*ITEMS[:10], ITEMS[11], ITEMS[10], *ITEMS[12:]], [0]),  # in the batch, order counts
+        (ITEMS[1:], [0, 1, 2]),
+    ],
+)
+def test_changed_items_are_missing_in_their_shards_alone(tmp_path, items, missing):
+    built(tmp_path)
+    before = contents(tmp_path)
+    changed = make(tmp_path, items)
+    assert changed.missing() == missing
+    changed.build(missing, encode, 10)
+    assert all(torch.equal(changed[item]["row"], encode([item])["row"][0]) for item in items)
+    assert before.items() <= contents(tmp_path).items()  # the others stay for who uses them
+    assert make(tmp_path).missing() == []
+
+
+def test_a_changed_setting_is_another_cache_in_the_same_folder(tmp_path):
+    built(tmp_path)
+    for changes in ({"setting": 2}, {"another": 1}):
+        assert make(tmp_path, **changes).missing() == [0, 1, 2]
+    built(tmp_path, setting=2)
+    assert make(tmp_path).missing() == make(tmp_path, setting=2).missing() == []
+    assert len(contents(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "changes"),
+    [
+        (
+            lambda *a, **o: cache.latent_cache(*a, device=CPU, **o),
+            {"vae_digest": "a", "resolution": 64, "interpolation": "box", "random_flip": False, "batch_size": 8},
+            {"vae_digest": "b", "resolution": 72, "interpolation": "lanczos", "random_flip": True, "batch_size": 4},
+        ),
+        (
+            lambda folder, pictures, **o: cache.prompt_cache(folder, [p.digest for p in pictures], device=CPU, **o),
+            {"encoders_digest": "a", "dtype": torch.float32, "batch_size": 8},
+            {"encoders_digest": "b", "dtype": torch.float16, "batch_size": 4},
+        ),
+    ],
+    ids=["latents", "prompts"],
+)
+def test_all_that_changes_a_result_is_in_its_key(tmp_path, function, options, changes):
+    pictures = [data.Picture("name", str(number), 9, 9, None) for number in range(70)]
+    shards = function(tmp_path, pictures, **options)
+    shards.build(shards.missing(), encode, 8)
+    assert function(tmp_path, pictures, **options).missing() == []
+    for name, value in changes.items():
+        assert function(tmp_path, pictures, **options | {name: value}).missing() == [0, 1], name
+    pictures[66] = pictures[66]._replace(digest="changed")
+    assert function(tmp_path, pictures, **options).missing() == [1]
+    moved = [picture._replace(name="elsewhere") for picture in pictures[:64]]
+    assert function(tmp_path, moved, **options).missing() == []  # the content counts, not the place
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-1], lambda b: b"\xff" * len(b)])
+def test_a_damaged_shard_is_missing_and_is_rebuilt(tmp_path, damage):
+    built(tmp_path)
+    before = contents(tmp_path)
+    path = make(tmp_path, ITEMS[64:128])._paths[0]
+    assert make(tmp_path)._paths[1] == path
+    path.write_bytes(damage(path.read_bytes()))
+    assert make(tmp_path).missing() == [1]
+    built(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_an_interrupted_build_goes_on_where_it_was(tmp_path):
+    shards, done = make(tmp_path / "a"), []
+
+    def stop_in_the_second_shard(items):
+        if len(done) == 9:
+            raise KeyboardInterrupt
+        done.append(items)
+        return encode(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.build(shards.missing(), stop_in_the_second_shard, 10)
+    assert make(tmp_path / "a").missing() == [1, 2]
+    built(tmp_path / "a")
+    built(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_shares_of_two_processes_build_what_one_builds(tmp_path):
+    built(tmp_path / "one")
+    shares = [make(tmp_path / "two"), make(tmp_path / "two")]
+    missing = [shards.missing() for shards in shares]
+    for rank in (1, 0):
+        shares[rank].build(missing[rank][rank::2], encode, 10)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")  # what was encoded together included
+    assert torch.equal(shares[0][ITEMS[70]]["row"], shares[1][ITEMS[70]]["row"])
+
+
+def test_a_cache_travels_to_another_process(tmp_path):
+    shards = built(tmp_path)
+    assert shards[ITEMS[3]]["row"].shape == (32,)  # a file is open now
+    copy = pickle.loads(pickle.dumps(shards))
+    assert all(torch.equal(copy[item]["row"], shards[item]["row"]) for item in ITEMS)
+    loader = torch.utils.data.DataLoader(shards, sampler=ITEMS, num_workers=2, batch_size=50)
+    assert torch.equal(torch.cat([batch["row"] for batch in loader]), encode(ITEMS)["row"])
+
+
+# --- what is encoded ---
+
+
+@pytest.fixture(scope="module")
+def column(picture_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    return data.load_pictures(None, None, str(picture_set), "image", "text", str(folder))["image"]
+
+
+@pytest.fixture(scope="module")
+def pictures(column, tmp_path_factory):
+    return data.inspect_pictures(column, tmp_path_factory.mktemp("memory"))
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+@torch.no_grad()
+def test_cached_latents_are_the_vaes_for_the_same_batch(tiny_base, column, pictures, tmp_path, random_flip):
+    options = {"resolution": 48, "interpolation": "lanczos", "random_flip": random_flip}
+    shards = cache.latent_cache(tmp_path, pictures[:20], "digest", batch_size=8, device=CPU, **options)
+    positions = {picture.digest: position for position, picture in enumerate(pictures)}
+    options |= {"column": column, "positions": positions}
+    shards.build(shards.missing(), cache.load_picture_encoder(tiny_base / "vae", None, CPU, **options), 8)
+
+    vae = components.load("vae", tiny_base / "vae")
+    for start in (0, 8, 16):
+        for flip in range(1 + random_flip):
+            pixels = []
+            for record in column[start : min(start + 8, 20)]:
+                image = data.decode(data.read_bytes(record))
+                top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, 48), 48)
+                pixels.append(data.crop_pixels(image, 48, "lanczos", bool(flip), top_left))
+            mean, log_variance = vae.quant_conv(vae.encoder(torch.stack(pixels))).chunk(2, dim=1)
+            rows = [shards[picture.digest] for picture in pictures[start : start + len(pixels)]]
+            assert torch.equal(torch.stack([row["mean"][flip] for row in rows]), mean)
+            assert torch.equal(torch.stack([row["std"][flip] for row in rows]), (log_variance / 2).exp())
+    assert rows[0]["mean"].shape == rows[0]["std"].shape == (1 + random_flip, 4, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_cached_prompts_are_the_encoders_states(tiny_base, tmp_path, dtype):
+    captions = ["a red star", "", "a blue heart " * 40, "らせんがん", "a green square"]
+    folders = {name: tiny_base / name for name in (*components.TOKENIZERS, *components.TEXT_ENCODERS)}
+    shards = cache.prompt_cache(tmp_path, captions, "digest", dtype, 2, CPU)
+    shards.build(shards.missing(), cache.load_caption_encoder(folders, None, CPU, dtype), 2)
+    tokenizers, text_encoders = components.load_text_encoders(folders, None, CPU, dtype)
+    for start in (0, 2, 4):
+        states = []
+        for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
+            tokens = tokenizer(captions[start : start + 2], padding="max_length", truncation=True, return_tensors="pt")
+            output = text_encoder(tokens.input_ids, output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        rows = [shards[caption] for caption in captions[start : start + 2]]
+        assert torch.equal(torch.stack([row["prompt_embeds"] for row in rows]), torch.cat(states, dim=-1))
+        assert torch.equal(torch.stack([row["pooled_prompt_embeds"] for row in rows]), output.text_embeds)
+    assert rows[0]["prompt_embeds"].dtype == rows[0]["pooled_prompt_embeds"].dtype == dtype
+
+
+def test_latents_that_are_not_finite_name_their_picture(tiny_base, column, pictures):
+    options = {"resolution": 48, "interpolation": "box", "random_flip": False, "column": column}
+    options["positions"] = {picture.digest: position for position, picture in enumerate(pictures)}
+    vae = components.load("vae", tiny_base / "vae")
+    vae.encoder.register_forward_hook(lambda m, i, output: output.index_fill(0, torch.tensor([2]), torch.inf))
+    with pytest.raises(UserError, match="non-finite") as error:
+        cache.encode_pictures([picture.digest for picture in pictures[10:14]], vae=vae, **options)
+    assert pictures[12].name in str(error.value)
+
+
+def test_the_encoder_is_loaded_only_where_something_is_missing(tmp_path):
+    totals = []
+
+    def bar(total):
+        totals.append(total)
+        return tqdm(total=total, disable=True)
+
+    caches = [built(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "b", ["one", "two"])]
+    caches[0]._paths[2].unlink()
+    cache.fill((0, 1), caches, 10, lambda: encode, bar)
+    assert totals == [22 + 150 + 2]
+    assert [shards.missing() for shards in caches] == [[], [], []]
+    cache.fill((0, 1), caches, 10, lambda: pytest.fail("nothing is missing"), bar)
+    # Of two processes on a machine, each takes every other shard.
+    shutil.rmtree(tmp_path / "a")
+    cache.fill((0, 2), caches, 10, lambda: encode, bar)
+    assert caches[0].missing() == [1]
+    shutil.rmtree(tmp_path / "a")
+    cache.fill((1, 2), caches, 10, lambda: encode, bar)
+    assert caches[0].missing() == [0, 2]
+
+
+# --- the digest of weights ---
+
+
+def test_the_digest_of_weights_follows_their_content_and_is_remembered(tmp_path):
+    files, memory = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "memory" / "weights.json"
+    for file in files:
+        file.write_bytes(b"weights of " + file.name.encode())
+    digest = cache.weights_digest(files, memory)
+    assert cache.weights_digest(files, memory) == digest
+    assert cache.weights_digest(files[:1], memory) != digest
+    assert cache.weights_digest(files, tmp_path / "no memory" / "weights.json") == digest
+    copies = [shutil.copy(file, file.with_suffix(".copy")) for file in files]
+    assert cache.weights_digest(copies, memory) == digest
+
+    # Unchanged in size and time, a file is not read again: a copy of gigabytes on a Drive would take a minute.
+    before = files[0].stat()
+    files[0].write_bytes(b"WEIGHTS of a.safetensors")
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cache.weights_digest(files, memory) == digest
+    os.utime(files[0])
+    assert cache.weights_digest(files, memory) != digest
+    files[0].write_bytes(b"weights of a.safetensors")
+    assert cache.weights_digest(files, memory) == digest
