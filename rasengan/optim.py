@@ -1,0 +1,80 @@
+"""Optimizers over one flat parameter, and learning rates as functions of the step."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers.optimization import get_scheduler
+
+
+def make_optimizer(
+    flat: torch.nn.Parameter,
+    use_8bit_adam: bool,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> torch.optim.Optimizer:
+    """Return AdamW over the flat parameter, with 8-bit state (a quarter of the bytes) or fp32 state.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": eps}
+    if not use_8bit_adam:
+        return torch.optim.AdamW([flat], **options)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            "--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or give --no-use_8bit_adam."
+        ) from error
+    return bitsandbytes.optim.AdamW8bit([flat], **options)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all the tensors in the optimizer's state, the shared quantization tables left out."""
+    tables = {"qmap1", "qmap2"}
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if torch.is_tensor(value) and name not in tables
+    )
+
+
+def learning_rate_schedule(
+    name: str,
+    learning_rate: float,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    num_cycles: int = 1,
+    power: float = 1.0,
+    step_rules: str | None = None,
+) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a pure function of the number of optimizer steps done.
+
+    A function of the step alone needs no state in a checkpoint, and does not run ahead with several processes.
+
+    Args:
+        name: a schedule of `diffusers.optimization`.
+        learning_rate: the peak, which the factor multiplies; "polynomial" ends at 1e-7 whatever it is.
+        num_warmup_steps: optimizer steps of linear warm-up, for the schedules that have one.
+        num_training_steps: optimizer steps until a decaying schedule ends.
+        num_cycles: hard restarts of "cosine_with_restarts".
+        power: of "polynomial".
+        step_rules: of "piecewise_constant", as "1:10,0.1" (a factor of 1 until step 10, then of 0.1).
+
+    Raises:
+        UserError: the name or the rules are not a schedule.
+    """
+    # The optimizer here only lends its learning rate, from which the polynomial schedule decays.
+    scheduler = get_scheduler(
+        name,
+        torch.optim.SGD([torch.zeros(1)], lr=learning_rate),
+        step_rules=step_rules,
+        num_warmup_steps=num_warmup_steps,
+        num_training_steps=num_training_steps,
+        num_cycles=num_cycles,
+        power=power,
+    )
+    return scheduler.lr_lambdas[0]

@@ -1,0 +1,153 @@
+"""One training step against a plain reference, which uses nothing of the project and no PEFT."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+
+from rasengan import processes, step
+
+
+RANK, LORA_ALPHA, SNR_GAMMA = 4, 6.0, 5.0
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ALPHAS_CUMPROD = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+
+
+def make_batch(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    # Signal-to-noise ratios over and under gamma.
+    return {
+        "latents": randn(3, 4, 8, 12),
+        "noise": randn(3, 4, 8, 12),
+        "timesteps": torch.tensor([12, 333, 905]),
+        "prompt_embeds": randn(3, 7, 96),
+        "pooled_prompt_embeds": randn(3, 64),
+        "time_ids": torch.tensor([[64, 96, 0, 0, 64, 96], [200, 300, 4, 0, 64, 96], [4001, 2049, 0, 7, 64, 96]]),
+    }
+
+
+@pytest.fixture(scope="module")
+def matrices(tiny_base):
+    """A and B of every attention projection, in float64; neither is zero."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
+    generator = torch.Generator().manual_seed(1)
+    pairs = {}
+    for name, module in unet.named_modules():
+        if name.endswith(tuple(f".{target}" for target in TARGETS)):
+            a = torch.randn(RANK, module.in_features, generator=generator, dtype=torch.float64) / RANK
+            b = torch.randn(module.out_features, RANK, generator=generator, dtype=torch.float64) / 8
+            pairs[name] = (a.float().double(), b.float().double())  # so that fp32 holds the same numbers
+    assert len(pairs) == 136
+    return pairs
+
+
+def reference_step(tiny_base, matrices, batch, prediction_type, snr_gamma):
+    """Return the losses of the samples, and the gradient of their mean by each A and B, all in float64."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").double().requires_grad_(False)
+    leaves = {name: tuple(matrix.clone().requires_grad_() for matrix in pair) for name, pair in matrices.items()}
+    weights = {
+        f"{name}.weight": unet.get_submodule(name).weight + LORA_ALPHA / RANK * b @ a
+        for name, (a, b) in leaves.items()
+    }
+    alpha = ALPHAS_CUMPROD.double()[batch["timesteps"]]
+    signal, sigma = (root[:, None, None, None] for root in (alpha**0.5, (1 - alpha) ** 0.5))
+    noisy_latents = signal * batch["latents"] + sigma * batch["noise"]
+    added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
+    arguments = (noisy_latents, batch["timesteps"], batch["prompt_embeds"])
+    model_pred = torch.func.functional_call(unet, weights, arguments, {"added_cond_kwargs": added}).sample
+    velocity = signal * batch["noise"] - sigma * batch["latents"]
+    target = batch["noise"] if prediction_type == "epsilon" else velocity
+    losses = ((model_pred - target) ** 2).flatten(1).mean(1)
+    if snr_gamma is not None:
+        snr = alpha / (1 - alpha)
+        assert snr.min() < snr_gamma < snr.max()
+        losses = (
+            losses
+            * torch.minimum(snr, torch.full_like(snr, snr_gamma))
+            / (snr if prediction_type == "epsilon" else snr + 1)
+        )
+    flat = [leaf for pair in leaves.values() for leaf in pair]
+    names = [f"{name}.lora_{part}" for name in leaves for part in "AB"]
+    return losses.detach(), dict(zip(names, torch.autograd.grad(losses.mean(), flat), strict=True))
+
+
+def adapted_unet(tiny_base, matrices, dtype, dropout=0.0):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, target_modules=TARGETS, lora_dropout=dropout))
+    unet.to(dtype).train()
+    for name, pair in matrices.items():
+        for part, matrix in zip("AB", pair, strict=True):
+            unet.get_submodule(f"{name}.lora_{part}.default").weight.data.copy_(matrix)
+    return unet
+
+
+def difference(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("snr_gamma", [None, SNR_GAMMA])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_and_every_gradient_equal_the_plain_reference(tiny_base, matrices, prediction_type, snr_gamma):
+    expected_losses, expected = reference_step(tiny_base, matrices, make_batch(), prediction_type, snr_gamma)
+    assert len(expected) == 272
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        unet = adapted_unet(tiny_base, matrices, dtype)
+        losses = step.compute_losses(unet, make_batch(dtype), ALPHAS_CUMPROD, prediction_type, snr_gamma, dtype)
+        losses.mean().backward()
+        assert losses.shape == (3,)
+        assert losses.dtype == dtype
+        assert difference(losses.detach(), expected_losses) < tolerance
+        found = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+        assert len(found) == len(expected)
+        for name, gradient in expected.items():
+            assert gradient.norm() > 0, name
+            assert difference(found[f"{name}.default.weight"], gradient) < tolerance, (name, dtype)
+
+
+def test_the_gradient_of_a_batch_is_the_mean_of_its_samples(tiny_base, matrices):
+    unet = adapted_unet(tiny_base, matrices, torch.float64)
+    batch = make_batch()
+    arguments = (ALPHAS_CUMPROD, "epsilon", SNR_GAMMA, torch.float64)
+    together = step.compute_losses(unet, batch, *arguments)
+    alone = [step.compute_losses(unet, {k: v[i : i + 1] for k, v in batch.items()}, *arguments) for i in range(3)]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-9, atol=0)
+
+
+def test_sizes_over_2048_px_reach_their_embedding_exactly_in_half_precision(tiny_base, matrices):
+    unet = adapted_unet(tiny_base, matrices, torch.bfloat16)
+    seen = []
+    unet.add_time_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    batch = make_batch(torch.float32)
+    losses = step.compute_losses(unet, batch, ALPHAS_CUMPROD, "epsilon", None, torch.bfloat16)
+    assert torch.equal(seen[0].long(), batch["time_ids"].flatten())
+    # What the model predicted is compared in the precision of the noise.
+    assert losses.dtype == torch.float32
+    exact = adapted_unet(tiny_base, matrices, torch.float32)
+    expected = step.compute_losses(exact, batch, ALPHAS_CUMPROD, "epsilon", None, torch.float32)
+    assert 0 < difference(losses.detach(), expected.detach()) < 0.02
+
+
+def test_dropout_follows_from_seed_step_and_process_alone(tiny_base, matrices):
+    unet = adapted_unet(tiny_base, matrices, torch.float32, dropout=0.5)
+    batch = make_batch(torch.float32)
+
+    def loss_at(seed, global_step, rank):
+        step.seed_step(seed, global_step, rank)
+        return step.compute_losses(unet, batch, ALPHAS_CUMPROD, "epsilon", None, torch.float32).mean().item()
+
+    first = loss_at(7, 3, 0)
+    torch.randn(5)  # something else draws from the global generator
+    others = [loss_at(8, 3, 0), loss_at(7, 4, 0), loss_at(7, 3, 1), loss_at(73, 0, 0)]
+    assert loss_at(7, 3, 0) == first
+    assert len({first, *others}) == 5
+
+
+def test_one_process_leaves_its_gradient_as_it_is():
+    gradient = torch.randn(5)
+    before = gradient.clone()
+    processes.average(gradient)
+    assert torch.equal(gradient, before)
