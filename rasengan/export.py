@@ -1,0 +1,369 @@
+"""Adapter files: write them, read them, prove that they fit, and merge them hard into a model.
+
+Weights are named as PEFT names them, without the adapter's name: `MODULE.lora_A.weight` (rank, in) and
+`MODULE.lora_B.weight` (out, rank), fp32.
+"""
+
+import copy
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from diffusers.utils.state_dict_utils import StateDictType
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from rasengan import UserError
+from rasengan.files import sync
+
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
+
+
+class Adapter(NamedTuple):
+    """What an adapter file holds, for each component that it adapts."""
+
+    weights: dict[str, dict[str, torch.Tensor]]
+    configs: dict[str, LoraConfig]
+
+
+class MergeReport(NamedTuple):
+    """What a merge changed: how many modules, and the norm of all changes over the norm of what they changed."""
+
+    modules: int
+    relative_change: float
+
+
+# --- writing ---
+
+
+def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the adapter's weights by name; they share the memory of the live ones."""
+    return get_peft_model_state_dict(model)
+
+
+def fit_names(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights under the model's names: only some versions of transformers begin them with text_model."""
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
+    return {f"text_model.{key}": tensor for key, tensor in bare.items()} if hasattr(model, "text_model") else bare
+
+
+def save_diffusers(directory: Path, models: dict[str, torch.nn.Module]) -> None:
+    """Write `pytorch_lora_weights.safetensors` as diffusers lays it out, with each LoRA's alpha in its metadata.
+
+    Without the metadata a reload would run at alpha = rank. Equal weights give a byte-identical file.
+
+    Args:
+        directory: made if missing.
+        models: the adapted components by name, "unet" and perhaps the text encoders.
+    """
+    options = {}
+    for name, model in models.items():
+        # Other programs know the text encoders' modules under text_model., as older transformers named them.
+        prefix = "" if name == "unet" or hasattr(model, "text_model") else "text_model."
+        weights = {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in adapter_weights(model).items()}
+        options[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(weights)
+        options[f"{name}_lora_adapter_metadata"] = _config_of(model).to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(directory, **options)
+    file = directory / DIFFUSERS_FILE
+    file.write_bytes(_with_sorted_metadata(file.read_bytes()))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    # safetensors writes its metadata in another order each time, which would make equal runs write different files.
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def save_peft(directory: Path, models: dict[str, torch.nn.Module]) -> None:
+    """Write the UNet's LoRA as a PEFT folder, and each text encoder's as one inside it, named after the encoder."""
+    for name, model in models.items():
+        folder = directory if name == "unet" else directory / name
+        weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_weights(model).items()}
+        _write_peft(folder, weights, _config_of(model))
+
+
+def _config_of(model: torch.nn.Module) -> LoraConfig:
+    config = copy.deepcopy(model.peft_config["default"])
+    # A set, whose order follows the hash seed, would make equal runs write different files.
+    config.target_modules = sorted(config.target_modules)
+    config.inference_mode = True
+    config.base_model_name_or_path = None
+    return config
+
+
+def _write_peft(folder: Path, weights: dict[str, torch.Tensor], config: LoraConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # PeftModel.from_pretrained only warns about keys without this prefix, and leaves lora_B at zero.
+    save_file({PEFT_PREFIX + k: v for k, v in weights.items()}, folder / PEFT_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def publish(directory: Path, models: dict[str, torch.nn.Module]) -> None:
+    """Write both kinds of adapter into a folder, `pytorch_lora_weights.safetensors` and `peft/`, and verify them.
+
+    Each file appears under its name whole, and in place of an older one.
+
+    Raises:
+        UserError: the adapter is not finite.
+        RuntimeError: reading back gave other weights.
+    """
+    for name, model in models.items():
+        if not all(torch.isfinite(weight).all() for weight in adapter_weights(model).values()):
+            raise UserError(
+                f"The trained {name} adapter has non-finite weights: the run diverged. Lower --learning_rate, and go "
+                "on from an earlier checkpoint."
+            )
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as unfinished:
+        save_diffusers(Path(unfinished), models)
+        save_peft(Path(unfinished) / "peft", models)
+        for file in sorted(path for path in Path(unfinished).rglob("*") if path.is_file()):
+            final = directory / file.relative_to(unfinished)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            sync(file)
+            file.replace(final)
+    verify_saved(directory / DIFFUSERS_FILE, models)
+    verify_saved(directory / "peft", models)
+
+
+def verify_saved(path: Path, models: dict[str, torch.nn.Module]) -> None:
+    """Read an adapter back, and compare it with the live weights bit for bit, alpha and rank included.
+
+    Raises:
+        RuntimeError: what is on disk is not what was trained.
+    """
+    adapter = read_adapter(path)
+    for name, model in models.items():
+        live, saved = adapter_weights(model), fit_names(adapter.weights.get(name, {}), model)
+        same = live.keys() == saved.keys() and all(torch.equal(live[k].cpu(), saved[k]) for k in live)
+        config, expected = adapter.configs.get(name), model.peft_config["default"]
+        if not same or (config.r, config.lora_alpha) != (expected.r, expected.lora_alpha):
+            raise RuntimeError(
+                f"{path} does not hold the trained {name} adapter: reading it back gave other weights. The disk may "
+                "be full or damaged; the last checkpoint holds the weights."
+            )
+
+
+# --- reading ---
+
+
+def read_adapter(path: Path, lora_alpha: float | None = None) -> Adapter:
+    """Read an adapter from a safetensors file, a PEFT folder, or a folder with `pytorch_lora_weights.safetensors`.
+
+    Args:
+        path: a folder with an `adapter_config.json` is read as PEFT's; every `checkpoint-N` is one of the last kind.
+        lora_alpha: what alpha was in training, for a file that does not say; ignored when it does.
+
+    Raises:
+        UserError: there is no adapter, it is damaged, of another layout, or without alpha.
+    """
+    if (path / "adapter_config.json").is_file():
+        folders = {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
+        weights, configs = {}, {}
+        for name, folder in folders.items():
+            weights[name], _ = _read_file(folder / PEFT_FILE)
+            weights[name] = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights[name].items()}
+            configs[name] = _read_peft_config(folder)
+        return Adapter(weights, configs)
+
+    file = path / DIFFUSERS_FILE if path.is_dir() else path
+    tensors, metadata = _read_file(file)
+    weights = {name: {} for name in ADAPTABLE}
+    strangers = []
+    for key, tensor in tensors.items():
+        component, _, rest = key.partition(".")
+        if component in weights:
+            weights[component][rest] = tensor
+        else:
+            strangers.append(key)
+    if strangers:
+        raise UserError(
+            f"{file} holds {len(strangers)} keys that are not of diffusers' layout, such as {strangers[0]!r}. "
+            "Give a file whose keys begin with unet., text_encoder. or text_encoder_2., or a PEFT folder."
+        )
+    weights = {name: _peft_names(name, part) for name, part in weights.items() if part}
+    try:
+        metadata = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        if not isinstance(metadata, dict):
+            raise TypeError(f"they are a {type(metadata).__name__}")
+        configs = {name: _config_from(file, name, part, metadata, lora_alpha) for name, part in weights.items()}
+    except (TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"The adapter metadata of {file} is not readable: {error}. Export the adapter again."
+        ) from error
+    return Adapter(weights, configs)
+
+
+def _peft_names(component: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if component == "unet":
+        return convert_unet_state_dict_to_peft(weights)
+    return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
+
+
+def _read_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if not file.is_file():
+        raise UserError(
+            f"There is no adapter at {file}. Give --lora_weights a .safetensors file, a PEFT folder, or a folder with "
+            f"{DIFFUSERS_FILE}."
+        )
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+        return load_file(file), metadata
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
+
+
+def _check_numbers(options: dict) -> None:
+    for name in ("r", "lora_alpha"):
+        if not isinstance(options.get(name), int | float) or not options[name] > 0:
+            raise TypeError(f"{name} is {options.get(name)!r}, not a positive number")
+
+
+def _read_peft_config(folder: Path) -> LoraConfig:
+    try:
+        # PEFT would put its own defaults in place of an alpha or a rank that is not there.
+        _check_numbers(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        config = LoraConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'} cannot be read: {error}. Copy the folder again.") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder} holds a {config.peft_type} adapter, not a LoRA. Give a LoRA.")
+    return config
+
+
+def _config_from(
+    file: Path, component: str, weights: dict[str, torch.Tensor], metadata: dict, lora_alpha: float | None
+) -> LoraConfig:
+    prefix = f"{component}."
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    options = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    options = {key: value for key, value in options.items() if key in known}
+    if "lora_alpha" in options:
+        _check_numbers(options)
+        return LoraConfig(**options)
+    rank = next((tensor.shape[0] for key, tensor in weights.items() if ".lora_A." in key), 0)
+    if lora_alpha is None:
+        raise UserError(
+            f"{file} does not say its alpha. Either it was trained at alpha = rank = {rank} (strength 1), as files "
+            f"without it often are, or at an alpha that is unknown here. Give --lora_alpha {rank} for the first "
+            "reading, or the alpha of its training."
+        )
+    modules = sorted({key.rpartition(".lora_")[0] for key in weights})
+    return LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=modules)
+
+
+# --- proving and merging ---
+
+
+def check_adapter(
+    weights: dict[str, torch.Tensor], config: LoraConfig, model: torch.nn.Module, component: str
+) -> list[str]:
+    """Return the names of the modules that the adapter changes, once every key is shown to fit the model.
+
+    Args:
+        weights: of one component, by name.
+        config: the LoRA's.
+        model: the component, or its skeleton on the meta device.
+        component: its name, for messages.
+
+    Raises:
+        UserError: a key is unknown, half of a pair is missing, a shape does not fit, or a targeted module has none.
+    """
+    weights, model_modules = fit_names(weights, model), dict(model.named_modules())
+    pairs, problems = {}, []
+    for key, tensor in weights.items():
+        module, _, part = key.rpartition(".lora_")
+        if part not in {"A.weight", "B.weight"}:
+            problems.append(f"{key} is no lora_A or lora_B weight")
+        elif not isinstance(model_modules.get(module), torch.nn.Linear):
+            problems.append(f"{key} has no linear layer in the model")
+        else:
+            pairs.setdefault(module, {})[part[0]] = tensor.shape
+    for module, shapes in pairs.items():
+        layer = model_modules[module]
+        if shapes.keys() != {"A", "B"}:
+            problems.append(f"{module} has no lora_{'A' if 'B' in shapes else 'B'}")
+        elif not (shapes["A"] == (config.r, layer.in_features) and shapes["B"] == (layer.out_features, config.r)):
+            problems.append(
+                f"{module} is {layer.out_features} x {layer.in_features} at rank {config.r}, but its lora_B and "
+                f"lora_A are {' x '.join(map(str, shapes['B']))} and {' x '.join(map(str, shapes['A']))}"
+            )
+    for module, layer in model_modules.items():
+        targeted = isinstance(layer, torch.nn.Linear) and check_target_module_exists(config, module) is True
+        if targeted and module not in pairs:
+            problems.append(f"{module} is targeted, but has no weights")
+    if problems or not pairs:
+        shown = "; ".join(problems[:5]) or "it holds no weights"
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"The adapter does not fit the {component}: {shown}{more}. Give the base model that it was trained on, "
+            "or export it again."
+        )
+    return list(pairs)
+
+
+def merge(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], config: LoraConfig, component: str, scale: float = 1.0
+) -> tuple[torch.nn.Module, MergeReport]:
+    """Merge an adapter into the model's own weights through PEFT, and prove that it changed them.
+
+    W + scale * alpha / rank * B A is computed in fp32 and rounded once to the model's dtype. While it runs, the
+    weights that it changes are held twice.
+
+    Args:
+        model: the component, on any device.
+        weights: of this component, by name, fp32.
+        config: the LoRA's.
+        component: its name, for messages.
+        scale: on the whole change; 0 leaves the model as it is.
+
+    Raises:
+        UserError: the adapter does not fit, or changes nothing, or makes a weight non-finite.
+    """
+    modules, weights = check_adapter(weights, config, model, component), fit_names(weights, model)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in modules}
+    config = copy.deepcopy(config)
+    config.target_modules = modules
+    config.lora_alpha *= scale
+    config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        _write_peft(Path(folder), {key: tensor.float().contiguous() for key, tensor in weights.items()}, config)
+        # safe_merge would round the change to the model's dtype before adding it; finiteness is checked below.
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=False)
+
+    squared_change, squared_norm = 0.0, 0.0
+    for name, old in before.items():
+        new = model.get_submodule(name).weight
+        if not torch.isfinite(new).all():
+            raise UserError(
+                f"Merging makes {component}.{name} non-finite: the adapter is damaged, or overflows in {new.dtype}. "
+                "Give another checkpoint, or a smaller --lora_scale."
+            )
+        squared_change += (new.float() - old.float()).square().sum(dtype=torch.float64).item()
+        squared_norm += old.float().square().sum(dtype=torch.float64).item()
+    if squared_change == 0 and scale != 0:
+        raise UserError(
+            f"The adapter changes nothing in the {component}: every weight is the same after the merge. It was saved "
+            "before it was trained, or its lora_B is zero."
+        )
+    return model.requires_grad_(False), MergeReport(len(modules), (squared_change / squared_norm) ** 0.5)

@@ -1,0 +1,341 @@
+import copy
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rasengan import UserError, components, export, lora
+
+
+RANK, LORA_ALPHA = 4, 12.0
+MODULES = {"unet": 136, "text_encoder": 8, "text_encoder_2": 12}
+
+
+def load(tiny_base, name, dtype=torch.float32):
+    return components.load(name, tiny_base / name, dtype)
+
+
+def train_a_little(models):
+    generator = torch.Generator().manual_seed(0)
+    for name, model in models.items():
+        targets = lora.UNET_TARGETS if name == "unet" else lora.TEXT_ENCODER_TARGETS
+        lora.add_lora(model, lora.lora_config(RANK, LORA_ALPHA, targets))
+        for parameter in lora.trainable_parameters(model).values():
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return models
+
+
+@pytest.fixture(scope="module")
+def models(tiny_base):
+    """All three adapted components, as a training would leave them; B is not zero, and alpha is not the rank."""
+    return train_a_little({name: load(tiny_base, name) for name in MODULES})
+
+
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory):
+    """Output folder with pytorch_lora_weights.safetensors and peft/."""
+    folder = tmp_path_factory.mktemp("saved")
+    export.publish(folder, models)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted_pipeline(tiny_base, saved):
+    """diffusers' own pipeline with what it loaded of the file."""
+    pipeline = StableDiffusionXLPipeline(**{name: load(tiny_base, name) for name in components.COMPONENTS})
+    pipeline.load_lora_weights(saved)
+    return pipeline
+
+
+@pytest.fixture
+def file(saved, tmp_path):
+    """A copy of the file in diffusers' layout, to damage."""
+    return shutil.copy(saved / export.DIFFUSERS_FILE, tmp_path / "adapter.safetensors")
+
+
+@torch.no_grad()
+def answer(name, model):
+    """What a component says to a fixed input, on the way that its LoRA is on."""
+    generator = torch.Generator().manual_seed(1)
+    model.eval()
+    if name != "unet":
+        ids = torch.randint(0, 500, (2, 9), generator=generator)
+        return model(ids, output_hidden_states=True).hidden_states[-1]
+    sample, states, pooled = (torch.randn(s, generator=generator) for s in ((2, 4, 8, 8), (2, 5, 96), (2, 64)))
+    added = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
+    return model(sample, torch.tensor([3, 700]), states, added_cond_kwargs=added).sample
+
+
+def difference(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def merged(tiny_base, name, adapter, dtype=torch.float32, scale=1.0):
+    return export.merge(load(tiny_base, name, dtype), adapter.weights[name], adapter.configs[name], name, scale)
+
+
+def rewrite(file, change, metadata=None):
+    """Write the file anew with other tensors, and the metadata given or the one it had."""
+    with safe_open(file, framework="pt") as content:
+        metadata = metadata or content.metadata()
+    save_file(change(load_file(file)), file, metadata=metadata)
+
+
+# --- every way of loading gives the trained model ---
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_diffusers_peft_and_the_merge_answer_as_the_live_model_does(tiny_base, models, saved, adapted_pipeline, name):
+    base = answer(name, load(tiny_base, name))
+    live = answer(name, models[name])
+    assert difference(live, base) > 0.05
+
+    assert difference(answer(name, getattr(adapted_pipeline, name)), live) < 1e-5
+
+    folder = saved / "peft" if name == "unet" else saved / "peft" / name
+    assert difference(answer(name, PeftModel.from_pretrained(load(tiny_base, name), folder)), live) < 1e-5
+
+    for path in (saved, saved / "peft"):
+        model, report = merged(tiny_base, name, export.read_adapter(path))
+        assert type(model) is type(load(tiny_base, name))
+        assert not any("lora" in key for key in model.state_dict())
+        assert difference(answer(name, model), live) < 1e-5
+        assert report.modules == MODULES[name]
+        assert report.relative_change > 0.01
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_merge_into_fp16_rounds_once(tiny_base, saved, name):
+    adapter = export.read_adapter(saved)
+    base = {key: tensor.double() for key, tensor in load(tiny_base, name, torch.float16).state_dict().items()}
+    expected, squared_change, squared_norm = dict(base), 0, 0
+    weights = adapter.weights[name]
+    for key in weights:
+        file_module, _, part = key.partition(".lora_")
+        if part == "A.weight":
+            a, b = weights[key].double(), weights[f"{file_module}.lora_B.weight"].double()
+            change = 0.7 * LORA_ALPHA / RANK * b @ a
+            module = file_module if f"{file_module}.weight" in base else file_module.removeprefix("text_model.")
+            expected[f"{module}.weight"] = base[f"{module}.weight"] + change
+            squared_change += change.square().sum()
+            squared_norm += base[f"{module}.weight"].square().sum()
+    model, report = merged(tiny_base, name, adapter, torch.float16, scale=0.7)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    changed = {key for key in base if not torch.equal(base[key], expected[key])}
+    assert len(changed) == MODULES[name]
+    differing = sum((found[key] != expected[key].half()).sum().item() for key in changed)
+    assert differing <= 1e-3 * sum(found[key].numel() for key in changed)
+    assert all(torch.equal(found[key], base[key].half()) for key in base.keys() - changed)
+    assert report.relative_change == pytest.approx((squared_change / squared_norm).sqrt().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scale_0_leaves_the_base_bit_for_bit(tiny_base, saved, dtype):
+    model, report = merged(tiny_base, "unet", export.read_adapter(saved), dtype, scale=0.0)
+    base = load(tiny_base, "unet", dtype).state_dict()
+    assert report == (MODULES["unet"], 0)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), base[key].view(torch.uint8)), key
+
+
+# --- files ---
+
+
+def digests_of_three_exports(base, folder):
+    models = train_a_little({name: load(base, name) for name in MODULES})
+    found = set()
+    for _ in range(3):
+        export.publish(folder, models)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        found |= {f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+    return found
+
+
+def run_python(code, hash_seed):
+    environment = os.environ | {"PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": os.path.dirname(__file__)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+def test_equal_weights_give_equal_files_in_a_process_with_another_hash_seed(tiny_base, tmp_path):
+    ours = str(list(set(lora.UNET_TARGETS)))
+    order = f"print(list(set({lora.UNET_TARGETS})), end='')"
+    hash_seed = next(seed for seed in range(20) if run_python(order, seed) != ours)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    code = "import pathlib, test_export\n"
+    code += f"base, folder = pathlib.Path({str(tiny_base)!r}), pathlib.Path({str(there)!r})\n"
+    code += "print(*test_export.digests_of_three_exports(base, folder), sep='\\n')"
+    found = digests_of_three_exports(tiny_base, here) | set(run_python(code, hash_seed).splitlines())
+    files = 1 + 2 * len(MODULES)  # diffusers' file, and PEFT's weights and configuration of each
+    assert len({line.split()[0] for line in found}) == files
+    assert len(found) == files
+
+
+@pytest.mark.parametrize(
+    "name", [export.DIFFUSERS_FILE, f"peft/{export.PEFT_FILE}", f"peft/text_encoder/{export.PEFT_FILE}"]
+)
+@pytest.mark.parametrize("bit", [0, 7])
+def test_one_changed_bit_on_disk_is_noticed(models, saved, tmp_path, name, bit):
+    shutil.copytree(saved, tmp_path / "copy")
+    damaged = tmp_path / "copy" / name
+    path = damaged if damaged.name == export.DIFFUSERS_FILE else tmp_path / "copy" / "peft"
+    export.verify_saved(path, models)
+    content = bytearray(damaged.read_bytes())
+    content[-len(content) // 4] ^= 1 << bit
+    damaged.write_bytes(content)
+    with pytest.raises(RuntimeError, match="does not hold the trained"):
+        export.verify_saved(path, models)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 4.0}, {"r": 8}])
+def test_another_alpha_or_rank_on_disk_is_noticed(models, saved, change):
+    other = copy.copy(models["unet"])
+    other.peft_config = {"default": copy.copy(models["unet"].peft_config["default"])}
+    for field, value in change.items():
+        setattr(other.peft_config["default"], field, value)
+    for path in (saved, saved / "peft"):
+        with pytest.raises(RuntimeError, match="does not hold the trained unet adapter"):
+            export.verify_saved(path, {"unet": other})
+
+
+def test_a_diverged_adapter_is_not_blamed_on_the_disk(tiny_base, tmp_path):
+    models = train_a_little({"text_encoder": load(tiny_base, "text_encoder")})
+    next(iter(lora.trainable_parameters(*models.values()).values())).data[0, 0] = float("nan")
+    with pytest.raises((UserError, RuntimeError), match="(?i)non-finite|not finite"):
+        export.publish(tmp_path, models)
+
+
+# --- refused, with a reason ---
+
+
+def test_a_missing_adapter_is_refused(tmp_path):
+    for path, missing in ((tmp_path / "no", tmp_path / "no"), (tmp_path, tmp_path / export.DIFFUSERS_FILE)):
+        with pytest.raises(UserError, match=f"no adapter at {missing}.*--lora_weights"):
+            export.read_adapter(path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 5000, -1])
+def test_a_truncated_file_is_refused(file, kept):
+    content = file.read_bytes()
+    file.write_bytes(content[:kept])
+    with pytest.raises(UserError, match="adapter.safetensors is no whole safetensors file.*[Cc]opy or download"):
+        export.read_adapter(file)
+
+
+def test_a_file_without_alpha_names_both_readings_and_loads_with_the_flag(tiny_base, models, file):
+    rewrite(file, dict, metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        export.read_adapter(file)
+    assert "does not say its alpha" in str(caught.value)
+    assert f"alpha = rank = {RANK}" in str(caught.value)
+    assert "alpha that is unknown" in str(caught.value)
+    assert f"--lora_alpha {RANK}" in str(caught.value)
+
+    adapter = export.read_adapter(file, lora_alpha=LORA_ALPHA)
+    assert difference(answer("unet", merged(tiny_base, "unet", adapter)[0]), answer("unet", models["unet"])) < 1e-5
+    weaker = merged(tiny_base, "unet", export.read_adapter(file, lora_alpha=RANK))[0]
+    assert difference(answer("unet", weaker), answer("unet", models["unet"])) > 0.01
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", '{"unet.lora_alpha": "12", "unet.r": 4}'])
+def test_damaged_metadata_are_refused(file, metadata):
+    def only_unet(tensors):
+        return {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
+
+    rewrite(file, only_unet, metadata={export.LORA_ADAPTER_METADATA_KEY: metadata})
+    with pytest.raises(UserError, match="adapter.safetensors"):
+        export.read_adapter(file)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"peft_type": "LORA", "r": 4, "target_modules": ["to_q"]}'])
+def test_a_peft_folder_with_a_damaged_config_or_without_alpha_is_refused(saved, tmp_path, text):
+    shutil.copytree(saved / "peft", tmp_path / "peft")
+    (tmp_path / "peft" / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="adapter_config.json"):
+        export.read_adapter(tmp_path / "peft")
+
+
+def halved(weights):
+    return {key: tensor for key, tensor in weights.items() if ".attn1." not in key or ".lora_A." in key}
+
+
+def without_a_module(weights):
+    return {key: tensor for key, tensor in weights.items() if ".mid_block." not in f".{key}"}
+
+
+def foreign(weights):
+    return {key.replace("to_q", "to_quarry"): tensor for key, tensor in weights.items()}
+
+
+def of_another_width(weights):
+    return {
+        key: torch.cat([tensor, tensor], dim=1) if ".lora_A." in key else tensor for key, tensor in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (halved, r"attn1.to_\S+ has no lora_B"),
+        (without_a_module, r"mid_block\S+ is targeted, but has no weights"),
+        (foreign, r"attn1.to_quarry.lora_\S+ has no linear layer in the model"),
+        (of_another_width, r"is 64 x 64 at rank 4, but its lora_B and lora_A are 64 x 4 and 4 x 128"),
+        (lambda weights: {}, "it holds no weights|is targeted, but has no weights"),
+        (
+            lambda weights: {k: 0 * w if ".lora_B." in k else w for k, w in weights.items()},
+            "changes nothing in the unet",
+        ),
+        (lambda weights: {k: w / 0 if ".lora_B." in k else w for k, w in weights.items()}, "makes unet.* non-finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_or_act_is_refused(tiny_base, saved, change, reason):
+    adapter = export.read_adapter(saved)
+    adapter.weights["unet"] = change(adapter.weights["unet"])
+    with pytest.raises(UserError, match=reason):
+        merged(tiny_base, "unet", adapter)
+
+
+def test_keys_of_another_layout_are_refused(file):
+    rewrite(file, lambda tensors: tensors | {"lora_unet_mid_block.lora_down.weight": torch.ones(1)})
+    with pytest.raises(UserError, match="1 keys that are not of diffusers' layout, such as 'lora_unet_mid_block"):
+        export.read_adapter(file)
+
+
+# --- what others write ---
+
+
+def test_an_adapter_whose_targets_are_a_regular_expression_or_exclude_modules_fits(tiny_base, saved):
+    adapter = export.read_adapter(saved)
+    for options in (
+        {"target_modules": r".*\.(to_[qkv]|to_out\.0)"},
+        {"target_modules": [*lora.UNET_TARGETS, "proj_in"], "exclude_modules": r".*\.proj_in"},
+    ):
+        config = copy.copy(adapter.configs["unet"])
+        for field, value in options.items():
+            setattr(config, field, value)
+        modules = export.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
+        assert len(modules) == MODULES["unet"]
+
+
+def test_text_encoder_keys_are_written_under_text_model_and_read_with_or_without_it(tiny_base, models, file):
+    """Other programs know them as transformers 4 named them; transformers 5 names only the second encoder's so."""
+    encoders = [name for name in MODULES if name != "unet"]
+    keys = [key for key in load_file(file) if key.startswith("text_encoder")]
+    assert keys
+    assert all(key.split(".")[1] == "text_model" for key in keys)
+    rewrite(file, lambda tensors: {key.replace("text_model.", ""): tensor for key, tensor in tensors.items()})
+    for name in encoders:
+        model, _ = merged(tiny_base, name, export.read_adapter(file))
+        assert difference(answer(name, model), answer(name, models[name])) < 1e-5

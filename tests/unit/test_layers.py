@@ -1,0 +1,57 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+# The floor each module stands on; it may import only from floors below its own.
+FLOORS = [
+    {"__init__", "config", "files"},
+    {"components", "memory", "objective", "optim", "processes", "sdxl"},
+    {"data", "demo", "export", "lora", "validation"},
+    {"cache", "checkpoint", "hub", "step"},
+]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+MODULES = sorted((ROOT / "rasengan").glob("*.py"))
+
+
+def parse(path):
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imported_names(nodes):
+    """Absolute dotted names, `from a import b` giving both a and a.b."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_a_floor():
+    assert {path.stem for path in MODULES} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_only_go_down(path):
+    names = [name.split(".") for name in imported_names(parse(path))]
+    imported = {parts[1] for parts in names if parts[0] == "rasengan" and len(parts) > 1} & set(FLOOR_OF)
+    upward = {name for name in imported if FLOOR_OF[name] >= FLOOR_OF[path.stem]}
+    assert not upward
+    assert "scripts" not in {parts[0] for parts in names}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_reads_no_environment_prints_nothing_and_takes_no_args(path):
+    for node in parse(path):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"environ", "environb", "getenv", "putenv"}, node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", node.lineno
+        elif isinstance(node, ast.arg):
+            assert node.arg != "args", node.lineno
+    forbidden = {"argparse", "os.environ", "os.getenv", "sys.argv"}
+    assert not forbidden & set(imported_names(parse(path)))
