@@ -1,0 +1,652 @@
+"""Fine-tune Stable Diffusion XL to an art style with LoRA.
+
+One 16 GB GPU without bf16, such as Colab's Tesla T4:
+
+    accelerate launch --config_file accelerate_configs/single_t4.yaml scripts/train_lora_sdxl.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 \
+        --dataset_name lambdalabs/naruto-blip-captions --train_batch_size 1 --max_train_steps 2000 \
+        --validation_prompt "Bill Gates in naruto style" --output_dir naruto-lora
+
+Eight GPUs: the same with `--config_file accelerate_configs/multi_gpu.yaml`. No GPU, to try things: `cpu.yaml`.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler
+from diffusers.optimization import SchedulerType
+from tqdm.auto import tqdm
+
+from rasengan import (
+    UserError,
+    cache,
+    checkpoint,
+    components,
+    data,
+    export,
+    first_line,
+    hub,
+    lora,
+    memory,
+    optim,
+    processes,
+    sdxl,
+    step,
+    validation,
+)
+from rasengan.config import read_words
+from rasengan.files import check_writable, write_atomically
+
+
+logger = logging.getLogger(__name__)
+
+
+# --- the command line ---
+
+
+def at_least(minimum: float, kind: type = int, most: float = math.inf):
+    """Return an argparse type: a finite number of this kind, not under the minimum nor over the most."""
+
+    def number(text: str):
+        value = kind(text)
+        if not (minimum <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {most}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; flags of diffusers' train_text_to_image_lora_sdxl.py keep their names and meanings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.",
+    )
+    switch = argparse.BooleanOptionalAction
+    count, amount = at_least(1), at_least(0, float)
+
+    add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
+    add("--pretrained_model_name_or_path", help="hub id or folder of the SDXL base")
+    for component, flag in components.COMPONENT_FLAGS.items():
+        add(flag, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
+    add("--revision", help="git revision on the hub")
+    add("--variant", help="of the weight files; fp16 halves the download")
+    add("--cache_dir", help="where downloads go")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="hub id of a dataset, or a local copy of one")
+    add("--dataset_config_name", help="the dataset's configuration, where it has several")
+    add("--train_data_dir", help="folder of pictures and a metadata.jsonl with the keys file_name and text")
+    add("--image_column", default="image", help="[%(default)s]")
+    add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
+    add("--max_train_samples", type=count, help="use only so many pictures, drawn by the seed")
+    add("--resolution", type=at_least(8), default=512, help="side of the square crops, in px [%(default)s]")
+    add("--center_crop", action=switch, default=True, help="off: crop at random, the VAE in the loop [on]")
+    add("--random_flip", action=switch, default=False, help="mirror half of the samples [off]")
+    filters = sorted(data.INTERPOLATIONS)
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="how to resize [%(default)s]")
+    add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that load samples [%(default)s]")
+
+    add = parser.add_argument_group("conditioning cache", "the encoders run once, and leave memory").add_argument
+    add("--cache_conditioning", action=switch, default=True, help="off: the encoders run in the loop [on]")
+    add("--conditioning_cache_dir", help="on a local disk; runs share it [~/.cache/rasengan]")
+    add("--encode_batch_size", type=count, help="pictures encoded together [8 at 512 px, 2 at 1024]")
+
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=count, default=16, help="[%(default)s]")
+    add("--lora_alpha", type=at_least(1e-8, float), help="the strength is alpha / rank [2 x rank]")
+    add("--lora_dropout", type=amount, default=0.0, help="[%(default)s]")
+    targets = list(lora.UNET_TARGETS)
+    add("--lora_target_modules", nargs="+", default=targets, help=f"ends of names in the UNet [{' '.join(targets)}]")
+    add("--lora_init", default="gaussian", choices=["gaussian", "default"], help="default: PEFT's [%(default)s]")
+    add("--train_text_encoder", action=switch, default=False, help="adapt both, which run in the loop [off]")
+
+    add = parser.add_argument_group("optimization", "a step is an optimizer step").add_argument
+    add("--train_batch_size", type=count, default=16, help="samples on each GPU at once [%(default)s]")
+    add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step [%(default)s]")
+    add("--num_train_epochs", type=count, default=100, help="[%(default)s]")
+    add("--max_train_steps", type=count, help="overrides --num_train_epochs")
+    add("--learning_rate", type=amount, default=1e-4, help="[%(default)s]")
+    add("--scale_lr", action=switch, default=False, help="times GPUs x accumulation x batch size [off]")
+    schedules = [kind.value for kind in SchedulerType]
+    add("--lr_scheduler", default="constant", choices=schedules, help="[%(default)s]")
+    add("--lr_warmup_steps", type=at_least(0), default=500, help="of schedules that warm up [%(default)s]")
+    add("--lr_num_cycles", type=count, default=1, help="of cosine_with_restarts [%(default)s]")
+    add("--lr_power", type=amount, default=1.0, help="of polynomial [%(default)s]")
+    add("--lr_step_rules", help="of piecewise_constant: '1:100,0.1' is a factor of 1 for 100 steps, then of 0.1")
+    add("--use_8bit_adam", action=switch, default=True, help="AdamW with a quarter of the state's bytes [on]")
+    add("--adam_beta1", type=amount, default=0.9, help="[%(default)s]")
+    add("--adam_beta2", type=amount, default=0.999, help="[%(default)s]")
+    add("--adam_weight_decay", type=amount, default=1e-2, help="[%(default)s]")
+    add("--adam_epsilon", type=amount, default=1e-8, help="[%(default)s]")
+    add("--max_grad_norm", type=at_least(1e-8, float), default=1.0, help="of the gradient [%(default)s]")
+    add("--seed", type=at_least(0, most=2**32 - 1), help="equal seeds give equal runs [drawn, and kept]")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="[the scheduler's]")
+    add("--snr_gamma", type=at_least(1e-8, float), help="min-SNR weights; the paper recommends 5 [none]")
+    add("--noise_offset", type=amount, default=0.0, help="[%(default)s]")
+
+    add = parser.add_argument_group("precision, memory and speed").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[the accelerate config's]")
+    add("--gradient_checkpointing", action=switch, default=True, help="recompute activations, do not keep them [on]")
+    add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
+    add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
+    add("--enable_npu_flash_attention", action=switch, default=False, help="needs an Ascend NPU [off]")
+    add("--local_rank", type=int, default=-1, help="set by launchers; the environment's LOCAL_RANK wins")
+
+    add = parser.add_argument_group("validation", "pictures of the base and of the current adapter").add_argument
+    add("--validation_prompt", nargs="+", help="one or several")
+    add("--num_validation_images", type=count, default=4, help="for each prompt [%(default)s]")
+    add("--validation_epochs", type=count, default=1, help="after the first, and then every so many [%(default)s]")
+    add("--validation_inference_steps", type=count, default=25, help="denoising steps [%(default)s]")
+
+    add = parser.add_argument_group("checkpoints and logs").add_argument
+    add("--output_dir", default="sd-model-finetuned-lora", help="[%(default)s]")
+    add("--checkpointing_steps", type=count, default=500, help="save every so many steps [%(default)s]")
+    add("--checkpoints_total_limit", type=count, help="keep only so many [all]")
+    add("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in --output_dir")
+    add("--logging_dir", default="logs", help="inside --output_dir [%(default)s]")
+    add("--logging_steps", type=count, default=10, help="steps between two readings of the loss [%(default)s]")
+    add("--report_to", default="tensorboard", help="a tracker of accelerate, all or none [%(default)s]")
+    add("--debug_loss", action=switch, default=False, help="log each picture's loss by file name [off]")
+
+    add = parser.add_argument_group("hub and configuration file").add_argument
+    add("--push_to_hub", action=switch, default=False, help="upload the adapter and a model card [off]")
+    add("--hub_token", help="[the one of `hf auth login`]")
+    add("--hub_model_id", help="[the name of --output_dir]")
+    add("--config", help="YAML file of these names and values; a flag on the command line wins")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line and of the file that its --config names."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.config:
+        switches = {a.dest: isinstance(a, argparse.BooleanOptionalAction) for a in parser._actions}
+        try:
+            words = read_words(args.config, {name: switch for name, switch in switches.items() if name != "config"})
+        except UserError as error:
+            parser.error(str(error))
+        args = parser.parse_args(words + argv)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    args.lora_alpha = args.lora_alpha or 2.0 * args.rank
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
+    args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
+    return args
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what the arguments say by themselves, before anything is read, loaded or downloaded."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        raise UserError("There is no data: give --dataset_name, or --train_data_dir with a metadata.jsonl.")
+    if args.resolution % 8:
+        raise UserError(
+            f"--resolution is {args.resolution}. Give a multiple of 8, such as {args.resolution // 8 * 8}."
+        )
+    for flag in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if not getattr(args, flag) < 1:
+            raise UserError(f"--{flag} is {getattr(args, flag)}. Give a number from 0 to under 1.")
+    if args.report_to not in {"tensorboard", "none"} and args.hub_token is not None:
+        raise UserError(f"--report_to {args.report_to} would upload --hub_token too. Use `hf auth login` instead.")
+    trackers = [tracker.value for tracker in get_available_trackers()]
+    if args.report_to not in (*trackers, "all", "none"):
+        raise UserError(
+            f"--report_to {args.report_to} is not installed here; installed are: {', '.join(trackers)}. "
+            "Give one of these, all or none, or install its package."
+        )
+    if args.local_rank > 0 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"--local_rank is {args.local_rank}, but no launcher set up this process. Start it by `accelerate launch`."
+        )
+    packages = {"enable_xformers_memory_efficient_attention": "xformers", "enable_npu_flash_attention": "torch_npu"}
+    for flag, package in packages.items():
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{flag} needs {package}, which is not installed. Drop the flag: PyTorch's own will do.")
+    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
+        raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
+    try:
+        schedule_of(args, args.learning_rate, 1)
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler {args.lr_scheduler} cannot be used so: {first_line(error)}.") from error
+    check_writable(Path(args.output_dir), "--output_dir")
+    check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
+
+
+def schedule_of(args: argparse.Namespace, learning_rate: float, num_training_steps: int):
+    """Return the learning rate's factor as a function of the optimizer steps done."""
+    return optim.learning_rate_schedule(
+        args.lr_scheduler,
+        learning_rate,
+        args.lr_warmup_steps,
+        num_training_steps,
+        args.lr_num_cycles,
+        args.lr_power,
+        args.lr_step_rules,
+    )
+
+
+# --- side stories, before the story ---
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Return the accelerator, once it is sure that it has the precision and the processes that were asked for."""
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in {"true", "1"}
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    components.weight_dtype(precision, torch.device("cpu" if on_cpu else "cuda"))
+    # NCCL refuses two processes on one GPU; gloo carries them.
+    shared_gpu = not on_cpu and machine_share()[1] > torch.cuda.device_count()
+    backend = "gloo" if on_cpu or shared_gpu else "nccl"
+    # Others wait while one process downloads or decodes, which takes longer than the usual limit of ten minutes.
+    group = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=12))]
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=on_cpu,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+        kwargs_handlers=group if launched > 1 else [],
+    )
+    # `accelerate launch --cpu --num_processes 2` sets an address for several processes, and starts one.
+    only_one = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and launched == 1
+    if launched != accelerator.num_processes or (only_one and "WORLD_SIZE" not in os.environ):
+        raise UserError(
+            "Several processes were asked for, but they would not train together. In the accelerate config set "
+            "distributed_type: MULTI_GPU (with use_cpu: true on CPUs, as accelerate_configs/cpu.yaml does)."
+        )
+    if shared_gpu:
+        logger.info("%d processes share %d GPU(s), through gloo", machine_share()[1], torch.cuda.device_count())
+    return accelerator
+
+
+def machine_share() -> tuple[int, int]:
+    """Return this process's number on its machine, and how many the launcher started there."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def set_up_logging() -> None:
+    """Log on one process of each machine: our own words, and of the libraries only warnings."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    level = logging.WARNING if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
+    logger.setLevel(logging.INFO if level == logging.WARNING else level)
+
+
+def progress_bar(accelerator: Accelerator, description: str, total: int, initial: int = 0) -> tqdm:
+    """Return a progress bar that one process on each machine shows."""
+    disable = not accelerator.is_local_main_process
+    return tqdm(desc=description, total=total, initial=initial, disable=disable, dynamic_ncols=True)
+
+
+def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
+    """Return the dataset, what is known of each picture, and each one's captions, without the broken pictures."""
+    with processes.one_goes_first(accelerator.is_local_main_process):
+        source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
+        dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
+        if args.max_train_samples is not None:
+            dataset = dataset.shuffle(args.seed).select(range(min(len(dataset), args.max_train_samples)))
+        with progress_bar(accelerator, "Checking pictures", len(dataset)) as bar:
+            pictures = data.inspect_pictures(dataset[args.image_column], Path(args.conditioning_cache_dir), bar.update)
+    bad = [picture for picture in pictures if picture.error]
+    if bad and not args.skip_bad_images:
+        listed = "".join(f"\n  {picture.name} {picture.error}" for picture in bad)
+        raise UserError(
+            f"{len(bad)} of {len(pictures)} pictures cannot be used. Mend or remove them, or leave them out with "
+            f"--skip_bad_images:{listed}"
+        )
+    if bad:
+        logger.warning("--skip_bad_images leaves out %d of %d pictures", len(bad), len(pictures))
+        good = [position for position, picture in enumerate(pictures) if not picture.error]
+        if not good:
+            raise UserError("Not one picture can be used. Give others.")
+        dataset, pictures = dataset.select(good), [pictures[position] for position in good]
+    return dataset, pictures, data.read_captions(dataset[args.caption_column][:])
+
+
+def cache_pictures(args, accelerator, dataset, pictures, folder: Path) -> cache.ShardedCache:
+    """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet."""
+    batch_size = args.encode_batch_size or max(1, 8 * 512**2 // args.resolution**2)
+    files = components.component_files("vae", folder, args.variant)
+    digest = cache.weights_digest(files, Path(args.conditioning_cache_dir) / "weights.json")
+    options = {"resolution": args.resolution, "interpolation": args.image_interpolation_mode}
+    options["random_flip"] = args.random_flip
+    how = options | {"batch_size": batch_size, "device": accelerator.device}
+    latents = cache.latent_cache(Path(args.conditioning_cache_dir), pictures, digest, **how)
+    positions = {picture.digest: position for position, picture in enumerate(pictures)}
+    options |= {"column": dataset[args.image_column], "positions": positions}
+    load_encoder = partial(cache.load_picture_encoder, folder, args.variant, accelerator.device, **options)
+    share, bar = machine_share(), partial(progress_bar, accelerator, "Encoding pictures")
+    cache.fill(share, [latents], batch_size, load_encoder, bar)
+    return latents
+
+
+def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype) -> list[cache.ShardedCache]:
+    """Return the embeddings of all captions, and of the validation prompts, as `cache_pictures` does."""
+    names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
+    files = [file for name in names for file in components.component_files(name, folders[name], args.variant)]
+    digest = cache.weights_digest(files, Path(args.conditioning_cache_dir) / "weights.json")
+    texts = [caption for several in captions for caption in several], args.validation_prompt or []
+    where, device = Path(args.conditioning_cache_dir), accelerator.device
+    caches = [cache.prompt_cache(where, captions, digest, dtype, 8, device) for captions in texts]
+    load_encoder = partial(cache.load_caption_encoder, folders, args.variant, accelerator.device, dtype)
+    share, bar = machine_share(), partial(progress_bar, accelerator, "Encoding captions")
+    cache.fill(share, caches, 8, load_encoder, bar)
+    return caches
+
+
+def finish_batches(
+    dataloader, accelerator: Accelerator, vae, tokenizers: list, text_encoders: list, trains_text: bool
+) -> Iterator[dict]:
+    """Yield the batches on the device, with latents and embeddings encoded now where no cache holds them."""
+    for batch in dataloader:
+        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        if "pixel_values" in batch:
+            with torch.no_grad():
+                mean, std = sdxl.encode_pictures(vae, batch.pop("pixel_values"))
+            batch["latents"] = (mean + std * batch.pop("latent_noise")) * vae.config.scaling_factor
+        if "caption" in batch:
+            with torch.set_grad_enabled(trains_text), accelerator.autocast():
+                embeds = sdxl.encode_prompts(batch.pop("caption"), tokenizers, text_encoders)
+            batch["prompt_embeds"], batch["pooled_prompt_embeds"] = embeds
+        yield batch
+
+
+def validation_embeds(args, accelerator, validation_prompts, tokenizers, text_encoders) -> list[tuple]:
+    """Return each validation prompt's embeddings and pooled ones, from the cache or from the encoders in memory."""
+    if validation_prompts is not None:
+        rows = [validation_prompts[prompt] for prompt in args.validation_prompt]
+        embeds = [(row["prompt_embeds"], row["pooled_prompt_embeds"]) for row in rows]
+    else:
+        with torch.no_grad(), accelerator.autocast():
+            embeds = list(zip(*sdxl.encode_prompts(args.validation_prompt, tokenizers, text_encoders), strict=True))
+    return [tuple(part.to(accelerator.device) for part in pair) for pair in embeds]
+
+
+def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
+    """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
+    if accelerator.is_main_process:
+        prompts = [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
+        pairs = [list(pair) for pair in zip(base_images, images, strict=True)]
+        grid = validation.image_grid(pairs, prompts, ["base", f"step {global_step}"])
+        validation.save_png(Path(args.output_dir) / "validation.png", grid)
+        validation.log_image(accelerator.trackers, "validation", grid, global_step)
+
+
+def public_settings(args: argparse.Namespace) -> dict:
+    """Return the arguments without the token, as JSON can hold them."""
+    return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
+
+
+def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
+    """Write the README.md of the adapter."""
+    base = args.pretrained_model_name_or_path
+    dataset = args.dataset_name or Path(args.train_data_dir).name
+    base = None if base is None or Path(base).exists() else base
+    settings = public_settings(args) | {"optimizer_steps": global_step}
+    card = hub.model_card(base, dataset, args.validation_prompt or [], grid_file, settings)
+    write_atomically(output_dir / "README.md", card.encode())
+
+
+# --- the story ---
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, and leave the adapter in --output_dir."""
+    validate_args(args)
+    output_dir = Path(args.output_dir)
+    resume_from = None
+    if args.resume_from_checkpoint:
+        resume_from = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
+
+    # --- processes, precision, seed ---
+    set_up_logging()
+    accelerator = make_accelerator(args)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    args.mixed_precision = accelerator.mixed_precision
+    weight_dtype = components.weight_dtype(args.mixed_precision, device)
+    if args.seed is None:
+        seed = checkpoint.read_state(resume_from)["seed"] if resume_from else random.randrange(2**31)
+        args.seed = accelerate.utils.broadcast_object_list([seed])[0]
+    if resume_from:
+        checkpoint.check_resumable(resume_from, public_settings(args))
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
+    if args.allow_tf32 and not has_tf32:
+        logger.info("--allow_tf32 has no effect: this device has no TF32")
+
+    # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
+    dataset, pictures, captions = find_pictures(args, accelerator)
+    overrides = {name: getattr(args, flag.removeprefix("--")) for name, flag in components.COMPONENT_FLAGS.items()}
+    sources = components.component_sources(
+        args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
+    )
+    with processes.one_goes_first(accelerator.is_local_main_process):
+        folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
+        components.check_components({name: folders[name] for name in components.MODELS})
+        if args.lora_target_modules != list(lora.UNET_TARGETS):
+            lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
+        folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    if args.push_to_hub and is_main:
+        hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
+    scheduler = components.load("scheduler", folders["scheduler"])
+    noise_scheduler = DDPMScheduler.from_config(scheduler.config)
+    prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
+    scheduler.register_to_config(prediction_type=prediction_type)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+
+    # --- the conditioning cache: encode once, then free the encoders ---
+    vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
+    if args.cache_conditioning and args.center_crop:
+        latents = cache_pictures(args, accelerator, dataset, pictures, folders["vae"])
+    else:
+        logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
+        vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
+    if args.cache_conditioning and not args.train_text_encoder:
+        prompts, validation_prompts = cache_captions(args, accelerator, captions, folders, weight_dtype)
+    else:
+        logger.info("The text encoders run in the loop: they are trained, or --no-cache_conditioning was given")
+        tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, weight_dtype)
+
+    # --- the LoRA ---
+    set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
+    unet = components.load("unet", folders["unet"], weight_dtype, args.variant).to(device)
+    make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
+    lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
+    models = {"unet": unet}
+    if args.train_text_encoder:
+        models |= dict(zip(components.TEXT_ENCODERS, text_encoders, strict=True))
+        for text_encoder in text_encoders:
+            lora.add_lora(text_encoder, make_config(target_modules=lora.TEXT_ENCODER_TARGETS))
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        for text_encoder in text_encoders if args.train_text_encoder else []:
+            text_encoder.gradient_checkpointing_enable()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.enable_npu_flash_attention:
+        unet.enable_npu_flash_attention()
+    for model in models.values():
+        model.train()
+    flat = lora.flatten_parameters(list(lora.trainable_parameters(*models.values()).values()))
+
+    # --- the optimizer and its schedule, both over optimizer steps ---
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = math.ceil(len(pictures) / global_batch)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = accelerator.prepare(
+        optim.make_optimizer(flat, args.use_8bit_adam, learning_rate, betas, args.adam_weight_decay, args.adam_epsilon)
+    )
+    schedule = schedule_of(args, learning_rate, max_train_steps)
+
+    # --- resume ---
+    global_step = samples_seen = 0
+    if resume_from:
+        checkpoint.load_checkpoint(accelerator, resume_from, models)
+        state = checkpoint.read_state(resume_from)
+        global_step, samples_seen = state["global_step"], state["samples_seen"]
+        logger.info("Resuming from %s", resume_from)
+    elif args.resume_from_checkpoint:
+        logger.info("There is no checkpoint in %s: starting afresh", output_dir)
+
+    # --- data ---
+    samples = data.TrainingSamples(
+        dataset[args.image_column],
+        pictures,
+        captions,
+        latents,
+        prompts,
+        seed=args.seed,
+        resolution=args.resolution,
+        interpolation=args.image_interpolation_mode,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        scaling_factor=components.read_config("vae", folders["vae"])["scaling_factor"],
+        noise_offset=args.noise_offset,
+        num_train_timesteps=len(alphas_cumprod),
+    )
+    split = (args.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index)
+    stream = data.sample_stream(
+        len(samples), args.seed, args.train_batch_size, *split, samples_seen, max_train_steps - global_step
+    )
+    dataloader = torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=stream,
+        collate_fn=data.collate,
+        generator=torch.Generator(),  # else the loader draws from the global one, after the step has seeded it
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = finish_batches(dataloader, accelerator, vae, tokenizers, text_encoders, args.train_text_encoder)
+
+    # --- trackers, and the base model's pictures ---
+    if is_main:
+        write_atomically(output_dir / "args.json", json.dumps(public_settings(args), indent=2).encode())
+    settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
+    accelerator.init_trackers("text2image-fine-tune", config=settings)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+            tracker.writer.add_text("arguments", f"| argument | value |\n|---|---|\n{rows}")
+    if args.validation_prompt:
+        adapted = list(models.values())
+        validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
+        embed = partial(validation_embeds, args, accelerator, validation_prompts, tokenizers, text_encoders)
+        seeds = [args.seed + number for number in range(args.num_validation_images)]
+        draw = partial(validation.draw_share, accelerator, unet, validation_vae, scheduler, seeds=seeds)
+        draw = partial(draw, side_px=args.resolution, num_inference_steps=args.validation_inference_steps)
+        with validation.evaluating(adapted), validation.adapters_disabled(adapted):
+            base_images = draw(prompts=embed())
+
+    logger.info(
+        f"{len(pictures)} pictures, {max_train_steps} steps of {global_batch}; {flat.numel():,} trainable parameters"
+    )
+
+    # --- the loop ---
+    memory.reset_peak(device)
+    history, skipped_steps, started = [], 0, time.perf_counter()
+    bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
+    while global_step < max_train_steps:
+        step.seed_step(args.seed, global_step, accelerator.process_index)
+        step_loss = torch.zeros((), device=device)
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            with accelerator.autocast():
+                losses = step.compute_losses(
+                    unet, batch, alphas_cumprod, prediction_type, args.snr_gamma, weight_dtype
+                )
+            loss = losses.mean() / args.gradient_accumulation_steps
+            accelerator.backward(loss)
+            step_loss += loss.detach()
+            if args.debug_loss:
+                named = zip(batch["name"], losses.tolist(), strict=True)
+                accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step)
+        processes.average(flat.grad)
+        grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(global_step)
+        optimizer.step()
+        flat.grad.zero_()  # in place: the parameters' gradients are views of it
+        skipped_steps += optimizer.step_was_skipped
+        global_step, samples_seen = global_step + 1, samples_seen + global_batch
+        bar.update()
+
+        # Reading a loss waits for the card, so they are read together.
+        history.append(torch.stack([step_loss, grad_norm]))
+        if len(history) == args.logging_steps or global_step == max_train_steps:
+            losses_and_norms = torch.stack(history)
+            processes.average(losses_and_norms)
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            speed = len(history) * global_batch / seconds
+            peak_gib = memory.peak_reserved_gib(device)
+            for offset, (train_loss, norm) in enumerate(losses_and_norms.tolist(), global_step - len(history) + 1):
+                accelerator.log({"train_loss": train_loss, "grad_norm": norm}, step=offset)
+                step.check_finite(train_loss, offset)
+            rates = {"lr": group["lr"], "images_per_second": speed, "peak_reserved_gib": peak_gib}
+            accelerator.log(rates | {"skipped_steps": skipped_steps}, step=global_step)
+            bar.set_postfix(loss=f"{train_loss:.4f}", images_per_s=f"{speed:.2f}")
+            history.clear()
+
+        if global_step % args.checkpointing_steps == 0:
+            state = public_settings(args) | {"samples_seen": samples_seen}
+            path = checkpoint.save_checkpoint(
+                accelerator, output_dir, global_step, models, state, args.checkpoints_total_limit
+            )
+            logger.info("Saved %s", path)
+        epoch, rest = divmod(global_step, steps_per_epoch)
+        due = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and global_step < max_train_steps
+        if args.validation_prompt and due:
+            with validation.evaluating(adapted):
+                show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
+            started = time.perf_counter()
+    bar.close()
+    if skipped_steps:
+        # A few are how the gradient scaler finds its scale; many are a run that did not learn.
+        logger.warning("%d steps were skipped, because their gradients overflowed in fp16", skipped_steps)
+
+    # --- save, verify, show ---
+    if is_main:
+        export.publish(output_dir, models)
+        logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
+    if args.validation_prompt:
+        with validation.evaluating(adapted):
+            show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
+    if is_main:
+        write_model_card(args, output_dir, global_step, "validation.png" if args.validation_prompt else None)
+        if args.push_to_hub:
+            hub.upload(hub_model_id, args.hub_token, output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        process = int(os.environ.get("RANK", 0))
+        print(f"error{f' (process {process})' * (process > 0)}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,250 @@
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+# The 55 flags of diffusers' examples/text_to_image/train_text_to_image_lora_sdxl.py, as its parser has them.
+FLAGS = {flag.pop("name"): flag for flag in json.loads(Path(__file__).with_name("diffusers_flags.json").read_text())}
+SWITCHES = [name for name, flag in FLAGS.items() if flag["type"] == "bool"]
+OUR_DEFAULTS = {
+    "center_crop": True,
+    "gradient_checkpointing": True,
+    "rank": 16,
+    "resolution": 512,
+    "use_8bit_adam": True,
+}
+THEIR_CHOICES = {
+    "image_interpolation_mode": ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"],
+    "lr_scheduler": ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+    "mixed_precision": ["no", "fp16", "bf16"],
+    "prediction_type": ["epsilon", "v_prediction"],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.fixture
+def parse(train_script):
+    return train_script.parse_args
+
+
+@pytest.fixture
+def parse_config(parse, tmp_path):
+    """Parse a configuration file, given as a mapping or as its text, and what follows on the command line."""
+
+    def parse_file(content, *argv):
+        file = tmp_path / "run.yaml"
+        file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return parse(["--config", str(file), *argv])
+
+    return parse_file
+
+
+def value_for(name):
+    kind = FLAGS[name]["type"]
+    return {"int": "64", "float": "0.5", "str": THEIR_CHOICES.get(name, ["a b"])[-1]}[kind]
+
+
+def assert_refused(capsys, parse, *argv, named):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- a command line written for diffusers ---
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_of_diffusers_has_its_type_here(parse, capsys, name):
+    kind = FLAGS[name]["type"]
+    if kind == "bool":
+        assert getattr(parse([f"--{name}"]), name) is True
+        assert_refused(capsys, parse, [f"--{name}=yes"], named=f"--{name}")
+        return
+    value = getattr(parse([f"--{name}", value_for(name)]), name)
+    if name == "validation_prompt":
+        value = value[0]  # one prompt there, one or several here
+    assert value == {"int": int, "float": float, "str": str}[kind](value_for(name))
+    assert type(value).__name__ == kind
+    if kind != "str":
+        assert_refused(capsys, parse, [f"--{name}", "0.5" if kind == "int" else "half"], named=f"--{name}")
+
+
+def test_defaults_are_those_of_diffusers_but_for_those_of_the_recipe(parse):
+    ours = vars(parse([]))
+    assert {name: ours[name] for name in FLAGS} == {
+        name: flag["default"] for name, flag in FLAGS.items()
+    } | OUR_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"), [(n, choice) for n, choices in THEIR_CHOICES.items() for choice in choices]
+)
+def test_what_diffusers_lets_choose_can_be_chosen(parse, name, choice):
+    assert getattr(parse([f"--{name}", choice]), name) == choice
+
+
+def test_all_flags_of_diffusers_stand_in_one_command_line(parse):
+    valued = [name for name in FLAGS if name not in SWITCHES]
+    apart = parse([word for name in valued for word in (f"--{name}", value_for(name))] + [f"--{n}" for n in SWITCHES])
+    joined = parse([f"--{name}={value_for(name)}" for name in valued] + [f"--{name}" for name in SWITCHES])
+    assert apart == joined
+    assert len(FLAGS) == len(valued) + len(SWITCHES) == 55
+    assert all(getattr(apart, name) is True for name in SWITCHES)
+    assert all(str(getattr(apart, name)) == value_for(name) for name in valued if name != "validation_prompt")
+    assert apart.validation_prompt == ["a b"]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_negated_by_no(parse, name):
+    assert getattr(parse([f"--{name}", f"--no-{name}"]), name) is False
+
+
+def test_the_launchers_rank_wins_over_the_flag(parse, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parse(["--local_rank", "1"]).local_rank == 3
+
+
+# --- our own ---
+
+
+def test_lora_alpha_is_twice_the_rank_where_it_is_not_given(parse):
+    assert parse([]).lora_alpha == 32.0
+    assert parse(["--rank", "4"]).lora_alpha == 8.0
+    assert parse(["--rank", "4", "--lora_alpha", "1"]).lora_alpha == 1.0
+
+
+def test_every_component_can_be_given_alone(parse):
+    names = "unet text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
+    args = parse([word for name in names for word in (f"--pretrained_{name}_name_or_path", f"folder/{name}")])
+    assert all(getattr(args, f"pretrained_{name}_name_or_path") == f"folder/{name}" for name in names)
+    assert args.pretrained_model_name_or_path is None
+
+
+def test_several_prompts_and_targets_are_lists(parse):
+    args = parse(["--validation_prompt", "a cat", "a dog", "--lora_target_modules", "to_q", "to_out.0"])
+    assert (args.validation_prompt, args.lora_target_modules) == (["a cat", "a dog"], ["to_q", "to_out.0"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--rank", "0"),
+        ("--rank", "4.5"),
+        ("--train_batch_size", "-1"),
+        ("--resolution", "0"),
+        ("--seed", "-1"),
+        ("--seed", "4294967296"),  # numpy, which set_seed seeds too, takes 32 bits
+        ("--learning_rate", "nan"),
+        ("--learning_rate", "inf"),
+        ("--learning_rate", "-1e-4"),
+        ("--lora_alpha", "0"),
+        ("--snr_gamma", "0"),
+        ("--max_grad_norm", "nan"),
+        ("--mixed_precision", "fp8"),
+        ("--lr_scheduler", "square"),
+        ("--image_interpolation_mode", "cubic"),
+        ("--prediction_type", "sample"),
+        ("--no-rank", "4"),
+        ("--lora_rank", "4"),
+    ],
+    ids=" ".join,
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_the_name_of_its_flag(parse, capsys, argv):
+    assert_refused(capsys, parse, list(argv), named=argv[0])
+
+
+# --- the configuration file ---
+
+
+def test_a_configuration_file_says_what_the_command_line_says(parse, parse_config):
+    settings = {"rank": 8, "output_dir": "a folder", "validation_prompt": ["a cat", "a dog"], "seed": 3}
+    from_file = parse_config("learning_rate: 1e-3\ncenter_crop: false\nrandom_flip: true\n" + yaml.safe_dump(settings))
+    argv = ["--learning_rate", "1e-3", "--no-center_crop", "--random_flip", "--rank", "8", "--seed", "3"]
+    expected = parse([*argv, "--output_dir", "a folder", "--validation_prompt", "a cat", "a dog"])
+    assert vars(from_file) | {"config": None} == vars(expected)
+    assert from_file.learning_rate == 1e-3
+    assert from_file.validation_prompt == ["a cat", "a dog"]
+
+
+def test_a_configuration_file_can_hold_every_flag(train_script, parse_config):
+    defaults = vars(train_script.parse_args([]))
+    settings = {name: value for name, value in defaults.items() if name != "config"}
+    assert vars(parse_config(settings)) | {"config": None} == defaults
+    actions = train_script.make_parser()._actions
+    switches = [a.dest for a in actions if isinstance(a, argparse.BooleanOptionalAction)]
+    swapped = vars(parse_config({name: not defaults[name] for name in switches}))
+    assert {name: swapped[name] for name in switches} == {name: not defaults[name] for name in switches}
+
+
+def test_a_single_prompt_is_one_prompt(parse_config):
+    assert parse_config({"validation_prompt": "a cat -- on a mat"}).validation_prompt == ["a cat -- on a mat"]
+
+
+def test_a_null_leaves_the_default(parse_config):
+    args = parse_config("rank: null\nlora_alpha:\nseed: ~\n")
+    assert (args.rank, args.lora_alpha, args.seed) == (16, 32.0, None)
+
+
+def test_an_empty_file_changes_nothing(parse, parse_config):
+    assert vars(parse_config("# nothing\n")) | {"config": None} == vars(parse([]))
+
+
+def test_the_command_line_wins_wherever_the_config_flag_stands(parse, parse_config, tmp_path):
+    settings = {"rank": 8, "center_crop": False, "gradient_checkpointing": True, "validation_prompt": ["a", "b"]}
+    argv = ["--rank=32", "--center_crop", "--no-gradient_checkpointing", "--validation_prompt", "c"]
+    args = parse_config(settings, *argv)
+    assert (args.rank, args.center_crop, args.gradient_checkpointing) == (32, True, False)
+    assert args.validation_prompt == ["c"]
+    assert parse([*argv, f"--config={tmp_path / 'run.yaml'}"]) == args
+
+
+def test_an_abbreviated_config_flag_is_not_silently_ignored(parse, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 8\n")
+    try:
+        args = parse(["--conf", str(file)])
+    except SystemExit:
+        return
+    assert args.rank == 8
+
+
+def test_a_precision_of_no_needs_no_quotes(parse_config):
+    # YAML reads a bare `no` as false.
+    assert parse_config("mixed_precision: 'no'\n").mixed_precision == "no"
+    assert parse_config("mixed_precision: no\n").mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("no_such_flag: 1\n", "no_such_flag"),
+        ("config: other.yaml\n", "config"),
+        ("- rank\n- 8\n", "rank: 16"),
+        ("rank 8\n", "rank: 16"),
+        ("rank: [8\n", "cannot be read"),
+        ("rank: eight\n", "--rank"),
+        ("rank: 0\n", "--rank"),
+        ("rank: [8, 9]\n", "9"),
+        ("learning_rate: .nan\n", "--learning_rate"),
+        ("center_crop: 1\n", "center_crop"),
+        ("center_crop: 'no'\n", "center_crop"),
+        ("mixed_precision: fp8\n", "--mixed_precision"),
+        ("validation_prompt: []\n", "--validation_prompt"),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused_by_name(parse_config, capsys, content, named):
+    assert_refused(capsys, parse_config, content, named=named)
+
+
+def test_a_configuration_file_that_is_not_there_is_refused_by_name(parse, capsys, tmp_path):
+    assert_refused(capsys, parse, ["--config", str(tmp_path / "none.yaml")], named="none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00rank")
+    assert_refused(capsys, parse, ["--config", str(tmp_path / "binary.yaml")], named="binary.yaml")
