@@ -1,0 +1,235 @@
+"""Draw with a LoRA merged hard into SDXL, and set base and tuned pictures side by side.
+
+    python scripts/infer.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 \
+        --lora_weights naruto-lora --compare --height 512 --width 512 --prompt "a wizard in a forest"
+
+The merge is proven: a key that fits nothing, half a pair, a lost alpha or weights that did not change stop it.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from PIL import Image, PngImagePlugin
+from tqdm.auto import tqdm
+
+from rasengan import UserError, components, export, sdxl, validation
+from rasengan.files import check_writable, write_atomically
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
+    add("--pretrained_model_name_or_path", help="hub id or folder of the SDXL base")
+    for component, flag in components.COMPONENT_FLAGS.items():
+        add(flag, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
+    add("--revision", help="git revision on the hub")
+    add("--variant", help="of the weight files; fp16 halves the download")
+    add("--cache_dir", help="where downloads go")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
+
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora_weights", help="a .safetensors file, a run's --output_dir, a checkpoint-N or a PEFT folder")
+    add("--lora_scale", type=float, default=1.0, help="on the whole change; 0 is the base [%(default)s]")
+    add("--lora_alpha", type=float, help="of the training, for a file that does not say")
+    add("--save_merged", metavar="DIR", help="write the tuned model as a complete pipeline folder")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--prompt", nargs="+", default=[], help="one or several")
+    add("--prompt_file", help="one prompt a line")
+    add("--negative_prompt", help="what to keep away from")
+    add("--compare", action="store_true", help="draw the base too, with the same seeds, and a labelled grid of both")
+    add("--output_dir", default="pictures", help="[%(default)s]")
+    add("--seed", type=int, default=0, help="of a prompt's first picture; the next ones count up [%(default)s]")
+    add("--num_images_per_prompt", type=int, default=1, help="drawn together [%(default)s]")
+    add("--num_inference_steps", type=int, default=30, help="[%(default)s]")
+    add("--guidance_scale", type=float, default=7.5, help="[%(default)s]")
+    add("--height", type=int, help="in px [the base's, 1024]")
+    add("--width", type=int, help="in px [the base's, 1024]")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
+    add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
+    return parser.parse_args(argv)
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what the arguments say by themselves, and read the prompt file."""
+    if args.prompt_file:
+        try:
+            lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {args.prompt_file} cannot be read: {error}. Give a UTF-8 file.") from error
+        args.prompt = args.prompt + [line.strip() for line in lines if line.strip()]
+    if not args.prompt and not args.save_merged:
+        raise UserError("There is nothing to draw: give --prompt or --prompt_file.")
+    for flag in ("height", "width"):
+        side = getattr(args, flag)
+        if side is not None and (side < 8 or side % 8):
+            raise UserError(f"--{flag} is {side}. Give a multiple of 8, such as {max(1, side // 8) * 8}.")
+    for flag in ("num_images_per_prompt", "num_inference_steps"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} is {getattr(args, flag)}. Give at least 1.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}. Give a number from 0 to under 2^63.")
+    if args.compare and not args.prompt:
+        raise UserError("--compare needs something to draw: give --prompt or --prompt_file.")
+    if args.lora_weights is None and (args.compare or args.save_merged):
+        raise UserError("--compare and --save_merged need an adapter: give --lora_weights.")
+    if args.save_merged and Path(args.save_merged).exists():
+        raise UserError(f"--save_merged {args.save_merged} exists. Give a folder that does not.")
+    check_writable(Path(args.output_dir), "--output_dir")
+    if args.save_merged:
+        check_writable(Path(args.save_merged).resolve().parent, "--save_merged: the folder")
+
+
+def merge(args: argparse.Namespace, adapter: export.Adapter, component: str, model: torch.nn.Module):
+    """Return the component with the adapter merged into it, and say what that changed."""
+    model, report = export.merge(
+        model, adapter.weights[component], adapter.configs[component], component, args.lora_scale
+    )
+    config = adapter.configs[component]
+    print(
+        f"Merged {report.modules} modules of the {component} at alpha {config.lora_alpha:g} / rank {config.r} "
+        f"x {args.lora_scale:g}: relative weight change {report.relative_change:.3e}"
+    )
+    return model
+
+
+@torch.no_grad()
+def encode_prompts(args, folders: dict[str, Path], device, dtype, adapter: export.Adapter | None) -> list[dict]:
+    """Return each prompt's embeddings for the pipeline, on the CPU; the encoders leave memory again."""
+    tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, dtype)
+    if adapter:
+        pairs = zip(components.TEXT_ENCODERS, text_encoders, strict=True)
+        text_encoders = [merge(args, adapter, n, model) if n in adapter.weights else model for n, model in pairs]
+    for prompt in args.prompt:
+        length = max(sdxl.count_tokens(prompt, tokenizer) for tokenizer in tokenizers)
+        if length > tokenizers[0].model_max_length:
+            print(f"warning: only the first {tokenizers[0].model_max_length} of {length} tokens are used of: {prompt}")
+
+    def encode(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(part[0].cpu() for part in sdxl.encode_prompts([prompt], tokenizers, text_encoders))
+
+    negative = None if args.negative_prompt is None else encode(args.negative_prompt)
+    return [sdxl.conditioning(encode(prompt), negative, args.num_images_per_prompt) for prompt in args.prompt]
+
+
+def draw_all(args, unet, vae, scheduler, embeds: list[dict], kind: str, bar: tqdm) -> list[list[Image.Image]]:
+    """Draw every prompt's pictures, and save each as soon as it is there."""
+    seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
+    drawn = []
+    for number, (prompt, row) in enumerate(zip(args.prompt, embeds, strict=True)):
+        row = {name: tensor.to(unet.device) for name, tensor in row.items()}
+        size = (args.height, args.width, args.num_inference_steps, args.guidance_scale)
+        images = sdxl.draw(unet, vae, scheduler, row, seeds, *size, on_step=bar.update)
+        for seed, image in zip(seeds, images, strict=True):
+            slug = re.sub(r"\W+", "-", prompt).strip("-")[:40]
+            about = PngImagePlugin.PngInfo()
+            for name, value in describe(args, prompt, seed, kind).items():
+                about.add_itxt(name, str(value))
+            validation.save_png(Path(args.output_dir) / f"{number:03d}-{seed}-{slug}-{kind}.png", image, about)
+        drawn.append(images)
+    return drawn
+
+
+def describe(args: argparse.Namespace, prompt: str, seed: int, kind: str) -> dict:
+    """Return what a picture was made from, for its metadata."""
+    shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler")
+    about = {"prompt": prompt, "seed": seed} | {name: getattr(args, name) for name in shown}
+    about["model"] = args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path
+    about["adapter"] = f"{args.lora_weights} at scale {args.lora_scale:g}" if kind == "tuned" else "none"
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def load_scheduler(args, folders: dict[str, Path]):
+    """Return the base's scheduler, with the prediction type of the training."""
+    scheduler = components.load("scheduler", folders["scheduler"])
+    if args.prediction_type:
+        scheduler.register_to_config(prediction_type=args.prediction_type)
+    return scheduler
+
+
+def save_merged(args, unet, folders: dict[str, Path], dtype: torch.dtype, adapter: export.Adapter) -> None:
+    """Write a complete pipeline folder, one component in memory at a time beside the UNet."""
+    final = Path(args.save_merged)
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
+    index["force_zeros_for_empty_prompt"] = True
+    for name in components.COMPONENTS:
+        if name in {"unet", "scheduler"}:
+            model = unet if name == "unet" else load_scheduler(args, folders)
+        else:
+            model = components.load(name, folders[name], dtype, args.variant)
+        if name in adapter.weights and name != "unet":
+            model = merge(args, adapter, name, model)
+        model.save_pretrained(unfinished / name)
+        library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
+        index[name] = [library, type(model).__name__]
+    write_atomically(unfinished / "model_index.json", json.dumps(index, indent=2).encode())
+    unfinished.rename(final)
+    print(f"Saved the tuned model as {final}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw, and leave the pictures in --output_dir."""
+    validate_args(args)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    dtype = components.weight_dtype(precision, device)
+
+    # Everything that can be wrong, before anything is loaded.
+    overrides = {name: getattr(args, flag.removeprefix("--")) for name, flag in components.COMPONENT_FLAGS.items()}
+    sources = components.component_sources(
+        args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
+    )
+    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
+    components.check_components({name: folders[name] for name in components.MODELS})
+    adapter = export.read_adapter(Path(args.lora_weights), args.lora_alpha) if args.lora_weights else None
+    for name, weights in adapter.weights.items() if adapter else ():
+        export.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
+    folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    default_side = 8 * components.read_config("unet", folders["unet"])["sample_size"]
+    args.height, args.width = args.height or default_side, args.width or default_side
+
+    adapts_text = adapter is not None and any(name in adapter.weights for name in components.TEXT_ENCODERS)
+    embeds = encode_prompts(args, folders, device, dtype, adapter) if args.prompt else []
+    base_embeds = encode_prompts(args, folders, device, dtype, None) if args.compare and adapts_text else embeds
+    components.free_memory()
+
+    scheduler = sdxl.make_sampler(load_scheduler(args, folders), args.scheduler)
+    vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
+    unet = components.load("unet", folders["unet"], dtype, args.variant).to(device)
+    steps = args.num_inference_steps * len(args.prompt) * (2 if args.compare else 1)
+    with tqdm(total=steps, desc="Drawing", dynamic_ncols=True) as bar:
+        if args.compare:
+            base = draw_all(args, unet, vae, scheduler, base_embeds, "base", bar)
+        if adapter and "unet" in adapter.weights:
+            unet = merge(args, adapter, "unet", unet)
+        drawn = draw_all(args, unet, vae, scheduler, embeds, "tuned" if adapter else "base", bar)
+    if args.compare:
+        rows = [list(pair) for both in zip(base, drawn, strict=True) for pair in zip(*both, strict=True)]
+        labels = [f"{prompt} ({args.seed + n})" for prompt in args.prompt for n in range(args.num_images_per_prompt)]
+        columns = ["base", f"LoRA x {args.lora_scale:g}"]
+        validation.save_png(Path(args.output_dir) / "grid.png", validation.image_grid(rows, labels, columns))
+    if args.prompt:
+        print(f"{sum(map(len, drawn)) * (2 if args.compare else 1)} pictures are in {args.output_dir}")
+    if args.save_merged:
+        save_merged(args, unet, folders, dtype, adapter)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

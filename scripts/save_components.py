@@ -1,0 +1,112 @@
+"""Write each component of an SDXL base into its own folder, once: no later run downloads it again.
+
+    python scripts/save_components.py stabilityai/stable-diffusion-xl-base-1.0 DIR --variant fp16
+
+One component is in memory at a time. The UNet and the text encoders are written in fp16, the VAE in fp32. Run again
+after an interruption, it goes on where it was; run again when all is there, it verifies every file by its hash. Both
+other scripts then take DIR as --pretrained_model_name_or_path.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from rasengan import UserError, components
+from rasengan.files import read_memory, sync, write_atomically
+
+
+MANIFEST = "components.json"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", metavar="BASE", help="hub id or folder of an SDXL base")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where to write, a mounted Drive say")
+    parser.add_argument("--revision", help="git revision on the hub")
+    parser.add_argument("--variant", help="of the weight files to read; fp16 halves the download")
+    parser.add_argument("--cache_dir", help="where downloads go")
+    parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="of all but the VAE [%(default)s]")
+    return parser.parse_args(argv)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a component's folder, by name; empty for a folder that is not there."""
+    hashes = {}
+    for file in sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith(".")):
+        with open(file, "rb") as content:
+            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
+
+
+def save_component(component: str, source: Path, target: Path, dtype: torch.dtype, variant: str | None) -> dict:
+    """Write one component under another name, sync it, rename it, and return its hashes as read back."""
+    unfinished = target.with_name(f".{component}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    components.load(component, source, dtype, variant).save_pretrained(unfinished)
+    for file in unfinished.iterdir():
+        sync(file)
+    written = hash_files(unfinished)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
+    if hash_files(target) != written:
+        raise UserError(f"{target} does not read back as it was written. The disk may be full or damaged; run again.")
+    return written
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write what is not there yet, and verify what is."""
+    manifest_file = args.directory / MANIFEST
+    settings = {"base": args.base, "revision": args.revision, "variant": args.variant, "dtype": args.dtype}
+    manifest = {"settings": settings, "components": {}}
+    if manifest_file.is_file():
+        manifest = read_memory(manifest_file)
+        if manifest.get("settings") != settings:
+            raise UserError(
+                f"{args.directory} holds components of {manifest.get('settings')}, not of {settings}. Give "
+                "another folder."
+            )
+    strangers = [
+        n for n in components.COMPONENTS if not manifest["components"].get(n) and (args.directory / n).exists()
+    ]
+    if strangers:
+        raise UserError(
+            f"{args.directory} has {', '.join(strangers)} from elsewhere, which would be overwritten. Give another "
+            "folder, or remove them."
+        )
+    sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
+    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
+    components.check_components({name: folders[name] for name in components.MODELS})
+    try:
+        args.directory.mkdir(parents=True, exist_ok=True)
+        with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
+            for name in bar:
+                bar.set_description(name)
+                known = manifest["components"].get(name)
+                if known is None or hash_files(args.directory / name) != known:
+                    folder = components.fetch(name, sources[name])
+                    dtype = torch.float16 if args.dtype == "fp16" else torch.float32
+                    known = save_component(name, folder, args.directory / name, dtype, args.variant)
+                    manifest["components"][name] = known
+                    write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
+                    components.free_memory()
+    except OSError as error:
+        raise UserError(
+            f"{args.directory} cannot be written: {error.strerror or error}. Make room (7 GB in fp16), or give "
+            "another folder; what is finished stays."
+        ) from error
+    print(f"{len(components.COMPONENTS)} components are in {args.directory}, each file verified by its hash")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
