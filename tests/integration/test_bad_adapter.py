@@ -1,0 +1,82 @@
+"""An adapter that does not fit, or says too little, is never merged in silence."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rasengan import UserError
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def without_alpha(weights, metadata):
+    return weights, {}
+
+
+def with_half_a_pair(weights, metadata):
+    return {key: tensor for key, tensor in weights.items() if "attn2.to_k.lora.up" not in key}, metadata
+
+
+def without_a_module(weights, metadata):
+    return {key: tensor for key, tensor in weights.items() if ".mid_block." not in key}, metadata
+
+
+def of_other_shapes(weights, metadata):
+    return {k: torch.cat([v, v], dim=1) if "attn2.to_k.lora.down" in k else v for k, v in weights.items()}, metadata
+
+
+def of_another_layout(weights, metadata):
+    return {key.replace("unet.", "lora_unet_").replace(".", "_"): v for key, v in weights.items()}, metadata
+
+
+def of_another_family(weights, metadata):
+    return {key.replace("down_blocks.1", "down_blocks.0"): tensor for key, tensor in weights.items()}, metadata
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (without_alpha, r"does not say its alpha.*alpha = rank = 16.*Give --lora_alpha 16"),
+        (with_half_a_pair, r"does not fit the unet: .*attn2\.to_k has no lora_B"),
+        (without_a_module, r"mid_block\.\S* is targeted, but has no weights"),
+        (of_other_shapes, r"attn2\.to_k is \d+ x 96 at rank 16, but its lora_B and lora_A are \d+ x 16 and 16 x 192"),
+        (of_another_layout, r"272 keys that are not of diffusers' layout, such as 'lora_unet_"),
+        (of_another_family, r"does not fit the unet: .*has no linear layer in the model"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_adapter_that_does_not_fit_is_refused(change, pattern, draw, refused, trained, tmp_path):
+    with safe_open(trained / ADAPTER, framework="pt") as file:
+        weights, metadata = change(load_file(trained / ADAPTER), file.metadata())
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, tmp_path / ADAPTER, metadata or None)
+    refused(pattern, draw, "--lora_weights", tmp_path, "--prompt", "a star")
+
+
+def test_an_adapter_without_alpha_loads_with_the_alpha_given(draw, trained, tmp_path):
+    save_file(load_file(trained / ADAPTER), tmp_path / "plain.safetensors")
+    prompt = ["--prompt", "a star"]
+    (expected,) = draw("--lora_weights", trained, *prompt).values()
+    (image,) = draw("--lora_weights", tmp_path / "plain.safetensors", "--lora_alpha", 32, *prompt).values()
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_an_adapter_that_is_missing_cut_or_untrained_is_refused(draw, train, refused, trained, tmp_path):
+    def start(path):
+        draw("--lora_weights", path, "--prompt", "a star")
+
+    refused("There is no adapter at", start, tmp_path)
+    (tmp_path / "cut.safetensors").write_bytes((trained / ADAPTER).read_bytes()[:-1000])
+    refused("is no whole safetensors file", start, tmp_path / "cut.safetensors")
+    shutil.copytree(trained / "peft", tmp_path / "peft")
+    (tmp_path / "peft" / "adapter_config.json").write_text("{")
+    refused("adapter_config.json cannot be read", start, tmp_path / "peft")
+
+
+def test_an_adapter_that_changes_nothing_is_refused(draw, train, tmp_path):
+    output_dir = train("--learning_rate", 0, "--max_train_samples", 4, "--max_train_steps", 1)
+    with pytest.raises(UserError, match="changes nothing in the unet"):
+        draw("--lora_weights", output_dir, "--prompt", "a star")

@@ -1,0 +1,168 @@
+"""What a user may get wrong: one line that says what and the remedy, before any weights are loaded."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from rasengan import components
+
+
+def link_base(tiny_base: Path, folder: Path, without: str = "") -> Path:
+    """Make a base of links to the tiny one's components."""
+    folder.mkdir()
+    for name in components.COMPONENTS:
+        if name != without:
+            (folder / name).symlink_to(tiny_base / name)
+    return folder
+
+
+def change_unet(tiny_base: Path, folder: Path, **changes) -> Path:
+    """Make a base whose UNet's configuration says something else."""
+    link_base(tiny_base, folder, without="unet")
+    shutil.copytree(tiny_base / "unet", folder / "unet")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+# --- both scripts ---
+
+
+@pytest.fixture(params=["train", "draw"])
+def start(request):
+    """Function that starts either script with further arguments."""
+    call = request.getfixturevalue(request.param)
+    return (lambda *words: call(*words, "--prompt", "a star")) if request.param == "draw" else call
+
+
+def test_a_base_that_is_nowhere_is_refused(start, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    refused("neither a folder nor a hub id", start, "--pretrained_model_name_or_path", "/nowhere/sdxl")
+    message = refused("is no folder here, and the hub", start, "--pretrained_model_name_or_path", "nobody/sdxl")
+    assert "Correct the name" in message
+
+
+def test_a_missing_component_folder_is_refused(start, refused, tiny_base, tmp_path):
+    base = link_base(tiny_base, tmp_path / "base", without="text_encoder_2")
+    pattern = r"text_encoder_2 holds no text_encoder_2.*--pretrained_text_encoder_2_name_or_path"
+    refused(pattern, start, "--pretrained_model_name_or_path", base)
+
+
+def test_another_familys_unet_is_refused_by_its_name(start, refused, tiny_base, tmp_path):
+    base = change_unet(tiny_base, tmp_path / "base", cross_attention_dim=768, addition_embed_type=None)
+    pattern = r"UNet of Stable Diffusion 1\.x.*--pretrained_unet_name_or_path"
+    refused(pattern, start, "--pretrained_unet_name_or_path", base / "unet")
+
+
+def test_the_refiner_is_refused_by_its_name(start, refused, tiny_base, tmp_path):
+    base = change_unet(tiny_base, tmp_path / "base", cross_attention_dim=1280)
+    refused("as the SDXL refiner does", start, "--pretrained_model_name_or_path", base)
+
+
+def test_an_inpainting_unet_is_refused(start, refused, tiny_base, tmp_path):
+    base = change_unet(tiny_base, tmp_path / "base", in_channels=9)
+    refused("9 input channels", start, "--pretrained_model_name_or_path", base)
+
+
+def test_a_text_encoder_in_place_of_the_unet_is_refused(start, refused, tiny_base):
+    pattern = r"holds a CLIPTextModel, not SDXL's unet"
+    refused(pattern, start, "--pretrained_unet_name_or_path", tiny_base / "text_encoder")
+
+
+def test_weights_that_are_no_safetensors_are_refused(start, refused, tiny_base, tmp_path):
+    base = link_base(tiny_base, tmp_path / "base", without="vae")
+    shutil.copytree(tiny_base / "vae", base / "vae")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").rename(base / "vae" / "diffusion_pytorch_model.bin")
+    refused("Save it as safetensors", start, "--pretrained_model_name_or_path", base)
+    message = refused("Drop --variant", start, "--variant", "fp16")
+    assert "diffusion_pytorch_model.safetensors" in message or "model.safetensors" in message
+
+
+def test_an_output_folder_below_a_file_is_refused(train_script, infer_script, train_arguments, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "run")
+    for script, words in ((train_script, train_arguments), (infer_script, ["--prompt", "a star"])):
+        refused(r"--output_dir .* cannot be", script.main, script.parse_args([*words, "--output_dir", path]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, fp16 runs")
+def test_fp16_on_a_cpu_is_refused_with_the_remedy(start, refused):
+    refused("on a CPU. Use --mixed_precision no", start, "--mixed_precision", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("train", ["--lr_scheduler", "sine"], "invalid choice: 'sine'"),
+        ("train", ["--rank", "0"], "argument --rank: 0 is not"),
+        ("train", ["--learning_rate", "nan"], "argument --learning_rate: nan is not"),
+        ("train", ["--seed", "4294967296"], "argument --seed: 4294967296 is not"),
+        ("train", ["--lora_rank", "4"], "unrecognized arguments: --lora_rank 4"),
+        ("infer", ["--scheduler", "k_euler"], "invalid choice: 'k_euler'"),
+    ],
+)
+def test_an_unknown_flag_or_value_ends_with_exit_code_2(name, words, said, request, capsys):
+    script = request.getfixturevalue(f"{name}_script")
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_users_error_is_one_line_and_exit_code_2_without_a_traceback(run_script, tmp_path):
+    calls = [
+        ("train_lora_sdxl", "--resolution", "100", "--train_data_dir", "x", "--output_dir", tmp_path),
+        ("infer", "--prompt", "x", "--output_dir", tmp_path),
+    ]
+    with ThreadPoolExecutor() as pool:  # each takes ten seconds to import what it needs
+        for finished in pool.map(lambda call: run_script(*call), calls):
+            assert finished.returncode == 2
+            assert [line.startswith("error: ") for line in finished.stderr.splitlines()] == [True]
+            assert finished.stdout == ""
+
+
+# --- training ---
+
+
+def test_a_run_without_pictures_is_refused(train, refused):
+    refused("There is no data: give --dataset_name, or --train_data_dir", train, without=("--train_data_dir",))
+
+
+def test_a_folder_that_is_missing_or_empty_is_refused(train, refused, tmp_path):
+    refused(r"--train_data_dir .*missing is no folder", train, "--train_data_dir", tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    refused(r"--train_data_dir .*empty", train, "--train_data_dir", tmp_path / "empty")
+
+
+def test_a_size_that_is_no_multiple_of_8_is_refused(train, draw, refused):
+    refused(r"--resolution is 100\. Give a multiple of 8, such as 96", train, "--resolution", 100)
+    refused(r"--height is 100\. Give a multiple of 8, such as 96", draw, "--prompt", "a star", "--height", 100)
+
+
+def test_a_target_that_matches_nothing_is_refused(train, refused):
+    refused("--lora_target_modules to_w matches no module", train, "--lora_target_modules", "to_q", "to_w")
+    refused("conv1, a Conv2d", train, "--lora_target_modules", "conv1")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(train, refused):
+    refused(
+        "--report_to blackboard is not installed here; installed are: .*tensorboard",
+        train,
+        "--report_to",
+        "blackboard",
+    )
+
+
+def test_a_push_without_network_or_login_is_refused(train, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    refused(r"--push_to_hub: .*hf auth login", train, "--push_to_hub", "--hub_model_id", "me/lora")
+
+
+def test_drawing_needs_a_prompt_and_comparing_needs_an_adapter(draw, refused, tmp_path):
+    refused("give --prompt or --prompt_file", draw)
+    refused("need an adapter: give --lora_weights", draw, "--prompt", "a star", "--compare")
+    refused("cannot be read", draw, "--prompt_file", tmp_path / "none.txt")

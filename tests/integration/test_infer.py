@@ -1,0 +1,176 @@
+"""Pictures of the base and of the tuned model, and the proof that the adapter is in them."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from rasengan import components, sdxl
+
+
+PROMPT = "a big red star"
+BASE, TUNED = "000-3-a-big-red-star-base.png", "000-3-a-big-red-star-tuned.png"
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def same(one, other) -> bool:
+    return np.array_equal(pixels(one), pixels(other))
+
+
+@pytest.fixture(scope="module")
+def compared(draw, trained):
+    """Pictures of --compare, by file name."""
+    return draw("--lora_weights", trained, "--compare", "--prompt", PROMPT, "--seed", 3)
+
+
+def draw_with_diffusers(pipeline, **options) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    size = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 7.5}
+    return pixels(pipeline(PROMPT, generator=generator, **size, **options).images[0])
+
+
+def load_pipeline(tiny_base) -> StableDiffusionXLPipeline:
+    loaded = {name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
+    return StableDiffusionXLPipeline(**loaded, add_watermarker=False)
+
+
+# --- base and tuned ---
+
+
+def test_compare_draws_both_and_a_grid_and_says_what_they_are_made_from(compared, trained, tiny_base):
+    assert set(compared) == {BASE, TUNED, "grid.png"}
+    assert compared["grid.png"].width > 2 * 256
+    for name, adapter in ((BASE, "none"), (TUNED, f"{trained} at scale 1")):
+        image = compared[name]
+        image.load()
+        assert image.size == (64, 64)
+        said = {key: image.text[key] for key in ("prompt", "seed", "model", "adapter", "num_inference_steps")}
+        assert said == {
+            "prompt": PROMPT,
+            "seed": "3",
+            "model": str(tiny_base),
+            "adapter": adapter,
+            "num_inference_steps": "3",
+        }
+
+
+def test_tuned_pictures_differ_from_base_pictures(compared):
+    difference = np.abs(pixels(compared[BASE]) - pixels(compared[TUNED]))
+    assert (difference > 2).mean() > 0.1
+
+
+def test_base_pictures_are_those_of_a_run_without_an_adapter_and_of_scale_0(compared, draw, trained):
+    alone = draw("--prompt", PROMPT, "--seed", 3)
+    assert list(alone) == [BASE]
+    assert same(alone[BASE], compared[BASE])
+    off = draw("--lora_weights", trained, "--lora_scale", 0, "--prompt", PROMPT, "--seed", 3)
+    assert same(off[TUNED], compared[BASE])
+
+
+def test_a_smaller_scale_gives_a_picture_between_base_and_tuned(compared, draw, trained):
+    half = draw("--lora_weights", trained, "--lora_scale", 0.5, "--prompt", PROMPT, "--seed", 3)[TUNED]
+    whole = np.abs(pixels(compared[TUNED]) - pixels(compared[BASE])).mean()
+    assert 0 < np.abs(pixels(half) - pixels(compared[BASE])).mean() < whole
+
+
+def test_the_run_says_how_much_the_merge_changed(draw, trained, capsys):
+    draw("--lora_weights", trained, "--prompt", PROMPT)
+    printed = capsys.readouterr().out
+    assert "Merged 136 modules of the unet at alpha 32 / rank 16 x 1: relative weight change" in printed
+    assert "1 pictures are in" in printed
+
+
+@pytest.mark.parametrize("place", [".", "pytorch_lora_weights.safetensors", "checkpoint-4", "peft"])
+def test_every_place_of_the_adapter_gives_the_same_picture(place, compared, draw, trained):
+    assert same(draw("--lora_weights", trained / place, "--prompt", PROMPT, "--seed", 3)[TUNED], compared[TUNED])
+
+
+def test_an_earlier_checkpoint_gives_another_picture(compared, draw, trained):
+    earlier = draw("--lora_weights", trained / "checkpoint-2", "--prompt", PROMPT, "--seed", 3)
+    assert not same(earlier[TUNED], compared[TUNED])
+
+
+# --- against diffusers ---
+
+
+def test_diffusers_draws_the_same_with_the_adapter_loaded_by_itself(compared, trained, tiny_base):
+    pipeline = load_pipeline(tiny_base)
+    assert np.abs(draw_with_diffusers(pipeline) - pixels(compared[BASE])).max() <= 1
+    pipeline.load_lora_weights(trained)
+    assert np.abs(draw_with_diffusers(pipeline) - pixels(compared[TUNED])).max() <= 1
+
+
+def test_a_negative_prompt_is_the_one_of_diffusers(compared, draw, tiny_base):
+    image = draw("--prompt", PROMPT, "--negative_prompt", "blue, dotted", "--seed", 3)[BASE]
+    assert not same(image, compared[BASE])
+    expected = draw_with_diffusers(load_pipeline(tiny_base), negative_prompt="blue, dotted")
+    assert np.abs(expected - pixels(image)).max() <= 1
+    assert image.text["negative_prompt"] == "blue, dotted"
+
+
+def test_a_saved_merged_model_is_a_pipeline_that_draws_the_same(compared, draw, trained, tmp_path):
+    draw("--lora_weights", trained, "--save_merged", tmp_path / "tuned")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "tuned")
+    assert np.abs(draw_with_diffusers(pipeline) - pixels(compared[TUNED])).max() <= 1
+    again = draw("--pretrained_model_name_or_path", tmp_path / "tuned", "--prompt", PROMPT, "--seed", 3)
+    assert same(again[BASE], compared[TUNED])
+
+
+# --- prompts, seeds, samplers ---
+
+
+def test_prompts_come_from_the_command_line_and_then_from_a_file(draw, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffein blauer Kreis\n\n  ナルト 忍者 🥷 \n../../etc/passwd\n", encoding="utf-8")
+    pictures = draw("--prompt", "a star", 'a <b> & "c" / d', "--prompt_file", file)
+    prompts = {name: image.text["prompt"] for name, image in pictures.items()}
+    assert prompts == {
+        "000-0-a-star-base.png": "a star",
+        "001-0-a-b-c-d-base.png": 'a <b> & "c" / d',
+        "002-0-ein-blauer-Kreis-base.png": "ein blauer Kreis",
+        "003-0-ナルト-忍者-base.png": "ナルト 忍者 🥷",
+        "004-0-etc-passwd-base.png": "../../etc/passwd",
+    }
+    assert len({image.tobytes() for image in pictures.values()}) == 5
+
+
+def test_a_prompt_over_77_tokens_is_cut_and_that_is_said(draw, capsys):
+    draw("--prompt", "red " * 90)
+    assert "warning: only the first 77 of" in capsys.readouterr().out
+
+
+def test_pictures_drawn_together_are_those_drawn_alone(draw):
+    together = draw("--prompt", PROMPT, "--seed", 3, "--num_images_per_prompt", 2)
+    assert list(together) == [BASE, BASE.replace("-3-", "-4-")]
+    for seed, image in zip((3, 4), together.values(), strict=True):
+        assert image.text["seed"] == str(seed)
+        (alone,) = draw("--prompt", PROMPT, "--seed", seed).values()
+        assert np.abs(pixels(alone) - pixels(image)).max() <= 1
+    assert not same(*together.values())
+
+
+@pytest.mark.parametrize("name", sorted(sdxl.SAMPLERS))
+def test_every_sampler_draws(name, compared, draw):
+    image = draw("--prompt", PROMPT, "--seed", 3, "--scheduler", name)[BASE]
+    assert image.text["scheduler"] == name
+    assert pixels(image).std() > 1
+    assert same(image, compared[BASE]) == (name == "euler")  # the base's own
+
+
+def test_sizes_are_heights_and_widths_and_default_to_the_models(draw):
+    (image,) = draw("--prompt", PROMPT, "--height", 72, "--width", 40).values()
+    assert image.size == (40, 72)
+
+
+def test_components_given_one_by_one_draw_the_same(compared, infer_script, tiny_base, trained, tmp_path):
+    flags = [word for name, flag in components.COMPONENT_FLAGS.items() for word in (flag, str(tiny_base / name))]
+    small = ["--height", "64", "--width", "64", "--num_inference_steps", "3", "--seed", "3", "--prompt", PROMPT]
+    arguments = [*flags, *small, "--lora_weights", str(trained), "--output_dir", str(tmp_path)]
+    infer_script.main(infer_script.parse_args(arguments))
+    assert (tmp_path / TUNED).is_file()
+    assert same(Image.open(tmp_path / TUNED), compared[TUNED])

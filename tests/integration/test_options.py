@@ -1,0 +1,147 @@
+"""Each option does what it says within a run of a few steps."""
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file
+
+from rasengan import components
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+FEW = ["--lora_target_modules", "to_v", "attn2.to_k"]  # of 136 modules 51, for speed
+SHORT = ["--max_train_samples", "4", "--max_train_steps", "2", "--checkpointing_steps", "9", *FEW]
+QUIET = ["--report_to", "none"]
+
+
+def bits(output_dir) -> dict[str, bytes]:
+    """Return the bytes of each of the adapter's matrices."""
+    return {key: tensor.numpy().tobytes() for key, tensor in load_file(output_dir / ADAPTER).items()}
+
+
+@pytest.fixture(scope="module")
+def plain(train):
+    """Output folder of a short run without any of the options."""
+    return train(*SHORT)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--random_flip"],
+        ["--no-center_crop"],
+        ["--snr_gamma", 0.1],
+        ["--noise_offset", 0.1],
+        ["--prediction_type", "v_prediction"],
+        ["--lora_dropout", 0.5],
+        ["--lora_init", "default"],
+        ["--image_interpolation_mode", "nearest"],
+        ["--gradient_accumulation_steps", 2],
+        ["--no-use_8bit_adam"],
+        ["--max_grad_norm", 0.001, "--adam_epsilon", 0.01],
+        ["--scale_lr"],
+        ["--mixed_precision", "bf16"],
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_an_option_changes_what_is_trained(flags, train, plain):
+    weights = load_file(train(*SHORT, *QUIET, *flags) / ADAPTER)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    before = load_file(plain / ADAPTER)
+    assert weights.keys() == before.keys()
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataloader_num_workers", 1],
+        ["--gradient_checkpointing"],
+        ["--allow_tf32"],
+        ["--debug_loss"],
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_an_option_changes_nothing_that_is_trained(flags, train, plain):
+    assert bits(train(*SHORT, *flags)) == bits(plain)
+
+
+def test_a_flag_without_effect_makes_no_other_cache(train, tmp_path):
+    cache = ["--conditioning_cache_dir", tmp_path]
+    train(*SHORT, *QUIET, *cache, "--allow_tf32")  # no TF32 on a CPU
+    shards = set(tmp_path.rglob("*.safetensors"))
+    assert shards
+    train(*SHORT, *QUIET, *cache)
+    assert set(tmp_path.rglob("*.safetensors")) == shards
+
+
+def test_rank_and_targets_shape_the_adapter(train):
+    weights = load_file(train(*SHORT, *QUIET, "--rank", 4, "--lora_target_modules", "attn2.to_k", "to_v") / ADAPTER)
+    assert {tensor.shape[0] for key, tensor in weights.items() if key.endswith("down.weight")} == {4}
+    assert {key.rsplit(".lora.")[0].rpartition("attn")[2] for key in weights} == {"2.to_k", "1.to_v", "2.to_v"}
+
+
+def test_epochs_count_the_optimizer_steps_that_see_every_picture(train, read_scalars):
+    few = ["--max_train_samples", 5, "--num_train_epochs", 2]
+    output_dir = train(*few, without=("--max_train_steps",))
+    assert sorted(read_scalars(output_dir, "train_loss")) == [1, 2, 3, 4, 5, 6]  # ceil(5 / 2) an epoch
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "options"),
+    [
+        ("constant", [], {}),
+        ("constant_with_warmup", ["--lr_warmup_steps", 2], {"num_warmup_steps": 2}),
+        ("linear", ["--lr_warmup_steps", 1], {"num_warmup_steps": 1}),
+        ("cosine", ["--lr_warmup_steps", 1], {"num_warmup_steps": 1}),
+        ("cosine_with_restarts", ["--lr_warmup_steps", 0, "--lr_num_cycles", 2], {"num_warmup_steps": 0}),
+        ("polynomial", ["--lr_warmup_steps", 0, "--lr_power", 2], {"num_warmup_steps": 0, "power": 2}),
+        ("piecewise_constant", ["--lr_step_rules", "1:2,0.1"], {"step_rules": "1:2,0.1"}),
+    ],
+)
+def test_every_schedule_gives_the_rates_of_diffusers(name, flags, options, train, read_scalars):
+    output_dir = train(*SHORT, "--max_train_steps", 3, "--lr_scheduler", name, *flags)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    if name == "cosine_with_restarts":
+        options |= {"num_cycles": 2}
+    schedule = get_scheduler(name, optimizer, num_training_steps=3, **options)
+    expected = []
+    for _ in range(3):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert list(read_scalars(output_dir, "lr").values()) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_debug_loss_logs_the_loss_of_each_picture_by_its_name(train, read_log):
+    tags = read_log(train(*SHORT, "--debug_loss")).Tags()["scalars"]
+    names = [tag.removeprefix("loss_for_") for tag in tags if tag.startswith("loss_for_")]
+    assert len(names) == 4
+    assert all(name.split(".")[0].isdigit() for name in names)
+
+
+def test_text_encoders_are_trained_and_their_adapters_are_merged(train, draw, capsys):
+    output_dir = train(*SHORT, *QUIET, "--train_text_encoder")
+    weights = load_file(output_dir / ADAPTER)
+    for component in ("unet", *components.TEXT_ENCODERS):
+        ups = [tensor for key, tensor in weights.items() if key.startswith(f"{component}.") and ".up." in key]
+        assert any(tensor.abs().max() > 0 for tensor in ups), component
+    pictures = {}
+    for name, path in (("file", output_dir), ("peft", output_dir / "peft")):
+        pictures[name] = draw("--lora_weights", path, "--prompt", "a red star", "--compare")
+        printed = capsys.readouterr().out
+        for component in ("unet", *components.TEXT_ENCODERS):
+            assert f"modules of the {component} at alpha 32 / rank 16" in printed
+    for name in ("000-0-a-red-star-base.png", "000-0-a-red-star-tuned.png"):
+        assert pictures["file"][name].tobytes() == pictures["peft"][name].tobytes()
+
+
+def test_the_loss_falls_under_that_of_the_untrained_model(train, read_scalars):
+    # A sample's noise and timestep follow from the seed alone, so the two runs meet the same tasks, step by step:
+    # what remains between their losses is what was learned.
+    run = ["--max_train_samples", 2, "--train_batch_size", 1, "--max_train_steps", 60, "--checkpointing_steps", 99]
+    losses = [list(read_scalars(train(*run, "--learning_rate", lr), "train_loss").values()) for lr in (1e-3, 0)]
+    trained, untrained = torch.tensor(losses)
+    assert trained[0] == untrained[0]
+    assert trained[-20:].mean() < 0.98 * untrained[-20:].mean()
+    assert (trained[-20:] < untrained[-20:]).float().mean() > 0.9

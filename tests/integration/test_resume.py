@@ -1,0 +1,104 @@
+"""A run that was interrupted and resumed equals the run that was not."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from rasengan import UserError
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def bits(folder) -> dict[str, bytes]:
+    """Return the bytes of each of the adapter's matrices."""
+    return {key: tensor.numpy().tobytes() for key, tensor in load_file(folder / ADAPTER).items()}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--no-use_8bit_adam"],
+        ["--lora_dropout", 0.1],
+        ["--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--random_flip"],
+        ["--train_text_encoder", "--max_train_samples", 3],
+    ],
+    ids=["8-bit AdamW", "AdamW", "dropout", "accumulation, schedule and flips", "text encoders across an epoch"],
+)
+def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_whole(flags, train, read_scalars, tmp_path, caplog):
+    whole = train(*flags)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    resumed = train(*flags, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert f"Resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
+    assert bits(resumed) == bits(whole)
+    assert bits(resumed / "checkpoint-4") == bits(whole / "checkpoint-4")
+    losses = read_scalars(whole, "train_loss")
+    assert read_scalars(resumed, "train_loss") == {step: losses[step] for step in (3, 4)}
+
+
+def test_two_steps_and_two_more_equal_four(train, trained):
+    output_dir = train("--max_train_steps", 2)
+    assert bits(output_dir) != bits(trained)
+    train("--resume_from_checkpoint", "checkpoint-2", output_dir=output_dir)
+    assert bits(output_dir) == bits(trained)
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_without_a_seed_resumes_with_the_seed_that_it_drew(train, tmp_path):
+    whole = train("--max_train_samples", 4, without=("--seed",))
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    resume = ["--max_train_samples", 4, "--resume_from_checkpoint", "latest"]
+    resumed = train(*resume, output_dir=tmp_path, without=("--seed",))
+    assert bits(resumed) == bits(whole)
+    seeds = [json.loads((folder / "args.json").read_text())["seed"] for folder in (whole, resumed)]
+    assert seeds[0] == seeds[1] is not None
+
+
+def test_a_finished_run_resumes_to_the_same_adapter_without_a_step(train, trained, tmp_path):
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert bits(tmp_path) == bits(trained)
+
+
+def test_latest_without_a_checkpoint_starts_afresh_and_says_so(train, trained, caplog):
+    output_dir = train("--resume_from_checkpoint", "latest")
+    assert "starting afresh" in caplog.text
+    assert bits(output_dir) == bits(trained)
+
+
+def test_a_named_checkpoint_that_is_missing_is_an_error_that_lists_the_others(train, trained, loaded, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-10")
+    with pytest.raises(UserError, match=r"checkpoint-7.*there are: checkpoint-2, checkpoint-10"):
+        train("--resume_from_checkpoint", "checkpoint-7", output_dir=tmp_path)
+    assert loaded == []
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(train, trained, caplog, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(trained / "checkpoint-4", tmp_path / ".saving-4")
+    (tmp_path / ".saving-4" / "optimizer.bin").unlink()
+    train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert f"Resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
+    assert bits(tmp_path) == bits(trained)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_resuming_with_another_rank_is_an_error_that_names_it(train, trained, loaded, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be resumed.*--rank was 16, and is 4"):
+        train("--resume_from_checkpoint", "latest", "--rank", 4, output_dir=tmp_path)
+    assert loaded == []
+
+
+def test_a_resumed_run_may_split_its_batches_otherwise(train, trained, read_scalars, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    split = ["--train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    train("--resume_from_checkpoint", "latest", *split, output_dir=tmp_path)
+    losses = read_scalars(trained, "train_loss")
+    resumed = read_scalars(tmp_path, "train_loss")
+    assert resumed[3] == pytest.approx(losses[3], rel=1e-5)
+    assert resumed[4] == pytest.approx(losses[4], rel=1e-3)  # after a step of 8-bit AdamW
