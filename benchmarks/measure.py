@@ -148,11 +148,10 @@ class Results:
         self.invocation = len(self.data["invocations"])
 
     def keep(self, names: dict[str, str], found: dict) -> None:
-        """Add a run, by its names, in the place of what this command kept of it before; print it; write the file."""
+        """Add a run, by its names, in the place of what this command kept of it before, and write the file."""
         names = {"invocation": self.invocation} | names
         self.data["runs"] = [run for run in self.data["runs"] if not names.items() <= run.items()]
         self.data["runs"].append(names | found)
-        print(*names.values(), json.dumps(found), flush=True)
         write_atomically(self.file, (json.dumps(self.data, indent=2) + "\n").encode())
 
     def latest(self, names: dict[str, str]) -> dict:

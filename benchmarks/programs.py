@@ -43,48 +43,16 @@ SD_TOKENIZERS = {
     "tokenizer": "openai_clip-vit-large-patch14",
     "tokenizer_2": "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k",
 }
-# What sd-scripts imports, and what this run calls of it; written only where the package is missing.
-STAND_INS = {
-    "cv2": '''
-"""A stand-in: sd-scripts only turns RGB to BGR and back with it here."""
+# A package of 50 MB that sd-scripts imports, and what it calls of it here; written where it is missing.
+CV2_STAND_IN = '''"""A stand-in: of OpenCV, this run of sd-scripts only turns RGB into BGR and back."""
+
 COLOR_RGB2BGR = COLOR_BGR2RGB = "swap"
 
 
 def cvtColor(image, how):
     assert how == "swap"
     return image[..., ::-1].copy()
-''',
-    "torchvision": '''
-"""A stand-in: sd-scripts only makes normalized tensors of pictures with it here."""
-from . import transforms
-''',
-    "torchvision.transforms": """
-import torch
-
-
-class Compose:
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __call__(self, image):
-        for part in self.parts:
-            image = part(image)
-        return image
-
-
-class ToTensor:
-    def __call__(self, image):
-        return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
-
-
-class Normalize:
-    def __init__(self, mean, std):
-        self.mean, self.std = mean[0], std[0]
-
-    def __call__(self, image):
-        return (image - self.mean) / self.std
-""",
-}
+'''
 
 
 @dataclass(frozen=True)
@@ -152,11 +120,9 @@ class Bench:
         for line in map(json.loads, (pictures / "metadata.jsonl").read_text().splitlines()):
             (subset / line["file_name"]).symlink_to(pictures / line["file_name"])
             (subset / line["file_name"]).with_suffix(".txt").write_text(line["text"])
-        for module, code in STAND_INS.items():
-            if importlib.util.find_spec(module.split(".")[0]) is None:
-                package = folder / "stand-ins" / module.replace(".", "/")
-                package.mkdir(parents=True)
-                (package / "__init__.py").write_text(code.lstrip())
+        (folder / "stand-ins").mkdir()
+        if importlib.util.find_spec("cv2") is None:
+            (folder / "stand-ins" / "cv2.py").write_text(CV2_STAND_IN)
 
     # --- runs ---
 
@@ -194,6 +160,7 @@ class Bench:
         log = self.logs / f"{slug}.log"
         found = run_instrumented([*command, *arguments], log, [*options], **how)
         shutil.rmtree(output, ignore_errors=True)
+        print(slug, json.dumps(found), flush=True)
         return found
 
     def ours(self, case: Case, steps: int, output: Path) -> tuple[list[str], dict]:
@@ -268,7 +235,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / out, help="added to, run by run [%(default)s]")
-    add("--logs", type=Path, help="where the runs' output goes [--work_dir/logs]")
+    add("--logs", type=Path, help="where the runs' output goes [in --work_dir]")
     add("--work_dir", type=Path, default=ROOT / ".benchmarks", help="weights, pictures, caches; kept [%(default)s]")
     add("--commit", help="of this project, where there is no git")
     add("--diffusers_examples", type=Path, help="a diffusers checkout, or its examples folder")
@@ -294,9 +261,14 @@ def open_bench(args: argparse.Namespace) -> Bench:
             folders[name] = getattr(args, name).resolve()
             if not folders[name].is_dir():
                 raise UserError(f"--{name} {getattr(args, name)} is not a folder.")
+    if (args.diffusers_examples or args.sd_scripts) and importlib.util.find_spec("torchvision") is None:
+        raise UserError("The peers need torchvision, which is not installed: `pip install torchvision`.")
     names = {"diffusers": folders["diffusers_examples"], "sd-scripts": folders["sd_scripts"]}
     results = Results(args.out, args.commit, {name: folder for name, folder in names.items() if folder})
-    work = args.work_dir.resolve()
+    if folders["sd_scripts_packages"]:
+        found = folders["sd_scripts_packages"].glob("*.dist-info")
+        results.data["peers"]["sd-scripts packages"] = sorted(folder.stem for folder in found)
+    work = args.work_dir.resolve() / ("tiny" if args.tiny else "full-size")
     bench = Bench(work, (args.logs or work / "logs").resolve(), results, args.tiny, **folders)
     bench.prepare()
     return bench

@@ -92,7 +92,7 @@ def _bigg(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if match := re.match(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
             stacked.setdefault((match[1], match[3]), {})[match[2]] = tensor
         elif name == "text_projection.weight":
-            original["text_projection"] = tensor
+            original["text_projection"] = tensor.T
         else:
             original[_rename(name, _BIGG_PLACES)] = tensor
     for (layer, kind), parts in stacked.items():
