@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -115,8 +116,9 @@ def source_version(folder: Path) -> str:
 
 
 def command_line() -> str:
-    """Return this command as it was typed, with the script's path from the repository's root."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """Return this command as it was typed, but with the last part alone of each absolute path."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 # --- keep every result ---
