@@ -49,8 +49,8 @@ import sys
 import accelerate, bitsandbytes, datasets, diffusers, peft, torch, transformers
 from peft import LoraConfig
 from torch.utils.tensorboard import SummaryWriter
-device = "cuda" if torch.cuda.is_available() else "cpu"
-unet = diffusers.UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype="auto").to(device)
+device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+unet = diffusers.UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype=dtype).to(device)
 if device == "cuda":
     torch.cuda.synchronize()
 """
