@@ -55,7 +55,7 @@ def main() -> None:
     have = ["ours"] + ["diffusers"] * bool(args.diffusers_examples) + ["sd-scripts"] * bool(args.sd_scripts)
     programs = chosen("--programs", args.programs, have)
     settings = chosen("--settings", args.settings, settings)
-    bench = open_bench(args)
+    bench, built = open_bench(args), set()
     for program in programs:
         for name in settings:
             known = SETTINGS if program == "ours" else PEERS[program]
@@ -65,8 +65,10 @@ def main() -> None:
                 continue
             case, arguments, *options = known[name]
             steps = TINY_STEPS if bench.tiny else STEPS
-            # Afresh, since building the cache is part of a whole run.
-            found = bench.run(program, case, steps, arguments, *options, fresh=True)
+            # Building the cache is part of a whole run: the first of a program at a resolution does it.
+            fresh = (program, case.resolution_px) not in built
+            built.add((program, case.resolution_px))
+            found = bench.run(program, case, steps, arguments, *options, fresh=fresh)
             bench.results.keep(names, {"arguments": " ".join(arguments), "steps": steps} | found)
 
 

@@ -29,13 +29,15 @@ def read_words(file: str, switches: dict[str, bool]) -> list[str]:
     for name, value in settings.items():
         if name not in switches:
             raise UserError(f"--config {file}: {name!r} is no flag. --help lists them.")
+        if value is None:
+            continue
         if switches[name] and not isinstance(value, bool):
             raise UserError(f"--config {file}: {name} is {value!r}. Write true or false.")
         if switches[name]:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
-        elif value is not None:
+        else:
             # YAML reads a bare no as false.
             words.append(f"--{name}={'no' if value is False else value}")
     return words

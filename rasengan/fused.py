@@ -95,8 +95,8 @@ class FusedUNet:
     def _replace(self, module: nn.Module, forward: Callable) -> None:
         original = type(module).forward
 
-        def dispatch(module, *args, **kwargs):
-            return (forward if self.unet.training else original)(module, *args, **kwargs)
+        def dispatch(module, *inputs, **options):
+            return (forward if self.unet.training else original)(module, *inputs, **options)
 
         module.forward = types.MethodType(dispatch, module)
 
@@ -152,9 +152,9 @@ class FusedUNet:
             attn = block.attn2
             for layer in (attn.to_k, attn.to_v):
                 if id(layer) not in projected:
-                    projection = self.by_layer.get(id(layer)) or Projection([layer])
-                    parts = projection(rows).view(pictures, tokens, len(projection.layers), attn.heads, -1).unbind(2)
-                    projected |= {id(of): part for of, part in zip(projection.layers, parts, strict=True)}
+                    layers = self.by_layer[id(layer)].layers if id(layer) in self.by_layer else [layer]
+                    parts = self._linear(layer, rows).view(pictures, tokens, len(layers), attn.heads, -1).unbind(2)
+                    projected |= {id(of): part for of, part in zip(layers, parts, strict=True)}
             self.text[id(block)] = tuple(projected[id(layer)].transpose(1, 2) for layer in (attn.to_k, attn.to_v))
 
     def _transformer(self, module, hidden_states, encoder_hidden_states=None, return_dict=True, **_):
@@ -202,7 +202,11 @@ class FusedUNet:
 
     def _linear(self, layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         projection = self.by_layer.get(id(layer))
-        return layer(rows) if projection is None else projection(rows)
+        if projection is not None:
+            return projection(rows)
+        return (
+            layer(rows) if type(layer) is nn.Linear else nodes.QuantizedProduct.apply(rows, layer.weight, layer.bias)
+        )
 
     def _resnet(self, module, input_tensor, temb):
         return self._checkpointed(_resnet, module, input_tensor, temb)
@@ -225,7 +229,7 @@ class Projection:
         """Return (T, n E) for rows (T, D)."""
         if self.has_lora:
             return nodes.LoraProduct.apply(rows, self.lora_A, self.lora_B, self.weight, self.bias)
-        return self.layers[0](rows) if len(self.layers) == 1 else F.linear(rows, self.weight, self.bias)
+        return F.linear(rows, self.weight, self.bias)
 
 
 def _attend(q, k, v):

@@ -103,7 +103,7 @@ def transformer_blocks(unet: nn.Module) -> list[BasicTransformerBlock]:
 
 
 def projection_groups(unet: nn.Module) -> list[list[nn.Module]]:
-    """Return the layers that can be one product, since they share an input and a shape.
+    """Return the layers that share an input and a shape.
 
     These are q, k and v of each self-attention, and the k and v of all attentions to the text of one width.
     """
@@ -117,17 +117,25 @@ def projection_groups(unet: nn.Module) -> list[list[nn.Module]]:
 def _alike(layers: list[nn.Module]) -> bool:
     bases = [base_of(layer) for layer in layers]
     return (
-        all(type(base) is nn.Linear and base.bias is None for base in bases)
-        and len({base.weight.shape for base in bases}) == 1
+        all(base.bias is None for base in bases)
+        and len({(base.in_features, base.out_features) for base in bases}) == 1
         and len({isinstance(layer, LoraLayer) for layer in layers}) == 1
     )
 
 
 def all_projections(unet: nn.Module) -> list[list[nn.Module]]:
-    """Return the groups, and every other layer with a LoRA as a group of its own."""
+    """Return the groups whose layers can be one product, and every other layer with a LoRA as a group of its own.
+
+    The layers stand in one order whether they can be one product or not (quantized ones cannot).
+    """
     groups = projection_groups(unet)
     grouped = {id(layer) for group in groups for layer in group}
-    return groups + [[m] for m in unet.modules() if isinstance(m, LoraLayer) and id(m) not in grouped]
+    together = [part for group in groups for part in ([group] if _can_stack(group) else [[m] for m in group])]
+    return together + [[m] for m in unet.modules() if isinstance(m, LoraLayer) and id(m) not in grouped]
+
+
+def _can_stack(layers: list[nn.Module]) -> bool:
+    return all(type(base_of(layer)) is nn.Linear for layer in layers)
 
 
 def flat_order(unet: nn.Module) -> list[nn.Parameter]:
@@ -145,7 +153,7 @@ def stack_weights(unet: nn.Module, device: torch.device) -> None:
 
     Before the rest of the UNet moves there, so that nothing is there twice.
     """
-    for group in projection_groups(unet):
+    for group in filter(_can_stack, projection_groups(unet)):
         weights = [base_of(layer).weight for layer in group]
         rows, columns = weights[0].shape
         stack = torch.empty(len(group) * rows, columns, dtype=weights[0].dtype, device=device)

@@ -202,5 +202,6 @@ def quantize_base(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=quantized
             )
             quantized.bias = layer.bias
+            quantized.support_avx512bf16_for_cpu = False  # else its forward repacks the weight, in place
             transformer.set_submodule(name, quantized.to(device))
     unet.is_loaded_in_4bit = True  # by this PEFT knows which kind of layer to wrap

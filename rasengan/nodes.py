@@ -62,6 +62,20 @@ def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
 
 
+class QuantizedProduct(torch.autograd.Function):
+    """y = x W^T + bias of a frozen weight that bitsandbytes quantized; keeps nothing, and expands it once more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return F.linear(x, dense(weight, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        return grad_y @ dense(ctx.weight, grad_y.dtype), None, None
+
+
 class CastLora(torch.autograd.Function):
     """The LoRA matrices of all projections in the UNet's dtype, cast out of the flat parameter by two kernels.
 

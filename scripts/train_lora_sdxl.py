@@ -399,10 +399,10 @@ def measure_plan(samples, finish, train_step, recompute, state_bytes: int, plan:
     return None if taken is None else taken + state_bytes
 
 
-def plan_memory(args, accelerator, measure, blocks, samples_per_process, parts_bytes, resume_from) -> memory.Plan:
+def plan_memory(args, accelerator, device, measure, blocks, samples_per_process, parts_bytes, resume_from):
     """Return the plan of the checkpoint, or the fastest that is measured to fit, and print it."""
-    device, local_processes = accelerator.device, machine_share()[1]
-    budget_gib = memory.limit(args.vram_budget_gib, device, math.ceil(local_processes / torch.cuda.device_count()))
+    sharing = math.ceil(machine_share()[1] / torch.cuda.device_count())
+    budget_gib = memory.limit(args.vram_budget_gib, device, sharing)
     remembered = checkpoint.read_state(resume_from).get("memory_plan") if resume_from else None
     if remembered and samples_per_process % remembered[0] == 0 and remembered[2] <= budget_gib * memory.GIB:
         plan = memory.Plan(*remembered)
@@ -479,7 +479,8 @@ def main(args: argparse.Namespace) -> None:
     # --- processes, precision, seed ---
     set_up_logging()
     accelerator = make_accelerator(args)
-    device, is_main = accelerator.device, accelerator.is_main_process
+    is_main = accelerator.is_main_process
+    device = torch.empty(0, device=accelerator.device).device  # cuda:0 rather than cuda, and cpu rather than cpu:0
     args.mixed_precision = accelerator.mixed_precision
     weight_dtype = components.weight_dtype(args.mixed_precision, device)
     if args.seed is None:
@@ -628,7 +629,7 @@ def main(args: argparse.Namespace) -> None:
             "optimizer": optim.expected_state_bytes(flat.numel(), args.use_8bit_adam),
         }
         measure = partial(measure_plan, samples, finish, train_step, recompute, parts_bytes["optimizer"])
-        plan = plan_memory(args, accelerator, measure, blocks, samples_per_process, parts_bytes, resume_from)
+        plan = plan_memory(args, accelerator, device, measure, blocks, samples_per_process, parts_bytes, resume_from)
     if args.plan_only:
         return
     recompute(plan.recomputed_blocks)

@@ -61,3 +61,27 @@ def test_infer_draws_in_fp16_with_a_merged_adapter(run_script, trained, tiny_bas
     assert finished.returncode == 0, finished.stderr
     assert "Merged" in finished.stdout
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_a_plan_is_printed_kept_and_used_again(run_script, train_arguments, tmp_path):
+    arguments = [*train_arguments, "--mixed_precision", "fp16", "--output_dir", tmp_path]
+    arguments += ["--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--vram_budget_gib", 2]
+    only = run_script("train_lora_sdxl", *arguments, "--plan_only")
+    assert only.returncode == 0, only.stderr
+    assert "Memory plan: 2 pictures at once, 1 times a step; 0 of " in only.stdout
+    assert not list(tmp_path.glob("checkpoint-*"))
+    first = run_script("train_lora_sdxl", *arguments, "--max_train_steps", 2)
+    assert first.returncode == 0, first.stderr
+    plan = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["memory_plan"]
+    assert plan[:2] == [2, 0]
+    again = run_script("train_lora_sdxl", *arguments, "--resume_from_checkpoint", "latest")
+    assert again.returncode == 0, again.stderr
+    plan_again = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["memory_plan"]
+    assert plan_again == plan
+
+
+def test_a_budget_that_is_too_small_is_an_error(run_script, train_arguments, tmp_path):
+    arguments = [*train_arguments, "--mixed_precision", "fp16", "--vram_budget_gib", "500"]
+    finished = run_script("train_lora_sdxl", *arguments, "--output_dir", tmp_path)
+    assert finished.returncode == 2
+    assert "--vram_budget_gib is 500" in finished.stderr

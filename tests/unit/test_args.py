@@ -11,7 +11,7 @@ FLAGS = {flag.pop("name"): flag for flag in json.loads(Path(__file__).with_name(
 SWITCHES = [name for name, flag in FLAGS.items() if flag["type"] == "bool"]
 OUR_DEFAULTS = {
     "center_crop": True,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": None,  # as many blocks as the memory needs
     "rank": 16,
     "resolution": 512,
     "use_8bit_adam": True,

@@ -32,6 +32,8 @@ def test_the_state_of_8_bit_adamw_takes_a_quarter_of_the_bytes_at_the_size_of_th
         sizes[use_8bit_adam] = bytes_of_all_tensors(optimizer)
         tables = 2 * 256 * 4 if use_8bit_adam else 0  # dynamic quantization, shared by all parameters
         assert optim.state_bytes(optimizer) == sizes[use_8bit_adam] - tables
+        expected = optim.expected_state_bytes(LORA_ELEMENTS, use_8bit_adam)
+        assert expected == pytest.approx(optim.state_bytes(optimizer), rel=1e-3)
     assert sizes[False] == 2 * 4 * LORA_ELEMENTS + 4
     assert 0.25 < sizes[True] / sizes[False] <= 0.27
 

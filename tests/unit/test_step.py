@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 
-from rasengan import processes, step
+from rasengan import lora, processes, step
 
 
 RANK, LORA_ALPHA, SNR_GAMMA = 4, 6.0, 5.0
@@ -151,3 +151,33 @@ def test_one_process_leaves_its_gradient_as_it_is():
     before = gradient.clone()
     processes.average(gradient)
     assert torch.equal(gradient, before)
+
+
+# --- TrainingStep ---
+
+
+def training_step(tiny_base, accumulation_steps):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, target_modules=TARGETS))
+    for name, parameter in unet.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    flat = lora.flatten_parameters([p for p in unet.parameters() if p.requires_grad])
+
+    def compute(batch):
+        return step.compute_losses(unet, batch, ALPHAS_CUMPROD, "epsilon", SNR_GAMMA, torch.float32)
+
+    made = step.TrainingStep(compute, torch.Tensor.backward, flat, as_graph=False)
+    made.accumulation_steps = accumulation_steps
+    return made
+
+
+def test_micro_batches_add_up_to_the_batch(tiny_base):
+    batch = make_batch(torch.float32) | {"name": ["a", "b", "c"]}
+    whole, parts = training_step(tiny_base, 1), training_step(tiny_base, 3)
+    losses = whole(batch)
+    found = [parts({k: v[i : i + 1] for k, v in batch.items()}) for i in range(3)]
+    torch.testing.assert_close(torch.cat(found), losses, rtol=1e-5, atol=0)
+    assert not losses.requires_grad
+    assert (parts.flat.grad - whole.flat.grad).norm() < 1e-5 * whole.flat.grad.norm()

@@ -1,0 +1,143 @@
+"""The captured step against the eager one, on the tiny UNet in fp16."""
+
+import functools
+
+import pytest
+import torch
+
+from rasengan import components, fused, lora, memory, optim, step
+from rasengan.demo import build_tiny_sdxl
+
+
+DEVICE = torch.device("cuda", 0)
+RANK, ALPHA = 4, 8.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("tiny") / "base"
+    build_tiny_sdxl(made)
+    return made
+
+
+def load(folder, dtype=torch.float16, quantize=False):
+    unet = components.load("unet", folder / "unet", dtype)
+    if quantize:
+        memory.quantize_base(unet, DEVICE, dtype)
+    lora.stack_weights(unet, DEVICE)
+    unet.to(DEVICE)
+    torch.manual_seed(0)
+    lora.add_lora(unet, lora.lora_config(RANK, ALPHA, list(lora.UNET_TARGETS)))
+    flat = lora.flatten_parameters(lora.flat_order(unet))
+    with torch.no_grad():
+        flat += 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    unet.train()
+    return unet, flat, fused.FusedUNet(unet, flat, ALPHA / RANK)
+
+
+def make_step(unet, flat, as_graph, scale=64.0, dtype=torch.float16):
+    scheduler = torch.linspace(0.999, 0.005, 1000, device=DEVICE)
+    compute = functools.partial(
+        step.compute_losses,
+        unet,
+        alphas_cumprod=scheduler,
+        prediction_type="epsilon",
+        snr_gamma=5.0,
+        weight_dtype=dtype,
+    )
+    return step.TrainingStep(compute, lambda loss: (loss * scale).backward(), flat, as_graph)
+
+
+def make_batch(unet, size, side=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    batch = {
+        "latents": torch.randn(size, 4, side, side, generator=generator),
+        "noise": torch.randn(size, 4, side, side, generator=generator),
+        "timesteps": torch.randint(1000, (size,), generator=generator),
+        "prompt_embeds": torch.randn(size, 77, config.cross_attention_dim, generator=generator).half(),
+        "pooled_prompt_embeds": torch.randn(size, pooled, generator=generator).half(),
+        "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * size),
+    }
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def trajectory(folder, as_graph, shapes, count=0, release_at=None, quantize=False):
+    """Train with plain gradient descent over batches of some shapes; return the losses and the weights."""
+    unet, flat, fused_unet = load(folder, quantize=quantize)
+    fused_unet.recompute(count)
+    train_step = make_step(unet, flat, as_graph)
+    losses = []
+    for number, (size, side) in enumerate(shapes):
+        if number == release_at:
+            train_step.release()
+        flat.grad.zero_()
+        losses.append(train_step(make_batch(unet, size, side, seed=number)).clone())
+        with torch.no_grad():
+            flat -= 1e-3 * flat.grad
+    return torch.cat(losses).cpu(), flat.detach().cpu()
+
+
+SHAPES = [(2, 8), (2, 8), (1, 16), (2, 8), (1, 16), (3, 8)]
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Attention's fast backward passes add in any order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"release_at": 3}, {"count": 5}, {"count": 1000}, {"quantize": True}],
+    ids=["plain", "released between", "some recomputed", "all recomputed", "nf4"],
+)
+def test_a_graph_gives_the_eager_bits(how, folder):
+    eager = trajectory(folder, False, SHAPES, **how)
+    graph = trajectory(folder, True, SHAPES, **how)
+    assert torch.isfinite(eager[0]).all()
+    assert torch.equal(eager[0], graph[0])
+    assert torch.equal(eager[1], graph[1])
+
+
+def test_a_graph_adds_to_the_gradient_also_when_it_is_captured(folder):
+    unet, flat, _ = load(folder)
+    eager, graph = make_step(unet, flat, False), make_step(unet, flat, True)
+    batches = [make_batch(unet, 2, seed=0), make_batch(unet, 1, seed=1), make_batch(unet, 2, seed=2)]
+    gradients = []
+    for train_step in (eager, graph):
+        flat.grad.zero_()
+        for batch in batches:
+            train_step(batch)
+        gradients.append(flat.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_fp16_is_near_pefts_forward_under_autocast(folder):
+    unet, flat, _ = load(folder)
+    batch = make_batch(unet, 2)
+    make_step(unet, flat, False)(batch)
+    found = flat.grad.clone()
+    for module in unet.modules():
+        module.__dict__.pop("forward", None)
+    flat.grad.zero_()
+    train_step = make_step(unet, flat, False)
+    train_step.compute = functools.partial(train_step.compute, autocast=True)
+    train_step(batch)
+    assert (found - flat.grad).norm() < 0.02 * flat.grad.norm()
+
+
+@pytest.mark.parametrize("use_8bit_adam", [True, False])
+def test_the_optimizers_train_the_flat_parameter_between_replays(use_8bit_adam, folder):
+    unet, flat, _ = load(folder)
+    optimizer = optim.make_optimizer(flat, use_8bit_adam, 1e-3, (0.9, 0.999), 0.01, 1e-8)
+    train_step, batch = make_step(unet, flat, True, scale=1.0), make_batch(unet, 2)
+    losses = []
+    for _ in range(30):
+        flat.grad.zero_()
+        losses.append(train_step(batch).mean().item())
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]

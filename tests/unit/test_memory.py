@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from rasengan import UserError, memory
+from rasengan.memory import GIB, Plan
+
+
+BLOCKS = 20
+
+
+class Card:
+    """A card on which a plan takes 5 GiB, and 1 GiB for each picture less a share for each recomputed block."""
+
+    def __init__(self, budget_gib):
+        self.budget_gib, self.measured, self.limited = budget_gib, [], True
+
+    def measure(self, plan):
+        self.measured.append(plan[:2])
+        taken = (5 + plan.micro_batch_size * (1 - 0.9 * plan.recomputed_blocks / BLOCKS)) * GIB
+        return int(taken) if taken <= self.budget_gib * GIB or not self.limited else None
+
+    def lift(self):
+        self.limited = False
+
+
+def choose(budget_gib, samples, batch_size, recompute=None):
+    card = Card(budget_gib)
+    plan = memory.choose_plan(
+        samples, batch_size, BLOCKS, recompute, card.measure, card.lift, budget_bytes=budget_gib * GIB
+    )
+    return plan, card
+
+
+@pytest.mark.parametrize(
+    ("budget_gib", "samples", "batch_size", "expected"),
+    [
+        (14, 1, 1, (1, 0)),
+        (14, 8, 8, (8, 0)),
+        (14, 4, 1, (4, 0)),  # micro-batches are joined
+        (14, 16, 1, (8, 0)),  # but no more than make a step faster
+        (30, 16, 16, (16, 0)),  # unless they were asked for
+        (10, 8, 8, (4, 0)),  # or split
+        (10, 7, 7, (1, 0)),  # into equal parts only
+        (5.5, 4, 4, (1, 12)),  # recomputing is the last resort: 1 - 0.9 n / 20 <= 0.5
+        (5.1, 1, 1, (1, 20)),
+    ],
+)
+def test_the_fastest_plan_that_fits_is_chosen(budget_gib, samples, batch_size, expected):
+    plan, card = choose(budget_gib, samples, batch_size)
+    assert plan[:2] == expected
+    assert plan.predicted_bytes == card.measure(plan) <= budget_gib * GIB
+    assert len(card.measured) <= 10
+
+
+def test_a_plan_recomputes_all_or_nothing_where_that_was_asked_for():
+    assert choose(14, 4, 4, recompute=True)[0][:2] == (4, BLOCKS)
+    assert choose(9, 4, 4, recompute=False)[0][:2] == (4, 0)
+    assert choose(7, 4, 4, recompute=False)[0][:2] == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "needs"), [(None, "5.10 GiB"), (True, "5.10 GiB"), (False, "6.00 GiB, .* drop --no-gradient_check")]
+)
+def test_a_budget_that_is_too_small_is_an_error_with_the_smallest_figure(recompute, needs):
+    with pytest.raises(UserError, match=f"takes {needs}") as error:
+        choose(5.05, 4, 4, recompute)
+    assert "the budget is 5.05 GiB" in str(error.value)
+    assert "--vram_budget_gib" in str(error.value)
+
+
+def test_a_card_that_is_too_small_by_itself_is_an_error_too():
+    with pytest.raises(UserError, match="takes more than this card has"):
+        memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, budget_bytes=GIB)
+
+
+def test_the_table_adds_up():
+    plan = Plan(4, 3, 10 * GIB)
+    text = memory.describe(plan, BLOCKS, 8, {"base weights": 5 * GIB, "optimizer": GIB}, 14.3)
+    assert text.splitlines()[0] == "Memory plan: 4 pictures at once, 2 times a step; 3 of 20 blocks recomputed"
+    rows = {line[:28].strip(): float(line[28:].removesuffix(" GiB")) for line in text.splitlines()[1:]}
+    assert rows == {
+        "base weights": 5.0,
+        "optimizer": 1.0,
+        "activations and the rest": 4.0,
+        "predicted peak": 10.0,
+        "budget": 14.3,
+    }
+
+
+def test_weights_are_counted_without_what_is_trained():
+    model = torch.nn.Linear(4, 3)
+    model.weight.requires_grad_(False)
+    assert memory.weight_bytes(model) == 4 * 3 * 4

@@ -1,0 +1,116 @@
+"""The autograd nodes against finite differences, and what they keep for the backward pass."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from rasengan import nodes
+
+
+def random(*shape, grad=False):
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def kept_bytes(run) -> int:
+    """Return the bytes that autograd keeps of what a forward computes."""
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run()
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_lora_product(layers, has_bias, x_grad):
+    x, lora_A, lora_B = random(5, 6, grad=x_grad), random(layers * 2, 6, grad=True), random(layers, 4, 2, grad=True)
+    weight, bias = random(layers * 4, 6), random(layers * 4) if has_bias else None
+    assert gradcheck(nodes.LoraProduct.apply, (x, lora_A, lora_B, weight, bias))
+    delta = torch.block_diag(*lora_B) @ lora_A
+    expected = torch.nn.functional.linear(x, weight + delta, bias)
+    torch.testing.assert_close(nodes.LoraProduct.apply(x, lora_A, lora_B, weight, bias), expected)
+
+
+@pytest.mark.parametrize("has_delta", [True, False])
+def test_add_layer_norm(has_delta):
+    x, delta = random(4, 8, grad=True), random(4, 8, grad=True) if has_delta else None
+    weight, bias = random(8), random(8)
+    assert gradcheck(nodes.AddLayerNorm.apply, (x, delta, weight, bias, 1e-5))
+    total, y = nodes.AddLayerNorm.apply(x, delta, weight, bias, 1e-5)
+    torch.testing.assert_close(total, x + delta if has_delta else x)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(total, (8,), weight, bias))
+
+
+@pytest.mark.parametrize("used", [(True, False), (False, True)])
+def test_a_norm_of_which_one_output_is_used_has_the_gradient_of_that_one(used):
+    x, weight, bias = random(4, 8, grad=True), random(8), random(8)
+    outputs = nodes.AddLayerNorm.apply(x, None, weight, bias, 1e-5)
+    (sum(out.square().sum() for out, use in zip(outputs, used, strict=True) if use)).backward()
+    found, x.grad = x.grad, None
+    plain = torch.nn.functional.layer_norm(x, (8,), weight, bias) if used[1] else x
+    plain.square().sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("has_shift", [True, False])
+def test_group_norm_silu(silu, has_shift):
+    x = random(2, 8, 3, 3, grad=True)
+    shift, weight, bias = random(2, 8) if has_shift else None, random(8), random(8)
+    assert gradcheck(nodes.GroupNormSilu.apply, (x, shift, weight, bias, 4, 1e-5, silu))
+    past, y = nodes.GroupNormSilu.apply(x, shift, weight, bias, 4, 1e-5, silu)
+    shifted = x + shift[:, :, None, None] if has_shift else x
+    expected = torch.nn.functional.group_norm(shifted, 4, weight, bias)
+    torch.testing.assert_close(y, torch.nn.functional.silu(expected) if silu else expected)
+    assert torch.equal(past, x)
+
+
+def test_geglu():
+    h = random(3, 16, grad=True)
+    assert gradcheck(nodes.Geglu.apply, (h,))
+    value, gate = h.chunk(2, dim=-1)
+    torch.testing.assert_close(nodes.Geglu.apply(h), value * torch.nn.functional.gelu(gate))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_frozen_conv(stride, side, kernel):
+    x, weight, bias = random(2, 3, side, side, grad=True), random(4, 3, kernel, kernel), random(4)
+    padding = (kernel // 2, kernel // 2)
+    assert gradcheck(nodes.FrozenConv.apply, (x, weight, bias, (stride, stride), padding))
+
+
+def test_add_with_bias():
+    x, h, bias = random(2, 8, 3, 3, grad=True), random(2, 8, 3, 3, grad=True), random(8)
+    assert gradcheck(nodes.AddWithBias.apply, (x, h, bias))
+
+
+def test_the_lora_matrices_come_back_into_the_flat_gradient():
+    flat = torch.nn.Parameter(random(14))
+    flat.grad = torch.ones_like(flat)
+    a, b, c = nodes.CastLora.apply(flat, 3.0, [2, 4], [8], torch.float64)
+    torch.testing.assert_close(torch.cat([a, b, c / 3]), flat)
+    (a.sum() + 2 * b.sum() + 5 * c.sum()).backward()
+    expected = torch.cat([torch.full((2,), 2.0), torch.full((4,), 3.0), torch.full((8,), 16.0)])
+    torch.testing.assert_close(flat.grad, expected.double())
+
+
+def test_frozen_layers_keep_nothing():
+    x, weight = random(1, 8, 16, 16, grad=True), random(8, 8, 3, 3)
+    assert kept_bytes(lambda: nodes.FrozenConv.apply(x, weight, None, (1, 1), (1, 1))) == 0
+    assert kept_bytes(lambda: torch.nn.functional.conv2d(x, weight)) >= x.nbytes  # what this is about
+
+
+def test_a_norm_keeps_its_input_alone():
+    x, weight, bias = random(64, 128, grad=True), random(128), random(128)
+    assert kept_bytes(lambda: nodes.AddLayerNorm.apply(x, x * 2, weight, bias, 1e-5)) == x.nbytes
+    picture, weight, bias = random(1, 32, 16, 16, grad=True), random(32), random(32)
+    kept = kept_bytes(lambda: nodes.GroupNormSilu.apply(picture, None, weight, bias, 4, 1e-5, True))
+    assert kept <= picture.nbytes + 128
