@@ -88,12 +88,23 @@ def what_training_left(output_dir: Path) -> dict:
     }
 
 
+def commit() -> str:
+    """Return the commit that is measured, marked where files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit("error: there is no git here to ask for the commit. Give it by --commit.")
+    return f"{head} with changes" if changes.strip() else head
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe.json"))
     parser.add_argument("--logs", type=Path, help="where the runs' output goes [beside --out]")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", help="of a copy without .git [git rev-parse HEAD]")
     args = parser.parse_args()
     logs = args.logs or args.out.parent
     logs.mkdir(parents=True, exist_ok=True)
@@ -103,7 +114,7 @@ def main() -> None:
             m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, accelerate, bitsandbytes)
         }
         | {"python": platform.python_version()},
-        "commit": args.commit,
+        "commit": args.commit or commit(),
         "command": " ".join(["python", *sys.argv]),
         "budget_gib": 14.3,
         "runs": {},
