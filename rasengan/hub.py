@@ -51,20 +51,30 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
         ) from error
 
 
-def write_model_card(directory: Path, base: str | None, *content) -> None:
+def write_model_card(
+    directory: Path,
+    base: str | None,
+    dataset: str,
+    prompts: list[str],
+    grid_file: str | None,
+    settings: dict[str, object],
+) -> None:
     """Write `README.md` with the card of `model_card`; one that is not of this kind stays as it is.
 
     Args:
         directory: the adapter's.
         base: hub id or folder of the base model, if it is one thing.
-        content: the other arguments of `model_card`.
+        dataset: as for `model_card`, and so are the others.
+        prompts: of the grid.
+        grid_file: the grid's name, or None.
+        settings: of the run, by name.
     """
     file = directory / "README.md"
     if file.is_file() and f"\n{TITLE}" not in file.read_text(encoding="utf-8", errors="replace"):
         logger.warning("%s is no model card of this program: it stays, and no card is written", file)
         return
     base_model = None if base is None or Path(base).exists() else base
-    write_atomically(file, model_card(base_model, *content).encode())
+    write_atomically(file, model_card(base_model, dataset, prompts, grid_file, settings).encode())
 
 
 def model_card(
