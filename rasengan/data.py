@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -423,3 +424,12 @@ def collate(samples: list[dict]) -> dict:
         key: torch.stack([sample[key] for sample in samples]) if torch.is_tensor(value) else [s[key] for s in samples]
         for key, value in samples[0].items()
     }
+
+
+def prefetched(batches: Iterator[dict], depth: int = 2) -> Iterator[dict]:
+    """Yield the batches while a thread prepares the next ones, so that the card need not wait for them."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, batches, None) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, batches, None))
+            yield batch

@@ -1,7 +1,12 @@
 """Give a frozen model a LoRA through PEFT, and hold all its matrices in one flat parameter."""
 
+from itertools import pairwise
+
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from rasengan import UserError
 
@@ -82,3 +87,82 @@ def flatten_parameters(parameters: list[torch.nn.Parameter]) -> torch.nn.Paramet
         parameter.grad = flat.grad[offset:end].view(parameter.shape)
         offset = end
     return flat
+
+
+# --- projections of one input, side by side ---
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """Return the frozen layer under PEFT's, or the layer itself where it has no LoRA."""
+    return layer.base_layer if isinstance(layer, LoraLayer) else layer
+
+
+def transformer_blocks(unet: nn.Module) -> list[BasicTransformerBlock]:
+    """Return the transformer blocks, in the model's own order."""
+    return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+
+
+def projection_groups(unet: nn.Module) -> list[list[nn.Module]]:
+    """Return the layers that can be one product, since they share an input and a shape.
+
+    These are q, k and v of each self-attention, and the k and v of all attentions to the text of one width.
+    """
+    to_text, groups = {}, []
+    for block in transformer_blocks(unet):
+        to_text.setdefault(base_of(block.attn2.to_k).out_features, []).extend([block.attn2.to_k, block.attn2.to_v])
+        groups.append([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
+    return [group for group in (*to_text.values(), *groups) if _alike(group)]
+
+
+def _alike(layers: list[nn.Module]) -> bool:
+    bases = [base_of(layer) for layer in layers]
+    return (
+        all(type(base) is nn.Linear and base.bias is None for base in bases)
+        and len({base.weight.shape for base in bases}) == 1
+        and len({isinstance(layer, LoraLayer) for layer in layers}) == 1
+    )
+
+
+def all_projections(unet: nn.Module) -> list[list[nn.Module]]:
+    """Return the groups, and every other layer with a LoRA as a group of its own."""
+    groups = projection_groups(unet)
+    grouped = {id(layer) for group in groups for layer in group}
+    return groups + [[m] for m in unet.modules() if isinstance(m, LoraLayer) and id(m) not in grouped]
+
+
+def flat_order(unet: nn.Module) -> list[nn.Parameter]:
+    """Return the LoRA's parameters as the flat one holds them: all lora_A, then all lora_B, group by group.
+
+    The matrices of a group are then one matrix, without a copy.
+    """
+    layers = [layer for group in all_projections(unet) for layer in group if isinstance(layer, LoraLayer)]
+    return [layer.lora_A["default"].weight for layer in layers] + [layer.lora_B["default"].weight for layer in layers]
+
+
+@torch.no_grad()
+def stack_weights(unet: nn.Module, device: torch.device) -> None:
+    """Move the weights of each group into one tensor on a device, of which they become views.
+
+    Before the rest of the UNet moves there, so that nothing is there twice.
+    """
+    for group in projection_groups(unet):
+        weights = [base_of(layer).weight for layer in group]
+        rows, columns = weights[0].shape
+        stack = torch.empty(len(group) * rows, columns, dtype=weights[0].dtype, device=device)
+        for part, weight in zip(stack.split(rows), weights, strict=True):
+            part.copy_(weight)
+            weight.data = part
+
+
+def stacked_weight(layers: list[nn.Module]) -> torch.Tensor:
+    """Return the one matrix (n E, D) of which the weights (E, D) of a group's n layers are views.
+
+    Raises:
+        RuntimeError: they are not; `stack_weights` comes first.
+    """
+    weights = [base_of(layer).weight for layer in layers]
+    first, (rows, columns) = weights[0], weights[0].shape
+    steps = {after.storage_offset() - before.storage_offset() for before, after in pairwise(weights)}
+    if len({w.untyped_storage().data_ptr() for w in weights}) > 1 or steps != {rows * columns}:
+        raise RuntimeError("the weights of a group are not stacked: call stack_weights first")
+    return first.detach().as_strided((len(weights) * rows, columns), (columns, 1), first.storage_offset())

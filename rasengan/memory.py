@@ -1,9 +1,32 @@
-"""How much memory a run takes."""
+"""How much memory a run takes, and the plan that keeps it inside a budget."""
+
+import gc
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from rasengan import UserError
 
 
 GIB = 1024**3
+# Beside PyTorch's memory, libraries take some of the card when they are first used.
+MARGIN_GIB = 0.2
+# More pictures at once than this make a step no faster for each of them.
+LARGEST_JOINED = 8
+
+
+class Plan(NamedTuple):
+    """What a step does to fit: pictures at once, and how many blocks are recomputed in the backward pass."""
+
+    micro_batch_size: int
+    recomputed_blocks: int
+    predicted_bytes: int = 0
+
+
+# --- measuring ---
 
 
 def reset_peak(device: torch.device) -> None:
@@ -15,3 +38,169 @@ def reset_peak(device: torch.device) -> None:
 def peak_reserved_gib(device: torch.device) -> float:
     """Return the peak of what PyTorch reserved on the card, in GiB; 0 without one."""
     return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
+
+
+def give_back(device: torch.device) -> None:
+    """Return what is cached but not used to the card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_peak(run: Callable[[], object], device: torch.device) -> int | None:
+    """Return the bytes that PyTorch reserved at most while something ran, or None where they did not suffice."""
+    give_back(device)
+    reset_peak(device)
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        peak = torch.cuda.max_memory_reserved(device)
+        give_back(device)
+    return peak
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, the trained ones left out."""
+    tensors = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# --- the budget and the plan ---
+
+
+def limit(budget_gib: float | None, device: torch.device, processes: int = 1) -> float:
+    """Let PyTorch reserve no more than a budget on this card, and return it in GiB.
+
+    Args:
+        budget_gib: None takes what the card has left, less a margin.
+        device: a CUDA device.
+        processes: of this run that share the card.
+
+    Raises:
+        UserError: the card does not have it.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    there = (free + torch.cuda.memory_reserved(device)) / GIB / processes
+    if budget_gib is None:
+        budget_gib = there - MARGIN_GIB
+    elif budget_gib > there:
+        raise UserError(f"--vram_budget_gib is {budget_gib:g}, but this card has {there:.2f} GiB left. Give less.")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * GIB / total), device)
+    return budget_gib
+
+
+def choose_plan(
+    samples: int,
+    batch_size: int,
+    blocks: int,
+    recompute: bool | None,
+    measure: Callable[[Plan], int | None],
+    lift: Callable[[], object],
+    budget_bytes: float,
+) -> Plan:
+    """Return the fastest plan that fits, with the bytes that it was measured to take.
+
+    Recomputing costs a third of the step's arithmetic, fewer pictures at once cost little: so first pictures are taken
+    in smaller groups, and blocks are recomputed only where one picture alone does not fit otherwise.
+
+    Args:
+        samples: of a process in an optimizer step; it is split into equal micro-batches.
+        batch_size: the largest micro-batch that was asked for; up to `LARGEST_JOINED` are joined.
+        blocks: that can be recomputed.
+        recompute: all of them (True), none (False), or as few as needed (None).
+        measure: runs a plan inside the budget, and returns the bytes reserved at most, or None if they do not suffice.
+        lift: lifts the budget, so that the smallest plan can be measured when it does not fit.
+        budget_bytes: that may be reserved.
+
+    Raises:
+        UserError: the smallest plan does not fit; the message says what it takes.
+    """
+    most = max(batch_size, LARGEST_JOINED)
+    sizes = [size for size in range(min(samples, most), 0, -1) if samples % size == 0]
+    for size in sizes:
+        plan = Plan(size, blocks if recompute else 0)
+        taken = measure(plan)
+        if taken is not None and taken <= budget_bytes:
+            return plan._replace(predicted_bytes=taken)
+    plan = _fewest_blocks(blocks, measure, budget_bytes) if recompute is None else None
+    if plan is not None:
+        return plan
+    smallest = Plan(1, 0 if recompute is False else blocks)
+    lift()
+    taken = measure(smallest)
+    takes = "more than this card has" if taken is None else f"{taken / GIB:.2f} GiB"
+    raise UserError(
+        f"The smallest plan, one picture at once with {smallest.recomputed_blocks} of {blocks} blocks recomputed, "
+        f"takes {takes}, but the budget is {budget_bytes / GIB:.2f} GiB. Raise --vram_budget_gib, lower --resolution, "
+        f"give --base_quantization nf4{', or drop --no-gradient_checkpointing' * (recompute is False)}."
+    )
+
+
+def _fewest_blocks(blocks: int, measure: Callable[[Plan], int | None], budget_bytes: float) -> Plan | None:
+    """Return the plan for one picture at once that recomputes least, by bisection; None where none fits."""
+    found, low, high = None, 1, blocks
+    while low <= high:
+        middle = blocks if found is None else (low + high) // 2  # all of them first: that may not fit either
+        taken = measure(Plan(1, middle))
+        if taken is not None and taken <= budget_bytes:
+            found, high = Plan(1, middle, taken), middle - 1
+        elif found is None:
+            return None
+        else:
+            low = middle + 1
+    return found
+
+
+def describe(plan: Plan, blocks: int, samples: int, parts_bytes: dict[str, int], budget_gib: float) -> str:
+    """Return the plan as a table, with a line for each part of the memory; what no part names are the activations."""
+    parts = parts_bytes | {"activations and the rest": plan.predicted_bytes - sum(parts_bytes.values())}
+    parts |= {"predicted peak": plan.predicted_bytes, "budget": budget_gib * GIB}
+    lines = [f"  {name:<26}{size / GIB:8.2f} GiB" for name, size in parts.items()]
+    how = f"{plan.micro_batch_size} pictures at once, {samples // plan.micro_batch_size} times a step"
+    return "\n".join([f"Memory plan: {how}; {plan.recomputed_blocks} of {blocks} blocks recomputed", *lines])
+
+
+def recompute_whole(model: nn.Module, count: int) -> None:
+    """Recompute every block of a model that diffusers wrote, or none for a count of 0."""
+    model.enable_gradient_checkpointing() if count else model.disable_gradient_checkpointing()
+
+
+def lift_limit(device: torch.device) -> None:
+    """Let PyTorch reserve all of the card again."""
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+# --- a quantized base ---
+
+
+def quantize_base(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Quantize the linear layers of the transformer blocks to 4 bits (NF4, double quantization), one after the other.
+
+    These are 87 % of the weights. What is left, convolutions and embeddings, keeps its precision.
+
+    Args:
+        unet: on the host, frozen, without a LoRA.
+        device: where the quantized layers end.
+        dtype: of the arithmetic.
+    """
+    import bitsandbytes
+
+    for transformer in [module for module in unet.modules() if isinstance(module, Transformer2DModel)]:
+        for name, layer in [(n, m) for n, m in transformer.named_modules() if type(m) is nn.Linear]:
+            quantized = bitsandbytes.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
+            quantized.weight = bitsandbytes.nn.Params4bit(
+                layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=quantized
+            )
+            quantized.bias = layer.bias
+            transformer.set_submodule(name, quantized.to(device))
+    unet.is_loaded_in_4bit = True  # by this PEFT knows which kind of layer to wrap

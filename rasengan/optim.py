@@ -21,7 +21,8 @@ def make_optimizer(
     """
     options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": eps}
     if not use_8bit_adam:
-        return torch.optim.AdamW([flat], **options)
+        # The fused one reads the gradient scaler's verdict on the card, so that an update needs no wait for the host.
+        return torch.optim.AdamW([flat], fused=flat.device.type == "cuda", **options)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -29,6 +30,12 @@ def make_optimizer(
             "--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or give --no-use_8bit_adam."
         ) from error
     return bitsandbytes.optim.AdamW8bit([flat], **options)
+
+
+def expected_state_bytes(parameters: int, use_8bit_adam: bool) -> int:
+    """Return the bytes that the state will take after the first step: two numbers for each parameter."""
+    # 8-bit state has an fp32 scale for each block of 256.
+    return parameters * 2 * (1 if use_8bit_adam else 4) + (parameters * 2 * 4 // 256 if use_8bit_adam else 0)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -1,12 +1,17 @@
-"""One training step: the loss of a micro-batch."""
+"""One training step: the loss of a micro-batch and its gradient, run eagerly or replayed as a CUDA graph."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from rasengan import UserError, objective
+from rasengan import UserError, memory, objective
 from rasengan.data import derive_seed
+
+
+# Runs before a capture: libraries load their kernels and choose their algorithms in the first.
+WARM_UP = 2
 
 
 def seed_step(seed: int, global_step: int, rank: int) -> None:
@@ -21,6 +26,7 @@ def compute_losses(
     prediction_type: str,
     snr_gamma: float | None,
     weight_dtype: torch.dtype,
+    autocast: bool = False,
 ) -> torch.Tensor:
     """Return the loss of each sample (B,), in fp32 or, for fp64 latents, in fp64.
 
@@ -32,25 +38,98 @@ def compute_losses(
         prediction_type: "epsilon" or "v_prediction".
         snr_gamma: of the min-SNR weights, or None for none.
         weight_dtype: of the frozen UNet.
+        autocast: run the UNet under autocast, which PEFT's own forward needs where its LoRA is fp32 and the UNet not.
     """
     latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
     noisy_latents = objective.add_noise(latents, noise, timesteps, alphas_cumprod)
     target = objective.make_target(latents, noise, timesteps, alphas_cumprod, prediction_type)
-    model_pred = unet(
-        noisy_latents.to(weight_dtype),
-        timesteps,
-        batch["prompt_embeds"].to(weight_dtype),
-        # Sizes over 2048 px are not exact in fp16: they stay fp32 until their sinusoidal embedding.
-        added_cond_kwargs={
-            "text_embeds": batch["pooled_prompt_embeds"].to(weight_dtype),
-            "time_ids": batch["time_ids"],
-        },
-        return_dict=False,
-    )[0]
+    with torch.autocast(latents.device.type, weight_dtype, enabled=autocast):
+        model_pred = unet(
+            noisy_latents.to(weight_dtype),
+            timesteps,
+            batch["prompt_embeds"].to(weight_dtype),
+            # Sizes over 2048 px are not exact in fp16: they stay fp32 until their sinusoidal embedding.
+            added_cond_kwargs={
+                "text_embeds": batch["pooled_prompt_embeds"].to(weight_dtype),
+                "time_ids": batch["time_ids"],
+            },
+            return_dict=False,
+        )[0]
     losses = F.mse_loss(model_pred.to(target.dtype), target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         losses = losses * objective.snr_weights(timesteps, alphas_cumprod, snr_gamma, prediction_type, losses.dtype)
     return losses
+
+
+class TrainingStep:
+    """Forward and backward of a micro-batch; the gradient is added to the flat parameter's.
+
+    As a CUDA graph, the thousands of kernels of a step are started by one call, which is what makes small batches
+    fast: started one by one they leave the card idle most of the time. Each shape of batch has a graph of its own; all
+    share one memory pool, since only one runs at a time.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        backward: Callable[[torch.Tensor], object],
+        flat: torch.nn.Parameter,
+        as_graph: bool,
+    ):
+        """Take what a step does.
+
+        Args:
+            compute: returns the losses (B,) of a batch.
+            backward: runs the backward pass of a scalar loss, scaled where the precision needs it.
+            flat: whose gradient, which exists, is added to.
+            as_graph: capture it; only device work whose shapes hang on the batch's alone can be.
+        """
+        self.compute, self.backward, self.flat, self.as_graph = compute, backward, flat, as_graph
+        self.accumulation_steps = 1  # micro-batches whose gradients are averaged; to be set before the first call
+        self.graphs, self.pool = {}, None
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the losses (B,) of a micro-batch; a graph overwrites them at its next call."""
+        batch = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
+        if not self.as_graph:
+            return self.run(batch)
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self._capture(batch)
+        graph, inputs, losses = self.graphs[shapes]
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return losses
+
+    def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the losses (B,) of a micro-batch, without a graph."""
+        losses = self.compute(batch)
+        self.backward(losses.mean() / self.accumulation_steps)
+        return losses.detach()
+
+    def _capture(self, batch: dict[str, torch.Tensor]):
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        gradient = self.flat.grad.cpu()  # the warm-up adds to it
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.run(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.flat.grad.copy_(gradient)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which load data, may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            losses = self.run(inputs)
+        self.pool = graph.pool()
+        return graph, inputs, losses
+
+    def release(self) -> None:
+        """Give the graphs' memory back, to draw pictures for example; the next step captures anew."""
+        self.graphs.clear()
+        self.pool = None
+        memory.give_back(self.flat.device)
 
 
 def check_finite(train_loss: float, global_step: int) -> None:

@@ -23,6 +23,10 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+
+# Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import accelerate
 import diffusers
 import torch
@@ -41,7 +45,9 @@ from rasengan import (
     data,
     export,
     first_line,
+    fused,
     hub,
+    kernels,
     lora,
     memory,
     objective,
@@ -110,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("conditioning cache", "the encoders run once, and leave memory").add_argument
     add("--cache_conditioning", action=switch, default=True, help="off: the encoders run in the loop [on]")
     add("--conditioning_cache_dir", type=path, help="on a local disk; runs share it [~/.cache/rasengan]")
-    add("--encode_batch_size", type=count, help="pictures encoded together [8 at 512 px, 2 at 1024]")
+    add("--encode_batch_size", type=count, help="pictures encoded together [2 at 512 px, 1 at 1024]")
 
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=count, default=16, help="[%(default)s]")
@@ -149,7 +155,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("precision, memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[the accelerate config's]")
-    add("--gradient_checkpointing", action=switch, default=True, help="recompute activations, do not keep them [on]")
+    add("--gradient_checkpointing", action=switch, help="recompute all blocks, or none [as many as the memory needs]")
+    add("--vram_budget_gib", type=at_least(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
+    add("--plan_only", action=switch, default=False, help="print the memory plan, and stop [off]")
+    add(
+        "--base_quantization",
+        choices=["none", "nf4"],
+        default="none",
+        help="4-bit weights under the LoRA [%(default)s]",
+    )
+    add("--cuda_graph", action=switch, default=True, help="start a step's kernels together [on]")
     add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
     add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
     add("--enable_npu_flash_attention", action=switch, default=False, help="needs an Ascend NPU [off]")
@@ -316,7 +331,7 @@ def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
 
 def cache_pictures(args, accelerator, dataset, pictures, folder: Path) -> cache.ShardedCache:
     """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet."""
-    batch_size = args.encode_batch_size or max(1, 8 * 512**2 // args.resolution**2)
+    batch_size = args.encode_batch_size or max(1, 2 * 512**2 // args.resolution**2)
     files = components.component_files("vae", folder, args.variant)
     digest = cache.weights_digest(files, Path(args.conditioning_cache_dir) / "weights.json")
     options = {"resolution": args.resolution, "interpolation": args.image_interpolation_mode}
@@ -343,6 +358,45 @@ def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype)
     share, bar = machine_share(), partial(progress_bar, accelerator, "Encoding captions")
     cache.fill(share, caches, 8, load_encoder, bar)
     return caches
+
+
+def measure_plan(samples, finish, train_step, recompute, state_bytes: int, plan: memory.Plan) -> int | None:
+    """Return the bytes that a step by this plan reserves, the optimizer's included; None where they do not suffice."""
+    recompute(plan.recomputed_blocks)
+    batch = data.collate([samples[0, index % len(samples)] for index in range(plan.micro_batch_size)])
+    taken = memory.measure_peak(lambda: train_step.run(next(finish(iter([batch])))), train_step.flat.device)
+    train_step.flat.grad.zero_()
+    return None if taken is None else taken + state_bytes
+
+
+def plan_memory(args, accelerator, measure, blocks, samples_per_process, parts_bytes, resume_from) -> memory.Plan:
+    """Return the plan of the checkpoint, or the fastest that is measured to fit, and print it."""
+    device, local_processes = accelerator.device, machine_share()[1]
+    budget_gib = memory.limit(args.vram_budget_gib, device, math.ceil(local_processes / torch.cuda.device_count()))
+    remembered = checkpoint.read_state(resume_from).get("memory_plan") if resume_from else None
+    if remembered and samples_per_process % remembered[0] == 0 and remembered[2] <= budget_gib * memory.GIB:
+        plan = memory.Plan(*remembered)
+    else:
+        sizes = (samples_per_process, args.train_batch_size, blocks)
+        budget_bytes = budget_gib * memory.GIB
+        lift = partial(memory.lift_limit, device)
+        plan = memory.choose_plan(*sizes, args.gradient_checkpointing, measure, lift, budget_bytes)
+        plan = memory.Plan(*accelerate.utils.broadcast_object_list([tuple(plan)])[0])
+    if accelerator.is_main_process:
+        print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
+    return plan
+
+
+def out_of_memory(accelerator, plan: memory.Plan, save, global_step: int, state: dict) -> UserError:
+    """Save a checkpoint of the last whole step, and return the error that says how to go on."""
+    saved = "the last checkpoint holds what was done"
+    if accelerator.num_processes == 1:  # other processes would not come to save theirs
+        saved = f"{save(global_step, state=state | {'memory_plan': None})} holds what was done"
+    return UserError(
+        f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
+        f"{plan.recomputed_blocks} blocks recomputed; {saved}. Resume with --resume_from_checkpoint latest and "
+        f"--vram_budget_gib {plan.predicted_bytes / memory.GIB - 0.5:.1f}, say, for a smaller plan."
+    )
 
 
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
@@ -430,7 +484,11 @@ def main(args: argparse.Namespace) -> None:
 
     # --- the LoRA ---
     set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
-    unet = components.load("unet", folders["unet"], weight_dtype, args.variant).to(device)
+    unet = components.load("unet", folders["unet"], weight_dtype, args.variant)
+    if args.base_quantization == "nf4":
+        memory.quantize_base(unet, device, weight_dtype)
+    lora.stack_weights(unet, device)
+    unet.to(device)
     make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
     lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
     models = {"unet": unet}
@@ -438,17 +496,37 @@ def main(args: argparse.Namespace) -> None:
         models |= dict(zip(components.TEXT_ENCODERS, text_encoders, strict=True))
         for text_encoder in text_encoders:
             lora.add_lora(text_encoder, make_config(target_modules=lora.TEXT_ENCODER_TARGETS))
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        for text_encoder in text_encoders if args.train_text_encoder else []:
-            text_encoder.gradient_checkpointing_enable()
+            if args.gradient_checkpointing is not False:
+                text_encoder.gradient_checkpointing_enable()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.enable_npu_flash_attention:
         unet.enable_npu_flash_attention()
     for model in models.values():
         model.train()
-    flat = lora.flatten_parameters(list(lora.trainable_parameters(*models.values()).values()))
+    of_text_encoders = [p for model in list(models.values())[1:] for p in lora.trainable_parameters(model).values()]
+    flat = lora.flatten_parameters(lora.flat_order(unet) + of_text_encoders)
+
+    # --- the step: forward and backward ---
+    slow_because = fused.why_not(unet)
+    if slow_because is None:
+        kernels.prepare(weight_dtype, device)
+        fused_unet = fused.FusedUNet(unet, flat, args.lora_alpha / args.rank)
+        blocks, recompute = len(fused_unet.units()), fused_unet.recompute
+    else:
+        logger.warning("The UNet runs as PEFT wrote it, more slowly: %s", slow_because)
+        blocks, recompute = 1, partial(memory.recompute_whole, unet)
+    as_graph = args.cuda_graph and device.type == "cuda" and slow_because is None and not args.train_text_encoder
+    compute_losses = partial(
+        step.compute_losses,
+        unet,
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=prediction_type,
+        snr_gamma=args.snr_gamma,
+        weight_dtype=weight_dtype,
+        autocast=slow_because is not None and weight_dtype != torch.float32,
+    )
+    train_step = step.TrainingStep(compute_losses, accelerator.backward, flat, as_graph)
 
     # --- the optimizer and its schedule, both over optimizer steps ---
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -487,9 +565,35 @@ def main(args: argparse.Namespace) -> None:
         noise_offset=args.noise_offset,
         num_train_timesteps=len(alphas_cumprod),
     )
-    split = (args.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index)
+    finish = partial(
+        cache.finish_batches,
+        accelerator=accelerator,
+        vae=vae,
+        tokenizers=tokenizers,
+        text_encoders=text_encoders,
+        trains_text=args.train_text_encoder,
+    )
+
+    # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
+    samples_per_process = global_batch // accelerator.num_processes
+    plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
+    if device.type == "cuda":
+        parts_bytes = {
+            "base weights": memory.weight_bytes(unet),
+            "encoders in the loop": sum(memory.weight_bytes(model) for model in [vae, *text_encoders] if model),
+            "LoRA and its gradient": 2 * flat.numel() * flat.element_size(),
+            "optimizer": optim.expected_state_bytes(flat.numel(), args.use_8bit_adam),
+        }
+        measure = partial(measure_plan, samples, finish, train_step, recompute, parts_bytes["optimizer"])
+        plan = plan_memory(args, accelerator, measure, blocks, samples_per_process, parts_bytes, resume_from)
+    if args.plan_only:
+        return
+    recompute(plan.recomputed_blocks)
+    train_step.accumulation_steps = accumulation_steps = samples_per_process // plan.micro_batch_size
+
+    split = (accumulation_steps, accelerator.num_processes, accelerator.process_index)
     stream = data.sample_stream(
-        len(samples), args.seed, args.train_batch_size, *split, samples_seen, max_train_steps - global_step
+        len(samples), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
     )
     dataloader = torch.utils.data.DataLoader(
         samples,
@@ -499,7 +603,7 @@ def main(args: argparse.Namespace) -> None:
         num_workers=args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    batches = cache.finish_batches(dataloader, accelerator, vae, tokenizers, text_encoders, args.train_text_encoder)
+    batches = finish(data.prefetched(iter(dataloader)))
 
     # --- trackers, and the base model's pictures ---
     if is_main:
@@ -518,26 +622,30 @@ def main(args: argparse.Namespace) -> None:
         with validation.evaluating(adapted), validation.adapters_disabled(adapted):
             base_images = draw(prompts=embed())
 
+    state = public_settings(args) | {"memory_plan": list(plan)}
+    save = partial(
+        checkpoint.save_checkpoint, accelerator, output_dir, models=models, total_limit=args.checkpoints_total_limit
+    )
     logger.info(
         f"{len(pictures)} pictures, {max_train_steps} steps of {global_batch}; {flat.numel():,} trainable parameters"
     )
 
     # --- the loop ---
     memory.reset_peak(device)
-    history, skipped_steps, started = [], 0, time.perf_counter()
+    history, skipped_steps, first_step, started = [], 0, global_step, time.perf_counter()
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
     while global_step < max_train_steps:
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss = torch.zeros((), device=device)
-        for _ in range(args.gradient_accumulation_steps):
+        for _ in range(accumulation_steps):
             batch = next(batches)
-            with accelerator.autocast():
-                losses = step.compute_losses(
-                    unet, batch, alphas_cumprod, prediction_type, args.snr_gamma, weight_dtype
-                )
-            loss = losses.mean() / args.gradient_accumulation_steps
-            accelerator.backward(loss)
-            step_loss += loss.detach()
+            try:
+                losses = train_step(batch)
+            except torch.OutOfMemoryError as error:
+                train_step.release()
+                counted = state | {"samples_seen": samples_seen}
+                raise out_of_memory(accelerator, plan, save, global_step, counted) from error
+            step_loss += losses.mean() / accumulation_steps
             if args.debug_loss:
                 named = zip(batch["name"], losses.tolist(), strict=True)
                 accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step)
@@ -547,7 +655,6 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate * schedule(global_step)
         optimizer.step()
         flat.grad.zero_()  # in place: the parameters' gradients are views of it
-        skipped_steps += optimizer.step_was_skipped
         global_step, samples_seen = global_step + 1, samples_seen + global_batch
         bar.update()
 
@@ -556,30 +663,32 @@ def main(args: argparse.Namespace) -> None:
         if len(history) == args.logging_steps or global_step == max_train_steps:
             losses_and_norms = torch.stack(history)
             processes.average(losses_and_norms)
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            speed = len(history) * global_batch / seconds
+            losses_and_norms, now = losses_and_norms.tolist(), time.perf_counter()
+            speed, started = len(history) * global_batch / (now - started), now
             peak_gib = memory.peak_reserved_gib(device)
-            for offset, (train_loss, norm) in enumerate(losses_and_norms.tolist(), global_step - len(history) + 1):
+            if plan.predicted_bytes and global_step - first_step == len(history):
+                logger.info("Measured peak: %.2f GiB", peak_gib)
+            for offset, (train_loss, norm) in enumerate(losses_and_norms, global_step - len(history) + 1):
                 accelerator.log({"train_loss": train_loss, "grad_norm": norm}, step=offset)
                 step.check_finite(train_loss, offset)
+                skipped_steps += not math.isfinite(norm)  # the gradient scaler left this step out
             rates = {"lr": group["lr"], "images_per_second": speed, "peak_reserved_gib": peak_gib}
             accelerator.log(rates | {"skipped_steps": skipped_steps}, step=global_step)
             bar.set_postfix(loss=f"{train_loss:.4f}", images_per_s=f"{speed:.2f}")
             history.clear()
+        pause = time.perf_counter()
 
         if global_step % args.checkpointing_steps == 0:
-            state = public_settings(args) | {"samples_seen": samples_seen}
-            path = checkpoint.save_checkpoint(
-                accelerator, output_dir, global_step, models, state, args.checkpoints_total_limit
-            )
-            logger.info("Saved %s", path)
+            logger.info("Saved %s", save(global_step, state=state | {"samples_seen": samples_seen}))
         epoch, rest = divmod(global_step, steps_per_epoch)
         due = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and global_step < max_train_steps
         if args.validation_prompt and due:
+            train_step.release()
             with validation.evaluating(adapted):
                 show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
-            started = time.perf_counter()
+        started += time.perf_counter() - pause
     bar.close()
+    train_step.release()
     if skipped_steps:
         # A few are how the gradient scaler finds its scale; many are a run that did not learn.
         logger.warning("%d steps were skipped, because their gradients overflowed in fp16", skipped_steps)

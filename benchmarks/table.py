@@ -1,0 +1,160 @@
+"""What train_step.py and memory.py found, as Markdown and as a plot.
+
+python benchmarks/table.py RESULT.json... [--plot PLOT.svg]
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from programs import exit_cleanly
+
+from rasengan import UserError
+
+
+def number(value: float | None, digits: int = 1, unit: str = "") -> str:
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def newest(runs: list[dict], has) -> dict:
+    """Return the last of the runs that has something, or nothing."""
+    return next((run for run in reversed(runs) if has(run)), {})
+
+
+def ratio(peer: dict, ours: list[dict], read) -> str:
+    """Return how many times ours a peer's figure is, from one command, or a dash."""
+    mine = newest(ours, lambda run: run["invocation"] == peer.get("invocation") and read(run) is not None)
+    return f"{read(peer) / read(mine):.1f} x" if mine and read(peer) is not None else "-"
+
+
+def wall_ms(run: dict) -> float | None:
+    return run.get("wall_ms_per_step")
+
+
+def busy_ms(run: dict) -> float | None:
+    return run.get("profile", {}).get("gpu_busy_ms")
+
+
+def grouped(runs: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in names), []).append(run)
+    return groups
+
+
+def step_table(runs: list[dict]) -> str:
+    """Return a row for each variant that trained; ratios are to ours in the same command."""
+    groups = grouped([run for run in runs if run["case"] != "start"], "case", "program", "variant")
+    rows = []
+    for (case, program, variant), group in groups.items():
+        ours = [] if program == "ours" else [r for key, g in groups.items() if key[:2] == (case, "ours") for r in g]
+        walled, busied = newest(group, wall_ms), newest(group, busy_ms)
+        long = newest(group, lambda run: "step_ms_median" in run.get("long", {})).get("long", {})
+        errors = [part["error"] for part in group[-1].values() if isinstance(part, dict) and "error" in part]
+        rows.append(
+            [
+                f"{case}, {program}, {variant}{': ' * bool(errors)}{' '.join(errors)}",
+                number(wall_ms(walled)),
+                ratio(walled, ours, wall_ms),
+                number(walled.get("wall_ms_per_image")),
+                number(long.get("step_ms_median")),
+                number(busy_ms(busied)),
+                ratio(busied, ours, busy_ms),
+                number(busied.get("profile", {}).get("kernels"), 0),
+                number(long.get("peak_reserved_gib"), 2),
+            ]
+        )
+    head = ["case", "wall ms/step", "to ours", "wall ms/image", "inside, median ms", "GPU busy ms", "to ours"]
+    return markdown([*head, "kernels", "peak reserved GiB"], rows)
+
+
+def start_table(runs: list[dict]) -> str:
+    rows = [
+        [run["program"], run["variant"], number(run.get("first_step_s", run["wall_s"]), 1)]
+        for run in runs
+        if run["case"] == "start"
+    ]
+    return markdown(["program", "start", "s to the first step"], rows) if rows else ""
+
+
+def memory_table(runs: list[dict]) -> str:
+    rows = []
+    for (setting, program), group in grouped(runs, "setting", "program").items():
+        run = group[-1]
+        state = "" if run["exit_code"] == 0 else f": {run.get('error', 'failed')}"
+        rows.append(
+            [
+                f"{setting}, {program}{state}",
+                number(run.get("peak_reserved_gib"), 2),
+                number(run.get("peak_allocated_gib"), 2),
+                number(run.get("loop_peak_reserved_gib"), 2),
+                number(run.get("host_peak_anonymous_gib"), 2),
+                number(run.get("host_peak_rss_gib"), 2),
+            ]
+        )
+    head = ["setting", "peak reserved GiB", "peak allocated GiB", "reserved from the first step on"]
+    return markdown([*head, "host RssAnon GiB", "host RSS GiB"], rows)
+
+
+def plot(results: list[dict], file: Path) -> None:
+    """Draw the wall time of an image, case by case, as PNG or SVG.
+
+    Raises:
+        UserError: matplotlib is missing, or nothing was timed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: `pip install -e '.[benchmarks]'`.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = [run for result in results for run in result["runs"] if wall_ms(run)]
+    groups = grouped(runs, "case", "program", "variant")
+    if not groups:
+        raise UserError("--plot has nothing to draw: no result holds a wall time.")
+    cases = list(dict.fromkeys(case for case, *_ in groups))
+    colors = {"ours": "#e4572e", "diffusers": "#8d99ae", "sd-scripts": "#5c6b84"}
+    figure, axes = pyplot.subplots(len(cases), squeeze=False, figsize=(8, 0.8 + 0.45 * len(groups)), layout="tight")
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        bars = [(key, group[-1]) for key, group in groups.items() if key[0] == case]
+        bars.sort(key=lambda bar: bar[1]["wall_ms_per_image"], reverse=True)
+        labels = [f"{program}, {variant}" for (_, program, variant), _ in bars]
+        values = [run["wall_ms_per_image"] for _, run in bars]
+        drawn = axis.barh(labels, values, color=[colors[key[1]] for key, _ in bars])
+        axis.bar_label(drawn, fmt="%.4g", padding=3)
+        axis.set_title(f"{case}: wall ms per image, {results[0]['device']}", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="what train_step.py or memory.py wrote")
+    parser.add_argument("--plot", type=Path, help="a PNG or SVG file to draw")
+    args = parser.parse_args()
+    missing = [file for file in args.results if not file.is_file()]
+    if missing:
+        raise UserError(f"There is no {missing[0]}: train_step.py and memory.py write such files.")
+    results = [json.loads(file.read_text()) for file in args.results]
+    for result in results:
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        print(f"{result['device']}; {versions}; commit {result['commit'][:10]}\n")
+        steps = [run for run in result["runs"] if "case" in run]
+        memory = [run for run in result["runs"] if "setting" in run]
+        for table in (step_table(steps) if steps else "", start_table(steps), memory_table(memory) if memory else ""):
+            if table:
+                print(table, end="\n\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

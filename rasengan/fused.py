@@ -1,0 +1,259 @@
+"""SDXL's UNet with its LoRA, run for training: the modules stay diffusers' and PEFT's, only the way they run differs.
+
+The same arithmetic as theirs, but for the order of rounding, in a third of the kernels and two thirds of the memory:
+
+- all LoRA matrices are cast to the UNet's dtype together, and their gradients come back together;
+- projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
+- norms are fused with what stands around them, and pictures stay in channels_last throughout;
+- nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
+- any number of blocks can be recomputed in the backward pass rather than kept.
+
+In evaluation mode (`unet.eval()`) the modules run as diffusers and PEFT wrote them.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rasengan import lora, nodes
+
+
+def why_not(unet: nn.Module) -> str | None:
+    """Say what keeps a UNet with a LoRA from being run by this module; None where nothing does."""
+    inside = {id(layer) for block in unet.modules() for layer in _linear_layers(block)}
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer):
+            if id(module) not in inside:
+                return f"{name} has a LoRA outside the transformer blocks"
+            plain = list(module.lora_A) == ["default"] and not module.lora_variant
+            if not plain or not isinstance(module.lora_dropout["default"], nn.Identity):
+                return f"{name} has dropout, or a variant of LoRA"
+        elif isinstance(module, ResnetBlock2D):
+            plain = (module.time_embedding_norm, module.output_scale_factor, module.upsample, module.downsample)
+            if plain != ("default", 1.0, None, None) or module.skip_time_act or module.dropout.p:
+                return f"{name} is no plain residual block"
+        elif isinstance(module, BasicTransformerBlock):
+            plain = (module.norm_type, module.pos_embed, module.activation_fn, module.only_cross_attention)
+            if plain != ("layer_norm", None, "geglu", False) or module.attn2 is None or module.dropout:
+                return f"{name} is no plain transformer block"
+            if any(type(attn.processor) is not AttnProcessor2_0 for attn in (module.attn1, module.attn2)):
+                return f"{name} does not use PyTorch's attention"
+        elif isinstance(module, Transformer2DModel) and not module.use_linear_projection:
+            return f"{name} does not project linearly"
+    return None
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers that this module's forward runs, and that may thus have a LoRA."""
+    if isinstance(module, Transformer2DModel):
+        return [module.proj_in, module.proj_out]
+    if isinstance(module, BasicTransformerBlock):
+        attentions = (module.attn1, module.attn2)
+        projections = [layer for a in attentions for layer in (a.to_q, a.to_k, a.to_v, a.to_out[0])]
+        return [*projections, module.ff.net[0].proj, module.ff.net[2]]
+    return []
+
+
+class FusedUNet:
+    """Gives a UNet its training forward, and holds what the steps share.
+
+    The LoRA's gradient arrives in `flat.grad`, and so in that of PEFT's parameters, which are views of it.
+    """
+
+    def __init__(self, unet: nn.Module, flat: nn.Parameter, scale: float):
+        """Take over the training forward of a UNet for which `why_not` has nothing to say.
+
+        Args:
+            unet: with a LoRA, on its device, its weights stacked by `lora.stack_weights`.
+            flat: begins with the UNet's part of `lora.flat_order`; has a gradient.
+            scale: alpha / rank.
+        """
+        self.unet, self.flat, self.scale = unet, flat, scale
+        self.projections = [Projection(layers) for layers in lora.all_projections(unet)]
+        self.by_layer = {id(layer): projection for projection in self.projections for layer in projection.layers}
+        self.with_lora = [projection for projection in self.projections if projection.has_lora]
+        self.text = {}  # keys and values of each block's attention to the text, while the forward runs
+        self.recomputed = set()
+        unet.to(memory_format=torch.channels_last)
+        forwards = {ResnetBlock2D: self._resnet, Transformer2DModel: self._transformer, nn.Conv2d: _conv}
+        for module in unet.modules():
+            if type(module) in forwards:
+                self._replace(module, forwards[type(module)])
+        self._replace(unet.conv_norm_out, lambda norm, x: _group_norm(x, norm, silu=True)[1])
+        self._replace(unet.conv_act, lambda activation, x: x)  # conv_norm_out has done it
+        self._replace(unet, self._forward)
+
+    def _replace(self, module: nn.Module, forward: Callable) -> None:
+        original = type(module).forward
+
+        def dispatch(module, *args, **kwargs):
+            return (forward if self.unet.training else original)(module, *args, **kwargs)
+
+        module.forward = types.MethodType(dispatch, module)
+
+    # --- what is recomputed ---
+
+    def units(self) -> list[nn.Module]:
+        """Return the blocks that can be recomputed, those first that free the most memory for their work.
+
+        These are the ones of few channels and many pixels. What stands before the first LoRA keeps nothing anyway.
+        """
+        blocks = [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+        first = next(n for n, block in enumerate(blocks) if any(isinstance(m, LoraLayer) for m in block.modules()))
+        found = [module for block in blocks[first:] for module in block.modules()]
+        found = [module for module in found if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
+        return sorted(found, key=lambda m: m.out_channels if isinstance(m, ResnetBlock2D) else m.dim)
+
+    def recompute(self, count: int) -> None:
+        """Recompute the first `count` of `units` in the backward pass, and keep what the others computed."""
+        self.recomputed = {id(unit) for unit in self.units()[:count]}
+
+    def _checkpointed(self, function: Callable, unit: nn.Module, *inputs):
+        if id(unit) in self.recomputed and torch.is_grad_enabled():
+            return checkpoint(function, unit, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(unit, *inputs)
+
+    # --- the forward, from the whole to the parts ---
+
+    def _forward(self, unet, sample, timestep, encoder_hidden_states, **kwargs):
+        self._cast_lora(sample.dtype)
+        try:
+            self._project_text(encoder_hidden_states)
+            return type(unet).forward(unet, sample, timestep, encoder_hidden_states, **kwargs)
+        finally:
+            self.text.clear()
+
+    def _cast_lora(self, dtype: torch.dtype) -> None:
+        # The last step's go first: they hold autograd's node of the flat parameter, which remembers its stream.
+        for projection in self.with_lora:
+            projection.lora_A = projection.lora_B = None
+        sizes_A = [projection.shape_A.numel() for projection in self.with_lora]
+        sizes_B = [projection.shape_B.numel() for projection in self.with_lora]
+        parts = nodes.CastLora.apply(self.flat, self.scale, sizes_A, sizes_B, dtype)
+        count = len(self.with_lora)
+        for projection, part_A, part_B in zip(self.with_lora, parts[:count], parts[count:], strict=True):
+            projection.lora_A, projection.lora_B = part_A.view(projection.shape_A), part_B.view(projection.shape_B)
+
+    def _project_text(self, encoder_hidden_states: torch.Tensor) -> None:
+        """Compute the keys and values of all attentions to the text, stacked ones by one product."""
+        pictures, tokens, width = encoder_hidden_states.shape
+        rows = encoder_hidden_states.reshape(-1, width)
+        projected = {}
+        for block in lora.transformer_blocks(self.unet):
+            attn = block.attn2
+            for layer in (attn.to_k, attn.to_v):
+                if id(layer) not in projected:
+                    projection = self.by_layer.get(id(layer)) or Projection([layer])
+                    parts = projection(rows).view(pictures, tokens, len(projection.layers), attn.heads, -1).unbind(2)
+                    projected |= {id(of): part for of, part in zip(projection.layers, parts, strict=True)}
+            self.text[id(block)] = tuple(projected[id(layer)].transpose(1, 2) for layer in (attn.to_k, attn.to_v))
+
+    def _transformer(self, module, hidden_states, encoder_hidden_states=None, return_dict=True, **_):
+        pictures, channels, height, width = hidden_states.shape
+        residual, y = _group_norm(hidden_states, module.norm, silu=False)
+        x = self._linear(module.proj_in, y.permute(0, 2, 3, 1).reshape(-1, channels))
+        delta = None  # what the last block adds, which the next one's norm does
+        for block in module.transformer_blocks:
+            keys_values = self.text[id(block)]
+            if id(block) in self.recomputed:  # then the sum alone is kept
+                x, delta = self._checkpointed(self._block_and_sum, block, x, delta, *keys_values, pictures), None
+            else:
+                x, delta = self._block(block, x, delta, *keys_values, pictures)
+        y = self._linear(module.proj_out, x if delta is None else x + delta)
+        output = y.view(pictures, height, width, channels).permute(0, 3, 1, 2) + residual
+        return (output,) if not return_dict else types.SimpleNamespace(sample=output)
+
+    def _block(self, block, x, delta, text_keys, text_values, pictures):
+        """Return x (T, D), and what the feed-forward part adds to it."""
+        x, y = _add_layer_norm(x, delta, block.norm1)
+        q, k, v = self._self_attention_inputs(block.attn1, y, pictures)
+        delta = self._linear(block.attn1.to_out[0], _attend(q, k, v))
+        x, y = _add_layer_norm(x, delta, block.norm2)
+        q = self._linear(block.attn2.to_q, y).view(pictures, -1, block.attn2.heads, q.shape[-1]).transpose(1, 2)
+        delta = self._linear(block.attn2.to_out[0], _attend(q, text_keys, text_values))
+        x, y = _add_layer_norm(x, delta, block.norm3)
+        y = nodes.Geglu.apply(self._linear(block.ff.net[0].proj, y))
+        return x, self._linear(block.ff.net[2], y)
+
+    def _block_and_sum(self, *inputs):
+        x, delta = self._block(*inputs)
+        return x + delta
+
+    def _self_attention_inputs(self, attn, y, pictures):
+        """Return q, k and v, each (pictures, heads, tokens, head width)."""
+        layers = [attn.to_q, attn.to_k, attn.to_v]
+        stacked = self.by_layer.get(id(attn.to_q))
+        if stacked is not None and len(stacked.layers) == 3:
+            parts = stacked(y).view(pictures, -1, 3, attn.heads, y.shape[-1] // attn.heads).unbind(2)
+        else:
+            parts = [
+                self._linear(layer, y).view(pictures, -1, attn.heads, y.shape[-1] // attn.heads) for layer in layers
+            ]
+        return [part.transpose(1, 2) for part in parts]
+
+    def _linear(self, layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        projection = self.by_layer.get(id(layer))
+        return layer(rows) if projection is None else projection(rows)
+
+    def _resnet(self, module, input_tensor, temb):
+        return self._checkpointed(_resnet, module, input_tensor, temb)
+
+
+class Projection:
+    """One or several linear layers of one input, with or without a LoRA, as one product."""
+
+    def __init__(self, layers: list[nn.Module]):
+        base = lora.base_of(layers[0])
+        self.layers, self.bias, self.has_lora = layers, base.bias, isinstance(layers[0], LoraLayer)
+        self.weight = lora.stacked_weight(layers) if len(layers) > 1 else base.weight
+        self.shape_A = self.shape_B = self.lora_A = self.lora_B = None
+        if self.has_lora:
+            rank = layers[0].r["default"]
+            self.shape_A = torch.Size((len(layers) * rank, base.in_features))
+            self.shape_B = torch.Size((len(layers), base.out_features, rank))
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return (T, n E) for rows (T, D)."""
+        if self.has_lora:
+            return nodes.LoraProduct.apply(rows, self.lora_A, self.lora_B, self.weight, self.bias)
+        return self.layers[0](rows) if len(self.layers) == 1 else F.linear(rows, self.weight, self.bias)
+
+
+def _attend(q, k, v):
+    """Return the attention's output as rows (T, D)."""
+    y = F.scaled_dot_product_attention(q, k, v)  # (pictures, heads, tokens, head width)
+    return y.transpose(1, 2).reshape(-1, y.shape[1] * y.shape[3])
+
+
+def _add_layer_norm(x, delta, norm: nn.LayerNorm):
+    return nodes.AddLayerNorm.apply(x, delta, norm.weight, norm.bias, norm.eps)
+
+
+def _group_norm(x, norm: nn.GroupNorm, silu: bool, shift=None):
+    return nodes.GroupNormSilu.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def _conv(layer: nn.Conv2d, x, with_bias: bool = True):
+    return nodes.FrozenConv.apply(x, layer.weight, layer.bias if with_bias else None, layer.stride, layer.padding)
+
+
+def _resnet(module, x, temb):
+    # The biases of the convolutions are added where a pass is made anyway.
+    shift = module.time_emb_proj(F.silu(temb)) + module.conv1.bias
+    x, y = _group_norm(x, module.norm1, silu=True)
+    y = _conv(module.conv1, y, with_bias=False)
+    _, y = _group_norm(y, module.norm2, silu=True, shift=shift)
+    y = _conv(module.conv2, y, with_bias=False)
+    bias = module.conv2.bias
+    if module.conv_shortcut is not None:
+        x, bias = _conv(module.conv_shortcut, x, with_bias=False), bias + module.conv_shortcut.bias
+    return nodes.AddWithBias.apply(x, y, bias)

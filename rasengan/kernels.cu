@@ -1,0 +1,405 @@
+// The elementwise and normalizing passes of the UNet's training step, each reading and writing its tensors once.
+//
+// Tensors are rows of channels: (rows, width) for the transformer blocks, (N, H*W, C) for convolutions in channels_last.
+// Widths are multiples of 8, so that a thread moves 8 neighbours at once. Storage is fp16, bf16 or fp32, chosen by one
+// of the macros FP16, BF16 and FP32; arithmetic is fp32. No result depends on the order in which blocks run. No header
+// is included, so that compiling needs no CUDA toolkit.
+
+#if defined(FP16)
+typedef unsigned short word;
+__device__ float widen(word w) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(w)); return f; }
+__device__ word narrow(float f) { word w; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(w) : "f"(f)); return w; }
+#elif defined(BF16)
+typedef unsigned short word;
+__device__ float widen(word w) { return __uint_as_float((unsigned)w << 16); }
+__device__ word narrow(float f) {
+  unsigned bits = __float_as_uint(f);
+  if (f != f) return 0x7fff;
+  return (word)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+#elif defined(FP32)
+typedef float word;
+__device__ float widen(word w) { return w; }
+__device__ word narrow(float f) { return f; }
+#endif
+
+struct alignas(16) Pack { word at[8]; };
+
+__device__ Pack load(const word* from) { return *reinterpret_cast<const Pack*>(from); }
+__device__ void store(word* to, const Pack& pack) { *reinterpret_cast<Pack*>(to) = pack; }
+
+__device__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+__device__ float normal_cdf(float x) { return 0.5f * (1.f + erff(x * 0.70710678118654752f)); }
+
+// --- GEGLU: y = value * gelu(gate), where h holds (value, gate) side by side, each `width` wide ---
+
+extern "C" __global__ void geglu_forward(const word* h, word* y, long long packs, int width) {
+  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (pack >= packs) return;
+  long long row = pack / (width / 8);
+  int column = (pack % (width / 8)) * 8;
+  Pack value = load(h + row * 2 * width + column), gate = load(h + row * 2 * width + width + column), out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float x = widen(gate.at[i]);
+    out.at[i] = narrow(widen(value.at[i]) * x * normal_cdf(x));
+  }
+  store(y + row * width + column, out);
+}
+
+extern "C" __global__ void geglu_backward(const word* h, const word* grad_y, word* grad_h, long long packs, int width) {
+  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (pack >= packs) return;
+  long long row = pack / (width / 8);
+  int column = (pack % (width / 8)) * 8;
+  const word* from = h + row * 2 * width + column;
+  Pack value = load(from), gate = load(from + width), grad = load(grad_y + row * width + column), out_value, out_gate;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float x = widen(gate.at[i]), g = widen(grad.at[i]), cdf = normal_cdf(x);
+    float pdf = 0.39894228040143268f * expf(-0.5f * x * x);
+    out_value.at[i] = narrow(g * x * cdf);
+    out_gate.at[i] = narrow(g * widen(value.at[i]) * (cdf + x * pdf));
+  }
+  word* to = grad_h + row * 2 * width + column;
+  store(to, out_value);
+  store(to + width, out_gate);
+}
+
+// --- residual add and LayerNorm: sum = x + delta, y = norm(sum); a warp for each row ---
+
+#define LANES 32
+
+__device__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// A lane's share of a row: up to PACKS packs, LANES apart. Few packs leave registers for more warps.
+template <int PACKS>
+struct Row {
+  float at[PACKS][8];
+  int lane, width;
+
+  template <class F>
+  __device__ void each_pack(F f) const {
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+      if ((k * LANES + lane) * 8 < width) f(k, (k * LANES + lane) * 8);
+  }
+  // Returns the row's mean and 1 / standard deviation.
+  __device__ float2 statistics(float eps) const {
+    float total = 0.f, squares = 0.f;
+    each_pack([&](int k, int) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total += at[k][i];
+    });
+    float mean = warp_sum(total) / width;
+    each_pack([&](int k, int) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += (at[k][i] - mean) * (at[k][i] - mean);
+    });
+    return make_float2(mean, rsqrtf(warp_sum(squares) / width + eps));
+  }
+};
+
+// delta may be null; then sum is not written, for it is x.
+template <int PACKS>
+__device__ void add_layer_norm(const word* x, const word* delta, const word* weight, const word* bias, word* sum,
+                               word* y, int rows, int width, float eps) {
+  int row = blockIdx.x * blockDim.y + threadIdx.y;
+  if (row >= rows) return;
+  long long start = (long long)row * width;
+  Row<PACKS> values;
+  values.lane = threadIdx.x;
+  values.width = width;
+  values.each_pack([&](int k, int column) {
+    Pack pack = load(x + start + column);
+    if (delta) {
+      Pack more = load(delta + start + column);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) pack.at[i] = narrow(widen(pack.at[i]) + widen(more.at[i]));
+      store(sum + start + column, pack);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values.at[k][i] = widen(pack.at[i]);
+  });
+  float2 of = values.statistics(eps);
+  values.each_pack([&](int k, int column) {
+    Pack gain = load(weight + column), offset = load(bias + column), out;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      out.at[i] = narrow((values.at[k][i] - of.x) * of.y * widen(gain.at[i]) + widen(offset.at[i]));
+    store(y + start + column, out);
+  });
+}
+
+// grad_sum, the gradient that reaches the sum past the norm, may be null.
+template <int PACKS>
+__device__ void layer_norm_grad(const word* sum, const word* weight, const word* grad_y, const word* grad_sum,
+                                word* grad_x, int rows, int width, float eps) {
+  int row = blockIdx.x * blockDim.y + threadIdx.y;
+  if (row >= rows) return;
+  long long start = (long long)row * width;
+  Row<PACKS> values, grads;
+  values.lane = threadIdx.x;
+  values.width = width;
+  values.each_pack([&](int k, int column) {
+    Pack pack = load(sum + start + column), gain = load(weight + column), grad = load(grad_y + start + column);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      values.at[k][i] = widen(pack.at[i]);
+      grads.at[k][i] = widen(grad.at[i]) * widen(gain.at[i]);
+    }
+  });
+  float2 of = values.statistics(eps);
+  float mean_grad = 0.f, mean_product = 0.f;
+  values.each_pack([&](int k, int) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      values.at[k][i] = (values.at[k][i] - of.x) * of.y;
+      mean_grad += grads.at[k][i];
+      mean_product += grads.at[k][i] * values.at[k][i];
+    }
+  });
+  mean_grad = warp_sum(mean_grad) / width;
+  mean_product = warp_sum(mean_product) / width;
+  values.each_pack([&](int k, int column) {
+    Pack past, out;
+    if (grad_sum) past = load(grad_sum + start + column);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float grad = of.y * (grads.at[k][i] - mean_grad - values.at[k][i] * mean_product);
+      out.at[i] = narrow(grad_sum ? grad + widen(past.at[i]) : grad);
+    }
+    store(grad_x + start + column, out);
+  });
+}
+
+#define LAYER_NORM(PACKS)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(128) add_layer_norm_##PACKS(                                            \
+      const word* x, const word* delta, const word* weight, const word* bias, word* sum, word* y, int rows, int width, \
+      float eps) {                                                                                                     \
+    add_layer_norm<PACKS>(x, delta, weight, bias, sum, y, rows, width, eps);                                           \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(128) layer_norm_backward_##PACKS(                                       \
+      const word* sum, const word* weight, const word* grad_y, const word* grad_sum, word* grad_x, int rows,           \
+      int width, float eps) {                                                                                          \
+    layer_norm_grad<PACKS>(sum, weight, grad_y, grad_sum, grad_x, rows, width, eps);                                   \
+  }
+
+LAYER_NORM(3)  // widths up to 768, SDXL's 640 among them
+LAYER_NORM(5)  // up to 1280
+LAYER_NORM(8)  // up to 2048
+
+// --- GroupNorm and SiLU in channels_last: y = silu(norm(x + shift)); shift is (N, C) or null, silu is optional ---
+//
+// A block is (C / 8, some rows) threads and takes `rows_per_block` pixels of picture blockIdx.y. The first pass of each
+// direction sums two numbers over every group, the second uses them.
+
+struct Slice {
+  int channel, first, end;      // this thread's first channel; the block's pixels
+  long long picture, size;      // where the picture starts; channels of a pixel
+  __device__ Slice(int pixels, int channels, int rows_per_block)
+      : channel(threadIdx.x * 8),
+        first(blockIdx.x * rows_per_block),
+        end(min(pixels, (int)(blockIdx.x + 1) * rows_per_block)),
+        picture((long long)blockIdx.y * pixels * channels),
+        size(channels) {}
+  __device__ long long at(int pixel) const { return picture + pixel * size + channel; }
+};
+
+__device__ void load_shift(float (&shift)[8], const word* from, int channels, int channel) {
+  Pack pack;
+  if (from) pack = load(from + (long long)blockIdx.y * channels + channel);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) shift[i] = from ? widen(pack.at[i]) : 0.f;
+}
+
+// Sums each thread's 8 + 8 numbers over the groups of the block, then, in the last block of a picture, over the blocks.
+// Returns true there, with the totals in `totals` (groups, 2), in shared memory.
+__device__ bool sum_over_groups(const float (&a)[8], const float (&b)[8], float* partial, unsigned* counters,
+                                float* shared, int channels, int groups, float*& totals) {
+  int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  float* first = shared;
+  float* second = shared + blockDim.y * channels;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    first[threadIdx.y * channels + threadIdx.x * 8 + i] = a[i];
+    second[threadIdx.y * channels + threadIdx.x * 8 + i] = b[i];
+  }
+  __syncthreads();
+  for (int channel = thread; channel < channels; channel += threads)
+    for (int row = 1; row < blockDim.y; ++row) {
+      first[channel] += first[row * channels + channel];
+      second[channel] += second[row * channels + channel];
+    }
+  __syncthreads();
+  float* mine = partial + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * groups * 2;
+  for (int group = thread; group < groups; group += threads) {
+    float sum_a = 0.f, sum_b = 0.f;
+    for (int channel = group * (channels / groups); channel < (group + 1) * (channels / groups); ++channel) {
+      sum_a += first[channel];
+      sum_b += second[channel];
+    }
+    mine[group * 2] = sum_a;
+    mine[group * 2 + 1] = sum_b;
+  }
+  __threadfence();
+  __syncthreads();
+  __shared__ bool is_last;
+  if (thread == 0) is_last = atomicAdd(&counters[blockIdx.y], 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return false;
+  if (thread == 0) counters[blockIdx.y] = 0;  // ready for the next launch
+  __threadfence();
+  totals = shared;
+  const volatile float* all = partial + (long long)blockIdx.y * gridDim.x * groups * 2;
+  for (int number = thread; number < groups * 2; number += threads) {
+    double total = 0.;
+    for (int block = 0; block < gridDim.x; ++block) total += all[(long long)block * groups * 2 + number];
+    totals[number] = (float)total;
+  }
+  __syncthreads();
+  return true;
+}
+
+// statistics (N, groups, 2): mean and 1 / standard deviation.
+extern "C" __global__ void group_norm_statistics(const word* x, const word* shift_from, float* partial,
+                                                 unsigned* counters, float* statistics, int pixels, int channels,
+                                                 int groups, int rows_per_block, float eps) {
+  extern __shared__ float shared[];
+  Slice slice(pixels, channels, rows_per_block);
+  float shift[8], sums[8] = {}, squares[8] = {};
+  load_shift(shift, shift_from, channels, slice.channel);
+  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
+    Pack pack = load(x + slice.at(pixel));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float value = widen(pack.at[i]) + shift[i];
+      sums[i] += value;
+      squares[i] += value * value;
+    }
+  }
+  float* totals;
+  if (!sum_over_groups(sums, squares, partial, counters, shared, channels, groups, totals)) return;
+  int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  double count = (double)pixels * (channels / groups);
+  for (int group = thread; group < groups; group += blockDim.x * blockDim.y) {
+    double mean = totals[group * 2] / count, variance = totals[group * 2 + 1] / count - mean * mean;
+    float* out = statistics + ((long long)blockIdx.y * groups + group) * 2;
+    out[0] = (float)mean;
+    out[1] = (float)(1. / sqrt((variance > 0. ? variance : 0.) + (double)eps));
+  }
+}
+
+// Loads what a thread needs of its 8 channels: mean, 1 / deviation, weight and bias.
+struct Channels {
+  float mean[8], rstd[8], weight[8], bias[8], shift[8];
+  __device__ Channels(const float* statistics, const word* weights, const word* biases, const word* shift_from,
+                      int channels, int groups, int channel) {
+    Pack gain = load(weights + channel), offset = load(biases + channel);
+    load_shift(shift, shift_from, channels, channel);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float* of = statistics + ((long long)blockIdx.y * groups + (channel + i) / (channels / groups)) * 2;
+      mean[i] = of[0];
+      rstd[i] = of[1];
+      weight[i] = widen(gain.at[i]);
+      bias[i] = widen(offset.at[i]);
+    }
+  }
+  __device__ float normalized(int i, word x) const { return (widen(x) + shift[i] - mean[i]) * rstd[i]; }
+  // The gradient of the norm's output without its affine part, given that of the whole.
+  __device__ float grad(int i, float normalized, word grad_y, int silu) const {
+    float g = widen(grad_y);
+    if (silu) {
+      float z = normalized * weight[i] + bias[i], s = sigmoid(z);
+      g *= s * (1.f + z * (1.f - s));
+    }
+    return g * weight[i];
+  }
+};
+
+extern "C" __global__ void group_norm_forward(const word* x, const word* shift, const float* statistics,
+                                              const word* weight, const word* bias, word* y, int pixels, int channels,
+                                              int groups, int rows_per_block, int silu) {
+  Slice slice(pixels, channels, rows_per_block);
+  Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
+  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
+    Pack pack = load(x + slice.at(pixel));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float z = of.normalized(i, pack.at[i]) * of.weight[i] + of.bias[i];
+      pack.at[i] = narrow(silu ? z * sigmoid(z) : z);
+    }
+    store(y + slice.at(pixel), pack);
+  }
+}
+
+// means (N, groups, 2): of the gradient, and of its product with the normalized values.
+extern "C" __global__ void group_norm_backward_means(const word* x, const word* shift, const float* statistics,
+                                                     const word* weight, const word* bias, const word* grad_y,
+                                                     float* partial, unsigned* counters, float* means, int pixels,
+                                                     int channels, int groups, int rows_per_block, int silu) {
+  extern __shared__ float shared[];
+  Slice slice(pixels, channels, rows_per_block);
+  Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
+  float sums[8] = {}, products[8] = {};
+  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
+    Pack pack = load(x + slice.at(pixel)), grad = load(grad_y + slice.at(pixel));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float value = of.normalized(i, pack.at[i]), g = of.grad(i, value, grad.at[i], silu);
+      sums[i] += g;
+      products[i] += g * value;
+    }
+  }
+  float* totals;
+  if (!sum_over_groups(sums, products, partial, counters, shared, channels, groups, totals)) return;
+  int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  double count = (double)pixels * (channels / groups);
+  for (int number = thread; number < groups * 2; number += blockDim.x * blockDim.y)
+    means[(long long)blockIdx.y * groups * 2 + number] = (float)(totals[number] / count);
+}
+
+// grad_past, the gradient that reaches x past the norm, may be null.
+extern "C" __global__ void group_norm_backward(const word* x, const word* shift, const float* statistics,
+                                               const word* weight, const word* bias, const word* grad_y,
+                                               const float* means, const word* grad_past, word* grad_x, int pixels,
+                                               int channels, int groups, int rows_per_block, int silu) {
+  Slice slice(pixels, channels, rows_per_block);
+  Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
+  float mean_grad[8], mean_product[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float* mean = means + ((long long)blockIdx.y * groups + (slice.channel + i) / (channels / groups)) * 2;
+    mean_grad[i] = mean[0];
+    mean_product[i] = mean[1];
+  }
+  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
+    Pack pack = load(x + slice.at(pixel)), grad = load(grad_y + slice.at(pixel)), past;
+    if (grad_past) past = load(grad_past + slice.at(pixel));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float value = of.normalized(i, pack.at[i]), g = of.grad(i, value, grad.at[i], silu);
+      g = of.rstd[i] * (g - mean_grad[i] - value * mean_product[i]);
+      pack.at[i] = narrow(grad_past ? g + widen(past.at[i]) : g);
+    }
+    store(grad_x + slice.at(pixel), pack);
+  }
+}
+
+// --- the end of a residual block: y = x + h + bias, over (rows, width) ---
+
+extern "C" __global__ void add_with_bias(const word* x, const word* h, const word* bias, word* y, long long packs,
+                                         int width) {
+  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (pack >= packs) return;
+  Pack left = load(x + pack * 8), right = load(h + pack * 8), offset = load(bias + (pack % (width / 8)) * 8);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    left.at[i] = narrow(widen(left.at[i]) + widen(right.at[i]) + widen(offset.at[i]));
+  store(y + pack * 8, left);
+}

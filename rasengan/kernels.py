@@ -1,0 +1,318 @@
+"""The elementwise and normalizing passes of the training step: `kernels.cu` on CUDA, PyTorch's operators elsewhere.
+
+PyTorch runs these as several kernels each, converts between layouts around them, and keeps more tensors for the
+backward pass. The kernels are compiled at run time by NVRTC, which PyTorch brings along: no compiler, toolkit or
+Triton is needed (Triton has no tensor cores on a T4). Where NVRTC is missing, PyTorch's operators do the work, slower.
+
+Shapes: `rows` are (T, D); pictures are (N, C, H, W) in channels_last. All of fp16, bf16 or fp32; statistics are fp32.
+"""
+
+import ctypes
+import logging
+import threading
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+logger = logging.getLogger(__name__)
+
+MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+# A pass over pictures is split into about so many blocks: some for each multiprocessor of a large card.
+BLOCKS = 264
+
+
+# --- compiling and launching ---
+
+
+def _check(code: int, what: str) -> None:
+    if code != 0:
+        raise RuntimeError(f"{what} failed with code {code}")
+
+
+@cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """Return NVRTC and the CUDA driver."""
+    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
+    packaged = [str(path) for path in Path(torch.__file__).parents[1].glob(f"nvidia/**/{name}")]
+    for candidate in (name, *packaged):
+        try:
+            return ctypes.CDLL(candidate), ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            continue
+    raise OSError(f"{name} is not to be found")
+
+
+def compile_kernels(dtype: torch.dtype, capability: tuple[int, int], nvrtc: ctypes.CDLL) -> bytes:
+    """Return `kernels.cu` as machine code for tensors of a dtype on cards of a compute capability."""
+    source = resources.files("rasengan").joinpath("kernels.cu").read_bytes()
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", f"-D{MACROS[dtype]}", "--std=c++17"]
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None), "nvrtcCreateProgram")
+    words = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+    if nvrtc.nvrtcCompileProgram(program, len(options), words) != 0:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"kernels.cu does not compile: {log.value.decode()}")
+    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
+    code = ctypes.create_string_buffer(size.value)
+    _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+class _Kernels:
+    """The kernels for one dtype, loaded on one device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        nvrtc, self.driver = _libraries()
+        code = compile_kernels(dtype, torch.cuda.get_device_capability(device), nvrtc)
+        self.context = ctypes.c_void_p()
+        _check(
+            self.driver.cuDevicePrimaryCtxRetain(ctypes.byref(self.context), device.index), "cuDevicePrimaryCtxRetain"
+        )
+        self.bound = threading.local()
+        self.bind()
+        self.module, self.functions = ctypes.c_void_p(), {}
+        _check(self.driver.cuModuleLoadData(ctypes.byref(self.module), code), "cuModuleLoadData")
+        # Blocks that are done with a picture are counted here; each launch leaves it at zero.
+        self.counters = torch.zeros(4096, dtype=torch.int32, device=device)
+
+    def bind(self) -> None:
+        """Make the device's context this thread's; autograd's own threads may not have one yet."""
+        if not getattr(self.bound, "done", False):
+            _check(self.driver.cuCtxSetCurrent(self.context), "cuCtxSetCurrent")
+            self.bound.done = True
+
+    def launch(self, name: str, grid: tuple[int, int], block: tuple[int, int], *arguments, shared_bytes: int = 0):
+        """Start a kernel on the current stream; None is a null pointer."""
+        self.bind()
+        if name not in self.functions:
+            function = ctypes.c_void_p()
+            _check(self.driver.cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()), name)
+            self.functions[name] = function
+        values = [_as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.counters.device).cuda_stream)
+        function = self.functions[name]
+        code = self.driver.cuLaunchKernel(function, *grid, 1, *block, 1, shared_bytes, stream, pointers, None)
+        _check(code, name)
+
+
+def _as_c(argument):
+    if argument is None or torch.is_tensor(argument):
+        return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return argument if isinstance(argument, ctypes.c_longlong) else ctypes.c_int(argument)
+
+
+@cache
+def _load(dtype: torch.dtype, device: torch.device) -> _Kernels | None:
+    try:
+        return _Kernels(dtype, device)
+    except (OSError, RuntimeError, AttributeError) as error:
+        logger.warning("The training step runs by PyTorch's operators, slower: NVRTC cannot be used (%s)", error)
+        return None
+
+
+def _kernels_for(x: torch.Tensor, width: int, widest: int) -> _Kernels | None:
+    """Return the kernels for a tensor whose channels they can take, or None."""
+    fits = x.device.type == "cuda" and x.dtype in MACROS and width % 8 == 0 and width <= widest
+    return _load(x.dtype, x.device) if fits else None
+
+
+def prepare(dtype: torch.dtype, device: torch.device) -> bool:
+    """Compile now rather than in the first step, and say whether the kernels can be used."""
+    if device.type != "cuda" or dtype not in MACROS:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _load(dtype, torch.device("cuda", index)) is not None
+
+
+def _packs(elements: int) -> tuple[tuple[int, int], tuple[int, int], ctypes.c_longlong]:
+    packs = elements // 8
+    return ((packs + 255) // 256, 1), (256, 1), ctypes.c_longlong(packs)
+
+
+# --- GEGLU ---
+
+
+def geglu(h: torch.Tensor) -> torch.Tensor:
+    """Return value * gelu(gate), (T, D), of rows h (T, 2 D) that hold value and gate side by side."""
+    width = h.shape[-1] // 2
+    kernels = _kernels_for(h, width, 2**20)
+    if kernels is None:
+        value, gate = h.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    y = h.new_empty(*h.shape[:-1], width)
+    grid, block, packs = _packs(y.numel())
+    kernels.launch("geglu_forward", grid, block, h.contiguous(), y, packs, width)
+    return y
+
+
+def geglu_backward(h: torch.Tensor, grad_y: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `geglu` with respect to h (T, 2 D)."""
+    width = h.shape[-1] // 2
+    kernels = _kernels_for(h, width, 2**20)
+    if kernels is None:
+        value, gate = h.chunk(2, dim=-1)
+        return torch.cat([grad_y * F.gelu(gate), torch.ops.aten.gelu_backward(grad_y * value, gate)], dim=-1)
+    grad_h = torch.empty_like(h)
+    grid, block, packs = _packs(grad_y.numel())
+    kernels.launch("geglu_backward", grid, block, h, grad_y.contiguous(), grad_h, packs, width)
+    return grad_h
+
+
+# --- residual add and LayerNorm ---
+
+
+def _row_kernel(name: str, rows: int, width: int) -> tuple[str, tuple[int, int], tuple[int, int]]:
+    """Return the kernel of a pass over rows that has registers for their width, with its grid and block."""
+    packs = next(packs for packs in (3, 5, 8) if width <= packs * 32 * 8)
+    return f"{name}_{packs}", ((rows + 3) // 4, 1), (32, 4)
+
+
+def add_layer_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x + delta (x itself for None) and its LayerNorm, all rows (T, D)."""
+    rows, width = x.shape
+    kernels = _kernels_for(x, width, 2048)
+    if kernels is None:
+        total = x if delta is None else x + delta
+        return total, F.layer_norm(total, (width,), weight, bias, eps)
+    total, y = x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    name, grid, block = _row_kernel("add_layer_norm", rows, width)
+    kernels.launch(name, grid, block, x, delta, weight, bias, total, y, rows, width, eps)
+    return total, y
+
+
+def layer_norm_backward(
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the gradient of `add_layer_norm` with respect to x and delta alike; `grad_total` came past the norm."""
+    rows, width = total.shape
+    kernels = _kernels_for(total, width, 2048)
+    if kernels is None:
+        _, mean, rstd = torch.native_layer_norm(total, (width,), weight, bias, eps)
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_y, total, (width,), mean, rstd, weight, bias, [True, False, False]
+        )
+        return grad if grad_total is None else grad + grad_total
+    grad = torch.empty_like(total)
+    name, grid, block = _row_kernel("layer_norm_backward", rows, width)
+    kernels.launch(name, grid, block, total, weight, grad_y, grad_total, grad, rows, width, eps)
+    return grad
+
+
+# --- GroupNorm and SiLU ---
+
+
+def _slices(x: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+    """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes."""
+    pictures, channels, height, width = x.shape
+    pixels, rows = height * width, max(1, 512 // (channels // 8))
+    each = max(rows, -(-pixels * pictures // BLOCKS))
+    return (-(-pixels // each), pictures), (channels // 8, rows), each, 2 * rows * channels * 4
+
+
+def group_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return silu(GroupNorm(x + shift)) (N, C, H, W), and statistics (N, groups, 2) for the backward pass.
+
+    Args:
+        x: pictures.
+        shift: (N, C), added to every pixel; or None.
+        weight: (C,).
+        bias: (C,).
+        groups: that the channels are normalized in.
+        eps: added to the variance.
+        silu: False leaves the SiLU out.
+    """
+    pictures, channels, height, width = x.shape
+    kernels = _kernels_for(x, channels, 4096)
+    if kernels is None:
+        shifted = (x if shift is None else x + shift[:, :, None, None]).contiguous()
+        sizes = (pictures, channels, height * width, groups)
+        y, mean, rstd = torch.native_group_norm(shifted, weight, bias, *sizes, eps)
+        return F.silu(y) if silu else y, torch.stack([mean, rstd], dim=-1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x)
+    grid, block, each, shared_bytes = _slices(x)
+    sizes = (height * width, channels, groups, each)
+    statistics = x.new_empty(pictures, groups, 2, dtype=torch.float32)
+    partial = x.new_empty(pictures, grid[0], groups, 2, dtype=torch.float32)
+    arguments = (x, shift, partial, kernels.counters, statistics, *sizes, eps)
+    kernels.launch("group_norm_statistics", grid, block, *arguments, shared_bytes=shared_bytes)
+    kernels.launch("group_norm_forward", grid, block, x, shift, statistics, weight, bias, y, *sizes, int(silu))
+    return y, statistics
+
+
+def group_norm_backward(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    statistics: torch.Tensor,
+    grad_y: torch.Tensor,
+    grad_past: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the gradient of `group_norm` with respect to x, plus `grad_past`, what reached x past the norm."""
+    pictures, channels, height, width = x.shape
+    kernels = _kernels_for(x, channels, 4096)
+    if kernels is None:
+        shifted = (x if shift is None else x + shift[:, :, None, None]).contiguous()
+        sizes, (mean, rstd) = (pictures, channels, height * width, groups), statistics.unbind(-1)
+        if silu:
+            y, _, _ = torch.native_group_norm(shifted, weight, bias, *sizes, eps)
+            grad_y = torch.ops.aten.silu_backward(grad_y.contiguous(), y)
+        grad, _, _ = torch.ops.aten.native_group_norm_backward(
+            grad_y.contiguous(), shifted, mean.contiguous(), rstd.contiguous(), weight, *sizes, [True, False, False]
+        )
+        return grad if grad_past is None else grad + grad_past
+    x, grad_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_y))
+    grad_past = None if grad_past is None else grad_past.contiguous(memory_format=torch.channels_last)
+    grad = torch.empty_like(x)
+    grid, block, each, shared_bytes = _slices(x)
+    sizes = (height * width, channels, groups, each)
+    means, partial = torch.empty_like(statistics), statistics.new_empty(pictures, grid[0], groups, 2)
+    of = (x, shift, statistics, weight, bias, grad_y)
+    arguments = (*of, partial, kernels.counters, means, *sizes, int(silu))
+    kernels.launch("group_norm_backward_means", grid, block, *arguments, shared_bytes=shared_bytes)
+    kernels.launch("group_norm_backward", grid, block, *of, means, grad_past, grad, *sizes, int(silu))
+    return grad
+
+
+# --- the end of a residual block ---
+
+
+def add_with_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return x + h + bias (C,) of two pictures (N, C, H, W)."""
+    kernels = _kernels_for(x, x.shape[1], 2**20)
+    if kernels is None:
+        return x + (h + bias[:, None, None])
+    x, h = (t.contiguous(memory_format=torch.channels_last) for t in (x, h))
+    y = torch.empty_like(x)
+    grid, block, packs = _packs(x.numel())
+    kernels.launch("add_with_bias", grid, block, x, h, bias, y, packs, x.shape[1])
+    return y

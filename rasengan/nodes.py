@@ -1,0 +1,178 @@
+"""The autograd nodes of the training forward: each keeps the least that a frozen model's backward pass needs.
+
+Shapes: T rows (a picture's pixels, or a prompt's tokens, times the batch), D and E widths, r rank, n layers side by
+side; pictures are (N, C, H, W) in channels_last. Weights and biases that are not a LoRA's are frozen.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from rasengan import kernels
+
+
+class LoraProduct(torch.autograd.Function):
+    """y = x W^T + bias + (x A^T) B^T, for n layers of one input side by side.
+
+    x (T, D), lora_A (n r, D), lora_B (n, E, r) with the LoRA's scale in it, weight (n E, D), bias (n E,) or None: y is
+    (T, n E). The base's product accumulates onto the LoRA's, so that this takes no pass of its own over y. Keeps x and
+    x A^T. The weight may be one that bitsandbytes quantized.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, weight, bias):
+        layers, width, _ = lora_B.shape
+        h = x @ lora_A.t()  # (T, n r)
+        if layers == 1:
+            y = h @ lora_B[0].t() if bias is None else torch.addmm(bias, h, lora_B[0].t())
+        else:
+            y = x.new_empty(len(x), layers * width)
+            torch.bmm(_by_layer(h, layers), lora_B.transpose(1, 2), out=_by_layer(y, layers))
+            if bias is not None:
+                y += bias
+        ctx.save_for_backward(x, h, lora_A, lora_B)
+        ctx.weight = weight
+        return y.addmm_(x, dense(weight, x.dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, h, lora_A, lora_B = ctx.saved_tensors
+        layers, grad_y, grad_x = len(lora_B), grad_y.contiguous(), None
+        grad_h = torch.empty_like(h)
+        torch.bmm(_by_layer(grad_y, layers), lora_B, out=_by_layer(grad_h, layers))
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_h @ lora_A).addmm_(grad_y, dense(ctx.weight, x.dtype))
+        grad_A = grad_h.t() @ x
+        grad_B = torch.bmm(_by_layer(grad_y, layers).transpose(1, 2), _by_layer(h, layers))
+        return grad_x, grad_A, grad_B, None, None
+
+
+def _by_layer(rows: torch.Tensor, layers: int) -> torch.Tensor:
+    """Return rows (T, n E) as (n, T, E), without a copy."""
+    return rows.view(len(rows), layers, -1).transpose(0, 1)
+
+
+def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight as a matrix (E, D); one that bitsandbytes quantized to 4 bits is expanded."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+
+class CastLora(torch.autograd.Function):
+    """The LoRA matrices of all projections in the UNet's dtype, cast out of the flat parameter by two kernels.
+
+    flat holds all lora_A and then all lora_B; returned are the former in parts of `sizes_A`, then the latter, times
+    the scale, in parts of `sizes_B`. The backward pass adds straight into `flat.grad`, which must exist.
+    """
+
+    @staticmethod
+    def forward(ctx, flat, scale, sizes_A, sizes_B, dtype):
+        ctx.flat, ctx.scale, ctx.ends = flat, scale, (sum(sizes_A), sum(sizes_A) + sum(sizes_B))
+        cast_A = flat[: ctx.ends[0]].to(dtype)
+        cast_B = (flat[ctx.ends[0] : ctx.ends[1]] * scale).to(dtype)
+        return *cast_A.split(sizes_A), *cast_B.split(sizes_B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        grad = torch.cat([part.reshape(-1) for part in grads])
+        middle, end = ctx.ends
+        ctx.flat.grad[:middle] += grad[:middle]
+        ctx.flat.grad[middle:end].add_(grad[middle:], alpha=ctx.scale)
+        return None, None, None, None, None
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """(x, delta) -> (x + delta, LayerNorm of it), all (T, D); delta may be None. Keeps the sum."""
+
+    @staticmethod
+    def forward(ctx, x, delta, weight, bias, eps):
+        total, y = kernels.add_layer_norm(x, delta, weight, bias, eps)
+        ctx.save_for_backward(total)
+        ctx.options, ctx.has_delta = (weight, bias, eps), delta is not None
+        ctx.set_materialize_grads(False)
+        return (total if delta is not None else total.view_as(total)), y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, grad_y):
+        (total,) = ctx.saved_tensors
+        if grad_y is not None:
+            grad_total = None if grad_total is None else grad_total.contiguous()
+            grad_total = kernels.layer_norm_backward(total, *ctx.options, grad_y.contiguous(), grad_total)
+        return grad_total, grad_total if ctx.has_delta else None, None, None, None
+
+
+class GroupNormSilu(torch.autograd.Function):
+    """(x, shift) -> (x, silu(GroupNorm(x + shift))), pictures; keeps x and the statistics.
+
+    x is handed on, so that the gradient that comes past the norm is added by the norm's own backward pass. shift
+    (N, C) is frozen, or None; silu may be left out.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shift, weight, bias, groups, eps, silu):
+        y, statistics = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, shift, statistics)
+        ctx.options = (weight, bias, groups, eps, silu)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x, grad_y):
+        x, shift, statistics = ctx.saved_tensors
+        if grad_y is not None:
+            grad_x = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, grad_x)
+        return grad_x, None, None, None, None, None, None
+
+
+class Geglu(torch.autograd.Function):
+    """h (T, 2 D) -> value * gelu(gate) (T, D); keeps h."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return kernels.geglu(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        return kernels.geglu_backward(ctx.saved_tensors[0], grad_y)
+
+
+class FrozenConv(torch.autograd.Function):
+    """A convolution with a frozen weight; keeps nothing, where PyTorch's own keeps its input.
+
+    Source: section 3 of arXiv 2404.12406 for what autograd keeps without need.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.weight, ctx.stride, ctx.padding, ctx.size = weight, stride, padding, x.shape[2:]
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        # The transposed convolution is this gradient. autograd's own function for it converts between layouts.
+        kernel, stride, padding, out = ctx.weight.shape[2:], ctx.stride, ctx.padding, grad_y.shape[2:]
+        rest = [ctx.size[i] - (out[i] - 1) * stride[i] + 2 * padding[i] - kernel[i] for i in range(2)]
+        return F.conv_transpose2d(grad_y, ctx.weight, None, stride, padding, rest), None, None, None, None
+
+
+class AddWithBias(torch.autograd.Function):
+    """x + h + bias (C,), pictures; keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, x, h, bias):
+        return kernels.add_with_bias(x, h, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        return grad_y, grad_y, None

@@ -1,0 +1,109 @@
+"""The CUDA kernels against PyTorch's operators in float64 on the CPU."""
+
+import pytest
+import torch
+
+from rasengan import kernels
+
+
+DTYPES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    assert kernels.prepare(request.param, DEVICE), "the kernels do not compile here"
+    return request.param
+
+
+def random(*shape, dtype, like=1.0, shift=0.0):
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64) * like + shift
+    ).to(dtype)
+
+
+def on_gpu(*tensors):
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def exact(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def assert_close(found, expected, dtype):
+    error = (found.cpu().double() - expected).norm() / expected.norm()
+    assert error < DTYPES[dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (77, 2560), (4097, 5120)])
+def test_geglu(dtype, rows, width):
+    h, grad = random(rows, 2 * width, dtype=dtype, like=2), random(rows, width, dtype=dtype)
+    assert_close(kernels.geglu(*on_gpu(h)), kernels.geglu(*exact(h)), dtype)
+    assert_close(kernels.geglu_backward(*on_gpu(h, grad)), kernels.geglu_backward(*exact(h, grad)), dtype)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (77, 640), (1025, 1280), (3, 2048)])
+@pytest.mark.parametrize("has_delta", [True, False])
+def test_add_layer_norm(dtype, rows, width, has_delta):
+    x, weight, bias = random(rows, width, dtype=dtype, shift=3), random(width, dtype=dtype), random(width, dtype=dtype)
+    delta = random(rows, width, dtype=dtype, like=0.5) if has_delta else None
+    total, y = kernels.add_layer_norm(*on_gpu(x, delta, weight, bias), 1e-5)
+    exact_total = total.cpu().double()  # the sum is rounded, and the norm is of what was rounded
+    _, expected = kernels.add_layer_norm(exact_total, None, *exact(weight, bias), 1e-5)
+    assert_close(y, expected, dtype)
+    if has_delta:
+        assert_close(total, x.double() + delta.double(), dtype)
+    grad_y, past = random(rows, width, dtype=dtype, like=2), random(rows, width, dtype=dtype)
+    for grad_total in (past, None):
+        found = kernels.layer_norm_backward(total, *on_gpu(weight, bias), 1e-5, *on_gpu(grad_y, grad_total))
+        expected = kernels.layer_norm_backward(exact_total, *exact(weight, bias), 1e-5, *exact(grad_y, grad_total))
+        assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "channels", "side", "groups"),
+    [(1, 320, 64, 32), (8, 640, 32, 32), (3, 1280, 16, 32), (1, 2560, 16, 32), (2, 1920, 7, 32), (1, 32, 5, 4)],
+)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("has_shift", [True, False])
+def test_group_norm(dtype, pictures, channels, side, groups, silu, has_shift):
+    x = random(pictures, channels, side, side, dtype=dtype, shift=2).contiguous(memory_format=torch.channels_last)
+    shift = random(pictures, channels, dtype=dtype) if has_shift else None
+    weight, bias = random(channels, dtype=dtype), random(channels, dtype=dtype)
+    options = (groups, 1e-5, silu)
+    y, statistics = kernels.group_norm(*on_gpu(x, shift, weight, bias), *options)
+    expected, exact_statistics = kernels.group_norm(*exact(x, shift, weight, bias), *options)
+    assert_close(y, expected, dtype)
+    assert_close(statistics, exact_statistics, torch.float32)
+    grad_y, past = (random(*x.shape, dtype=dtype, like=like) for like in (1, 0.3))
+    for grad_past in (past, None):
+        found = kernels.group_norm_backward(
+            *on_gpu(x, shift, weight, bias), *options, statistics, *on_gpu(grad_y, grad_past)
+        )
+        expected = kernels.group_norm_backward(
+            *exact(x, shift, weight, bias), *options, exact_statistics, *exact(grad_y, grad_past)
+        )
+        assert_close(found, expected, dtype)
+
+
+def test_a_norm_is_the_same_bits_every_time(dtype):
+    x = random(4, 640, 32, 32, dtype=dtype).to(DEVICE, memory_format=torch.channels_last)
+    weight, bias = on_gpu(random(640, dtype=dtype), random(640, dtype=dtype))
+    first = kernels.group_norm(x, None, weight, bias, 32, 1e-5, True)
+    for _ in range(20):
+        again = kernels.group_norm(x, None, weight, bias, 32, 1e-5, True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_add_with_bias(dtype):
+    x, h = (random(3, 640, 9, 9, dtype=dtype, like=like) for like in (1, 2))
+    bias = random(640, dtype=dtype)
+    assert_close(kernels.add_with_bias(*on_gpu(x, h, bias)), kernels.add_with_bias(*exact(x, h, bias)), dtype)
+
+
+def test_a_thread_without_a_context_can_launch(dtype):
+    from concurrent.futures import ThreadPoolExecutor
+
+    h = random(16, 64, dtype=dtype).to(DEVICE)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(kernels.geglu, h).result(), kernels.geglu(h))
