@@ -17,7 +17,7 @@ from pathlib import Path
 import full_size
 import torch
 from instrument import T4_BUDGET_GIB
-from measure import command_line, device_name, run, versions
+from measure import ROOT, command_line, device_name, run, source_version, versions
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe.json"))
     parser.add_argument("--logs", type=Path, help="where the runs' output goes [beside --out]")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", help="of a copy without .git [git rev-parse HEAD]")
     args = parser.parse_args()
     logs = args.logs or args.out.parent
     logs.mkdir(parents=True, exist_ok=True)
     result = {
         "gpu": device_name(),
         "versions": versions(),
-        "commit": args.commit,
+        "commit": args.commit or source_version(ROOT),
         "command": command_line(),
         "budget_gib": T4_BUDGET_GIB,
         "runs": {},

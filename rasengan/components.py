@@ -49,6 +49,11 @@ class Source(NamedTuple):
 # --- where components are ---
 
 
+def component_overrides(settings: dict[str, object]) -> dict[str, str | None]:
+    """Return each component's own place, where the settings, by the names of their flags, give one."""
+    return {name: settings[flag.removeprefix("--")] for name, flag in COMPONENT_FLAGS.items()}
+
+
 def component_sources(
     base: str | None,
     overrides: dict[str, str | None],
@@ -148,6 +153,11 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
         raise UserError(
             f"{name} is no folder here, and the hub did not give its {component}{revision}: {first_line(error)} "
             "Correct the name, log in with `hf auth login` if it is private, or give a local folder."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"The {component} of {name} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
+            "give another --cache_dir."
         ) from error
 
 

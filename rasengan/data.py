@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ class Picture(NamedTuple):
     height_px: int  # upright, by its EXIF orientation
     width_px: int
     error: str | None  # why it cannot be decoded
+    position: int = 0  # in the data set, before any was left out
 
 
 # --- finding pictures and captions ---
@@ -70,7 +72,8 @@ def load_pictures(
     given = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
     if dataset_name is None and not Path(train_data_dir).is_dir():
         raise UserError(f"{given} is no folder. Give one that holds pictures and a metadata.jsonl.")
-    if dataset_name is None and not list_files(train_data_dir):
+    files = list_files(train_data_dir) if dataset_name is None else []
+    if dataset_name is None and not files:
         raise UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
     try:
         if dataset_name is not None:
@@ -78,8 +81,9 @@ def load_pictures(
                 dataset_name, dataset_config_name, cache_dir=cache_dir, data_dir=train_data_dir
             )
         else:
+            patterns = {"train": f"{glob.escape(train_data_dir)}/**"}
             found = datasets.load_dataset(
-                "imagefolder", data_files={"train": f"{glob.escape(train_data_dir)}/**"}, cache_dir=cache_dir
+                "imagefolder", data_files=patterns, cache_dir=_folder_cache(train_data_dir, files, cache_dir)
             )
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
         reason = first_line(error.__cause__ or error)
@@ -88,12 +92,10 @@ def load_pictures(
         raise UserError(f"{given} has no split 'train', but {', '.join(found)}. Rename one of them.")
     dataset = found["train"]
     if dataset_name is None:
-        files = sum(
-            Image.registered_extensions().get(p.suffix.lower()) in Image.OPEN for p in list_files(train_data_dir)
-        )
-        if files > len(dataset):
+        count = sum(Image.registered_extensions().get(p.suffix.lower()) in Image.OPEN for p in files)
+        if count > len(dataset):
             logger.warning(
-                "%d pictures of %s have no line in its metadata, and are left out", files - len(dataset), given
+                "%d pictures of %s have no line in its metadata, and are left out", count - len(dataset), given
             )
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in dataset.column_names:
@@ -112,12 +114,34 @@ def load_pictures(
 
 
 def list_files(directory: str) -> list[Path]:
-    """Return the files in a folder and in the folders below it, but for hidden ones."""
-    return [path for path in Path(directory).rglob("*") if path.is_file() and not path.name.startswith(".")]
+    """Return the files in a folder and in the folders below it, but for hidden ones and those in hidden folders."""
+    paths = [path for path in Path(directory).rglob("*") if path.is_file()]
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
 
 
-def read_captions(column: list) -> list[list[str]]:
+def _folder_cache(directory: str, files: list[Path], cache_dir: str | None) -> str:
+    # datasets knows a file by its path and time of change; a caption may change and the time come back.
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path for path in files if path.name.startswith("metadata.")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(directory)} {len(content)} ".encode() + content)
+    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"metadata-{digest.hexdigest()}")
+
+
+def draw_samples(dataset: datasets.Dataset, count: int | None, seed: int) -> tuple[datasets.Dataset, list[int]]:
+    """Return so many rows, drawn by the seed as `Dataset.shuffle` draws, and where they were; None leaves all."""
+    if count is None:
+        return dataset, list(range(len(dataset)))
+    order = np.random.default_rng(seed).permutation(len(dataset))[:count].tolist()
+    return dataset.select(order), order
+
+
+def read_captions(column: list, pictures: list[Picture] | None = None) -> list[list[str]]:
     """Return every picture's captions, one or several.
+
+    Args:
+        column: of the captions.
+        pictures: of the same rows, for the error.
 
     Raises:
         UserError: one is neither a text nor a list of texts.
@@ -126,8 +150,9 @@ def read_captions(column: list) -> list[list[str]]:
     for position, value in enumerate(column):
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            name = f"{pictures[position].position} ({pictures[position].name})" if pictures else position
             raise UserError(
-                f"Picture {position} has {value!r} in the caption column, neither a text nor a list of texts. "
+                f"Picture {name} has {value!r} in the caption column, neither a text nor a list of texts. "
                 "Correct its line in the metadata, or give another --caption_column."
             )
         captions.append(texts)
@@ -156,7 +181,10 @@ def decode(content: bytes) -> Image.Image:
 
 
 def inspect_pictures(
-    column: datasets.Column, memory_dir: Path, on_picture: Callable[[], object] = lambda: None
+    column: datasets.Column,
+    memory_dir: Path,
+    on_picture: Callable[[], object] = lambda: None,
+    positions: list[int] | None = None,
 ) -> list[Picture]:
     """Decode every picture once, and return what there is to know of it, the reason included where it cannot be.
 
@@ -166,42 +194,78 @@ def inspect_pictures(
         column: the undecoded image column.
         memory_dir: where to remember; made if missing.
         on_picture: called after each picture.
+        positions: where the rows were in the data set; None if they are all of it.
     """
-
-    # Records are looked up one at a time: those of a hub dataset hold the whole files.
-    def digest_of(position: int) -> tuple[str, str | None]:
-        if column[position] is None:
-            return "", "is missing"
-        try:
-            return hashlib.blake2b(read_bytes(column[position]), digest_size=16).hexdigest(), None
-        except OSError as error:
-            return "", f"cannot be read: {error.strerror}"
-
-    def look_at(position: int) -> Picture:
-        digest, error = digests[position]
-        fact = [0, 0, error] if error else remembered.get(digest)
-        record = column[position] or {"path": None}
-        if fact is None:
-            try:
-                width, height = decode(read_bytes(record)).size
-                fact = [height, width, None]
-            except UnidentifiedImageError:
-                fact = [0, 0, "is no picture of a known format"]
-            except Exception as reason:  # Pillow's plugins raise anything on a broken file
-                fact = [0, 0, f"cannot be decoded: {str(reason) or type(reason).__name__}"]
-        on_picture()
-        return Picture(record["path"] or f"picture {position}", digest, *fact)
-
+    positions = list(range(len(column))) if positions is None else positions
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest_of, range(len(column))))
-        everything = hashlib.blake2b(repr([PIL.__version__, sorted(digests, key=str)]).encode(), digest_size=16)
+        known = list(pool.map(partial(_digest_picture, column), range(len(column)), positions))
+        digests = sorted(((picture.digest, picture.error) for picture in known), key=str)
+        everything = hashlib.blake2b(repr([PIL.__version__, digests]).encode(), digest_size=16)
         file = memory_dir / f"pictures-{everything.hexdigest()}.json"
         remembered = read_memory(file)
-        pictures = list(pool.map(look_at, range(len(column))))
+        pictures = list(pool.map(partial(_look_at, column, remembered, on_picture), range(len(column)), known))
     if not remembered:
         facts = {p.digest: [p.height_px, p.width_px, p.error] for p in pictures if p.digest}
         write_atomically(file, json.dumps(facts).encode())
     return pictures
+
+
+# A record of a hub dataset holds the whole file: it is looked up one at a time, and no more often than needed.
+def _digest_picture(column: datasets.Column, row: int, position: int) -> Picture:
+    record, digest, error = column[row], "", None
+    try:
+        digest = hashlib.blake2b(read_bytes(record), digest_size=16).hexdigest() if record else ""
+        error = None if record else "is missing"
+    except OSError as reason:
+        error = f"cannot be read: {reason.strerror}"
+    return Picture((record or {}).get("path") or f"picture {position}", digest, 0, 0, error, position)
+
+
+def _look_at(
+    column: datasets.Column, remembered: dict, on_picture: Callable[[], object], row: int, picture: Picture
+) -> Picture:
+    fact = [0, 0, picture.error] if picture.error else remembered.get(picture.digest)
+    if fact is None:
+        try:
+            width, height = decode(read_bytes(column[row])).size
+            fact = [height, width, None]
+        except UnidentifiedImageError:
+            fact = [0, 0, "is no picture of a known format"]
+        except Exception as reason:  # Pillow's plugins raise anything on a broken file
+            fact = [0, 0, f"cannot be decoded: {str(reason) or type(reason).__name__}"]
+    on_picture()
+    height_px, width_px, error = fact
+    return picture._replace(height_px=height_px, width_px=width_px, error=error)
+
+
+def leave_out_broken(
+    dataset: datasets.Dataset, pictures: list[Picture], skip: bool
+) -> tuple[datasets.Dataset, list[Picture]]:
+    """Return the rows and pictures that can be used, and warn of the others if they are to be skipped.
+
+    Raises:
+        UserError: some cannot be used and are not to be skipped, or none can be used.
+    """
+    bad = [picture for picture in pictures if picture.error]
+    if bad and not skip:
+        listed = "".join(f"\n  {picture.name} {picture.error}" for picture in bad)
+        raise UserError(
+            f"{len(bad)} of {len(pictures)} pictures cannot be used. Mend or remove them, or leave them out with "
+            f"--skip_bad_images:{listed}"
+        )
+    if not bad:
+        return dataset, pictures
+    logger.warning("--skip_bad_images leaves out %d of %d pictures", len(bad), len(pictures))
+    good = [row for row, picture in enumerate(pictures) if not picture.error]
+    if not good:
+        raise UserError("Not one picture can be used. Give others.")
+    return dataset.select(good), [pictures[row] for row in good]
+
+
+def data_digest(pictures: list[Picture], captions: list[list[str]]) -> str:
+    """Return a digest of what the samples are drawn from: the pictures' contents and captions, in order."""
+    content = json.dumps([[picture.digest for picture in pictures], captions])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 # --- sizes and crops ---

@@ -7,6 +7,7 @@ Weights are named as PEFT names them, without the adapter's name: `MODULE.lora_A
 import copy
 import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +23,12 @@ from diffusers.utils import (
 from diffusers.utils.state_dict_utils import StateDictType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rasengan import UserError
-from rasengan.files import sync
+from rasengan.files import give_default_mode, sync
 
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -118,27 +120,47 @@ def _write_peft(folder: Path, weights: dict[str, torch.Tensor], config: LoraConf
     config.save_pretrained(folder)
 
 
-def publish(directory: Path, models: dict[str, torch.nn.Module]) -> None:
+def check_finite(models: dict[str, torch.nn.Module], last_good: str = "") -> None:
+    """Check that the adapters can be saved over good ones.
+
+    Args:
+        models: the adapted components by name.
+        last_good: the name of the last checkpoint; empty where there is none.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    go_on = f"resume from {last_good}, the last good checkpoint" if last_good else "start again"
+    for name, model in models.items():
+        if not all(torch.isfinite(weight).all() for weight in adapter_weights(model).values()):
+            raise UserError(
+                f"The trained {name} adapter has non-finite weights: the run diverged. Nothing was overwritten; lower "
+                f"--learning_rate, and {go_on}."
+            )
+
+
+def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str = "") -> None:
     """Write both kinds of adapter into a folder, `pytorch_lora_weights.safetensors` and `peft/`, and verify them.
 
     Each file appears under its name whole, and in place of an older one.
+
+    Args:
+        directory: it exists.
+        models: the adapted components by name.
+        last_good: the name of the last checkpoint, for the error; empty where there is none.
 
     Raises:
         UserError: the adapter is not finite.
         RuntimeError: reading back gave other weights.
     """
-    for name, model in models.items():
-        if not all(torch.isfinite(weight).all() for weight in adapter_weights(model).values()):
-            raise UserError(
-                f"The trained {name} adapter has non-finite weights: the run diverged. Lower --learning_rate, and go "
-                "on from an earlier checkpoint."
-            )
+    check_finite(models, last_good)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as unfinished:
         save_diffusers(Path(unfinished), models)
         save_peft(Path(unfinished) / "peft", models)
         for file in sorted(path for path in Path(unfinished).rglob("*") if path.is_file()):
             final = directory / file.relative_to(unfinished)
             final.parent.mkdir(parents=True, exist_ok=True)
+            give_default_mode(file)
             sync(file)
             file.replace(final)
     verify_saved(directory / DIFFUSERS_FILE, models)
@@ -171,11 +193,23 @@ def read_adapter(path: Path, lora_alpha: float | None = None) -> Adapter:
 
     Args:
         path: a folder with an `adapter_config.json` is read as PEFT's; every `checkpoint-N` is one of the last kind.
-        lora_alpha: what alpha was in training, for a file that does not say; ignored when it does.
+        lora_alpha: what alpha was in training, for a file that does not say.
 
     Raises:
-        UserError: there is no adapter, it is damaged, of another layout, or without alpha.
+        UserError: there is no adapter, it is damaged, of another layout, without alpha, or with another than
+            `lora_alpha`.
     """
+    adapter = _read_adapter(path, lora_alpha)
+    for name, config in adapter.configs.items():
+        if lora_alpha not in {None, config.lora_alpha}:
+            raise UserError(
+                f"--lora_alpha is {lora_alpha:g}, but {path} says {config.lora_alpha:g} for the {name}. Drop the "
+                "flag: --lora_scale is what changes the strength."
+            )
+    return adapter
+
+
+def _read_adapter(path: Path, lora_alpha: float | None) -> Adapter:
     if (path / "adapter_config.json").is_file():
         folders = {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
         weights, configs = {}, {}
@@ -261,7 +295,8 @@ def _config_from(
     if "lora_alpha" in options:
         _check_numbers(options)
         return LoraConfig(**options)
-    rank = next((tensor.shape[0] for key, tensor in weights.items() if ".lora_A." in key), 0)
+    ranks = {key.rpartition(".lora_")[0]: tensor.shape[0] for key, tensor in weights.items() if ".lora_A." in key}
+    rank = max(ranks.values(), key=list(ranks.values()).count, default=0)
     if lora_alpha is None:
         raise UserError(
             f"{file} does not say its alpha. Either it was trained at alpha = rank = {rank} (strength 1), as files "
@@ -269,7 +304,8 @@ def _config_from(
             "reading, or the alpha of its training."
         )
     modules = sorted({key.rpartition(".lora_")[0] for key in weights})
-    return LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=modules)
+    rank_pattern = {re.escape(module): other for module, other in ranks.items() if other != rank}
+    return LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=modules, rank_pattern=rank_pattern)
 
 
 # --- proving and merging ---
@@ -300,12 +336,12 @@ def check_adapter(
         else:
             pairs.setdefault(module, {})[part[0]] = tensor.shape
     for module, shapes in pairs.items():
-        layer = model_modules[module]
+        layer, rank = model_modules[module], _of_module(config.rank_pattern, module, config.r)
         if shapes.keys() != {"A", "B"}:
             problems.append(f"{module} has no lora_{'A' if 'B' in shapes else 'B'}")
-        elif not (shapes["A"] == (config.r, layer.in_features) and shapes["B"] == (layer.out_features, config.r)):
+        elif not (shapes["A"] == (rank, layer.in_features) and shapes["B"] == (layer.out_features, rank)):
             problems.append(
-                f"{module} is {layer.out_features} x {layer.in_features} at rank {config.r}, but its lora_B and "
+                f"{module} is {layer.out_features} x {layer.in_features} at rank {rank}, but its lora_B and "
                 f"lora_A are {' x '.join(map(str, shapes['B']))} and {' x '.join(map(str, shapes['A']))}"
             )
     for module, layer in model_modules.items():
@@ -322,6 +358,12 @@ def check_adapter(
     return list(pairs)
 
 
+def _of_module(pattern: dict, module: str, default: float) -> float:
+    # A pattern's keys are ends of names, or regular expressions for them.
+    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+
+
+@torch.no_grad()
 def merge(
     model: torch.nn.Module, weights: dict[str, torch.Tensor], config: LoraConfig, component: str, scale: float = 1.0
 ) -> tuple[torch.nn.Module, MergeReport]:
@@ -338,12 +380,15 @@ def merge(
         scale: on the whole change; 0 leaves the model as it is.
 
     Raises:
-        UserError: the adapter does not fit, or changes nothing, or makes a weight non-finite.
+        UserError: the adapter does not fit, or changes nothing, or not all that it should, or makes a weight
+            non-finite.
     """
     modules, weights = check_adapter(weights, config, model, component), fit_names(weights, model)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in modules}
     config = copy.deepcopy(config)
     config.target_modules = modules
+    # What they left out in the training has no weights here; PEFT would leave out more.
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.lora_alpha *= scale
     config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -351,9 +396,13 @@ def merge(
         # safe_merge would round the change to the model's dtype before adding it; finiteness is checked below.
         model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=False)
 
-    squared_change, squared_norm = 0.0, 0.0
+    squared_change, squared_norm, changed, unmerged = 0.0, 0.0, 0, []
     for name, old in before.items():
         new = model.get_submodule(name).weight
+        if not torch.equal(new, old):
+            changed += 1
+        elif not torch.equal((old.float() + _weight_change(weights, config, name, old.device)).to(old.dtype), old):
+            unmerged.append(name)
         if not torch.isfinite(new).all():
             raise UserError(
                 f"Merging makes {component}.{name} non-finite: the adapter is damaged, or overflows in {new.dtype}. "
@@ -361,9 +410,23 @@ def merge(
             )
         squared_change += (new.float() - old.float()).square().sum(dtype=torch.float64).item()
         squared_norm += old.float().square().sum(dtype=torch.float64).item()
+    if unmerged:
+        raise UserError(
+            f"The merge left out {len(unmerged)} of {len(modules)} modules of the {component}, such as {unmerged[0]}, "
+            "though the adapter changes them. Export the adapter again with no other settings than r, lora_alpha "
+            "and target_modules."
+        )
     if squared_change == 0 and scale != 0:
         raise UserError(
             f"The adapter changes nothing in the {component}: every weight is the same after the merge. It was saved "
             "before it was trained, or its lora_B is zero."
         )
-    return model.requires_grad_(False), MergeReport(len(modules), (squared_change / squared_norm) ** 0.5)
+    return model.requires_grad_(False), MergeReport(changed, (squared_change / squared_norm) ** 0.5)
+
+
+def _weight_change(
+    weights: dict[str, torch.Tensor], config: LoraConfig, module: str, device: torch.device
+) -> torch.Tensor:
+    a, b = (weights[f"{module}.lora_{part}.weight"].to(device).float() for part in "AB")
+    strength = _of_module(config.alpha_pattern, module, config.lora_alpha)
+    return strength / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0]) * (b @ a)

@@ -14,6 +14,13 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def give_default_mode(path: Path) -> None:
+    """Give a file the mode that a plain open() would: safetensors lets only its owner read what it writes."""
+    mask = os.umask(0o077)  # which can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, and only then give it its own; makes its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Publish an adapter on the Hugging Face hub, with a model card."""
 
+import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -7,8 +8,12 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFo
 
 from rasengan import UserError, first_line
 from rasengan.export import DIFFUSERS_FILE
+from rasengan.files import write_atomically
 
 
+logger = logging.getLogger(__name__)
+
+TITLE = "# A LoRA for "
 RECIPE = (
     *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "resolution", "optimizer_steps"),
     *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_8bit_adam"),
@@ -46,6 +51,32 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
         ) from error
 
 
+def write_model_card(
+    directory: Path,
+    base: str | None,
+    dataset: str,
+    prompts: list[str],
+    grid_file: str | None,
+    settings: dict[str, object],
+) -> None:
+    """Write `README.md` with the card of `model_card`; one that is not of this kind stays as it is.
+
+    Args:
+        directory: the adapter's.
+        base: hub id or folder of the base model, if it is one thing.
+        dataset: as for `model_card`, and so are the others.
+        prompts: of the grid.
+        grid_file: the grid's name, or None.
+        settings: of the run, by name.
+    """
+    file = directory / "README.md"
+    if file.is_file() and f"\n{TITLE}" not in file.read_text(encoding="utf-8", errors="replace"):
+        logger.warning("%s is no model card of this program: it stays, and no card is written", file)
+        return
+    base_model = None if base is None or Path(base).exists() else base
+    write_atomically(file, model_card(base_model, dataset, prompts, grid_file, settings).encode())
+
+
 def model_card(
     base_model: str | None, dataset: str, prompts: list[str], grid_file: str | None, settings: dict[str, object]
 ) -> str:
@@ -70,7 +101,7 @@ def model_card(
             *header,
             "---",
             "",
-            f"# A LoRA for {base_model or 'Stable Diffusion XL 1.0'}, trained on {dataset}",
+            f"{TITLE}{base_model or 'Stable Diffusion XL 1.0'}, trained on {dataset}",
             "",
             *(grid if grid_file else []),
             "```python",

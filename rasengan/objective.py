@@ -5,6 +5,25 @@ Shapes: B batch, latents (B, 4, h, w) with h = height / 8.
 
 import torch
 
+from rasengan import UserError
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def check_prediction_type(prediction_type: str) -> str:
+    """Return the prediction type, once it is one that there is a target for.
+
+    Raises:
+        UserError: it is another.
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"The scheduler's prediction type is {prediction_type!r}, for which there is no target here. Give the one "
+            "that the model was trained with by --prediction_type epsilon or v_prediction."
+        )
+    return prediction_type
+
 
 def expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return values (B,) in the dtype of `like`, shaped (B, 1, 1, 1) to broadcast over it."""
@@ -39,7 +58,7 @@ def make_target(
 
     Source: section 2.4 of "Progressive Distillation" (arXiv 2202.00512) for the velocity.
     """
-    if prediction_type == "epsilon":
+    if check_prediction_type(prediction_type) == "epsilon":
         return noise
     alpha = expand(alphas_cumprod[timesteps], latents)
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents

@@ -1,8 +1,9 @@
 """Pictures drawn while training, and grids that set pictures side by side."""
 
 import io
+import logging
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from accelerate.utils import gather_object
 from diffusers import SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from rasengan import sdxl
+from rasengan import UserError, sdxl
 from rasengan.components import free_memory
 from rasengan.files import write_atomically
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -43,6 +47,26 @@ def evaluating(models: list[torch.nn.Module]) -> Iterator[None]:
             model.train()
 
 
+@torch.no_grad()
+def prompt_embeds(
+    accelerator: Accelerator,
+    prompts: list[str],
+    cached: Mapping[str, dict[str, torch.Tensor]] | None,
+    tokenizers: list,
+    text_encoders: list,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each prompt's embeddings (T, D) and pooled ones (P,), on the device.
+
+    They come from the cache; where there is none, from the encoders in memory, as they are by now.
+    """
+    if cached is not None:
+        embeds = [(cached[prompt]["prompt_embeds"], cached[prompt]["pooled_prompt_embeds"]) for prompt in prompts]
+    else:
+        with accelerator.autocast():
+            embeds = list(zip(*sdxl.encode_prompts(prompts, tokenizers, text_encoders), strict=True))
+    return [tuple(part.to(accelerator.device) for part in pair) for pair in embeds]
+
+
 def draw_share(
     accelerator: Accelerator,
     unet: torch.nn.Module,
@@ -55,7 +79,8 @@ def draw_share(
 ) -> list[Image.Image]:
     """Draw each prompt with each seed, prompt by prompt; each process draws its share, so that none waits for long.
 
-    The VAE visits the device only for the time of drawing.
+    A picture that comes out with non-finite values is grey, and is warned of: the run goes on. The VAE visits the
+    device only for the time of drawing.
 
     Args:
         accelerator: whose processes share the work, and whose precision is used.
@@ -77,12 +102,30 @@ def draw_share(
     for job in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         prompt, seed = jobs[job]
         row = sdxl.conditioning(prompt, None, 1)
-        with accelerator.autocast():
-            images = sdxl.draw(unet, vae, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+        try:
+            with accelerator.autocast():
+                images = sdxl.draw(unet, vae, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+        except UserError:  # its one reason; another process may be waiting for this one's share
+            images = [Image.new("RGB", (side_px, side_px), "grey")]
+            logger.warning(
+                "The validation picture of seed %d came out with non-finite values, and is shown in grey: the UNet "
+                "overflows in this precision, or the run diverges. Train with --mixed_precision no, or lower "
+                "--learning_rate",
+                seed,
+            )
         drawn.append((job, images[0]))
     vae.to(home)
     free_memory()
     return [image for _, image in sorted(gather_object(drawn), key=lambda item: item[0])]
+
+
+def pair_grid(
+    base_images: list[Image.Image], images: list[Image.Image], prompts: list[str], label: str
+) -> Image.Image:
+    """Return a grid of base and tuned pictures side by side, as many rows for each prompt; `label` is the tuned's."""
+    rows = [list(pair) for pair in zip(base_images, images, strict=True)]
+    row_labels = [prompt for prompt in prompts for _ in range(len(rows) // len(prompts))]
+    return image_grid(rows, row_labels, ["base", label])
 
 
 def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
@@ -145,6 +188,14 @@ def save_png(path: Path, image: Image.Image, about: PngImagePlugin.PngInfo | Non
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=about)
     write_atomically(path, file.getvalue())
+
+
+def log_settings(trackers: list[GeneralTracker], settings: dict[str, object]) -> None:
+    """Show the run's arguments as a table in TensorBoard."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text("arguments", f"| argument | value |\n|---|---|\n{rows}")
 
 
 def log_image(trackers: list[GeneralTracker], name: str, image: Image.Image, global_step: int) -> None:

@@ -10,6 +10,7 @@ echo "--- 1/3  a tiny SDXL and 64 captioned pictures, in $out"
 python -c "from rasengan import demo; demo.build_tiny_sdxl('$out/base'); demo.draw_picture_set('$out/pictures')"
 
 echo "--- 2/3  training, with accelerate_configs/$config.yaml"
+rm -rf "$out/lora"  # a fresh run does not mix its checkpoints with those of an earlier one
 accelerate launch --config_file "accelerate_configs/$config.yaml" scripts/train_lora_sdxl.py \
     --pretrained_model_name_or_path "$out/base" --train_data_dir "$out/pictures" --output_dir "$out/lora" \
     --conditioning_cache_dir "$out/cache" --resolution 64 --train_batch_size 4 --max_train_steps 100 \

@@ -8,9 +8,12 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 
 import argparse
 import json
+import math
+import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -20,34 +23,35 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, export, sdxl, validation
-from rasengan.files import check_writable, write_atomically
+from rasengan.files import check_writable, give_default_mode, write_atomically
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    path = os.path.expanduser
     add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
-    add("--pretrained_model_name_or_path", help="hub id or folder of the SDXL base")
+    add("--pretrained_model_name_or_path", type=path, help="hub id or folder of the SDXL base")
     for component, flag in components.COMPONENT_FLAGS.items():
-        add(flag, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
+        add(flag, type=path, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
     add("--revision", help="git revision on the hub")
     add("--variant", help="of the weight files; fp16 halves the download")
-    add("--cache_dir", help="where downloads go")
+    add("--cache_dir", type=path, help="where downloads go")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
 
     add = parser.add_argument_group("adapter").add_argument
-    add("--lora_weights", help="a .safetensors file, a run's --output_dir, a checkpoint-N or a PEFT folder")
-    add("--lora_scale", type=float, default=1.0, help="on the whole change; 0 is the base [%(default)s]")
+    add("--lora_weights", type=path, help="a .safetensors file, a run's --output_dir, a checkpoint-N or a PEFT folder")
+    add("--lora_scale", type=float, help="on the whole change; 0 is the base [1]")
     add("--lora_alpha", type=float, help="of the training, for a file that does not say")
-    add("--save_merged", metavar="DIR", help="write the tuned model as a complete pipeline folder")
+    add("--save_merged", type=path, metavar="DIR", help="write the tuned model as a complete pipeline folder")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--prompt", nargs="+", default=[], help="one or several")
-    add("--prompt_file", help="one prompt a line")
+    add("--prompt_file", type=path, help="one prompt a line")
     add("--negative_prompt", help="what to keep away from")
     add("--compare", action="store_true", help="draw the base too, with the same seeds, and a labelled grid of both")
-    add("--output_dir", default="pictures", help="[%(default)s]")
+    add("--output_dir", type=path, default="pictures", help="[%(default)s]")
     add("--seed", type=int, default=0, help="of a prompt's first picture; the next ones count up [%(default)s]")
     add("--num_images_per_prompt", type=int, default=1, help="drawn together [%(default)s]")
     add("--num_inference_steps", type=int, default=30, help="[%(default)s]")
@@ -82,6 +86,13 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--compare needs something to draw: give --prompt or --prompt_file.")
     if args.lora_weights is None and (args.compare or args.save_merged):
         raise UserError("--compare and --save_merged need an adapter: give --lora_weights.")
+    if args.lora_weights is None and not (args.lora_alpha is None and args.lora_scale is None):
+        raise UserError("--lora_alpha and --lora_scale act on an adapter: give --lora_weights, or drop them.")
+    args.lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
+    if not math.isfinite(args.lora_scale):
+        raise UserError(f"--lora_scale is {args.lora_scale}. Give a number, such as 0.8.")
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        raise UserError(f"--lora_alpha is {args.lora_alpha}. Give the alpha of the training, a number over 0.")
     if args.save_merged and Path(args.save_merged).exists():
         raise UserError(f"--save_merged {args.save_merged} exists. Give a folder that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
@@ -113,12 +124,14 @@ def encode_prompts(args, folders: dict[str, Path], device, dtype, adapter: expor
         length = max(sdxl.count_tokens(prompt, tokenizer) for tokenizer in tokenizers)
         if length > tokenizers[0].model_max_length:
             print(f"warning: only the first {tokenizers[0].model_max_length} of {length} tokens are used of: {prompt}")
-
-    def encode(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(part[0].cpu() for part in sdxl.encode_prompts([prompt], tokenizers, text_encoders))
-
+    encode = partial(encode_prompt, tokenizers=tokenizers, text_encoders=text_encoders)
     negative = None if args.negative_prompt is None else encode(args.negative_prompt)
     return [sdxl.conditioning(encode(prompt), negative, args.num_images_per_prompt) for prompt in args.prompt]
+
+
+def encode_prompt(prompt: str, tokenizers: list, text_encoders: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the embeddings (T, D) and pooled embeddings (P,) of one prompt, on the CPU."""
+    return tuple(part[0].cpu() for part in sdxl.encode_prompts([prompt], tokenizers, text_encoders))
 
 
 def draw_all(args, unet, vae, scheduler, embeds: list[dict], kind: str, bar: tqdm) -> list[list[Image.Image]]:
@@ -174,6 +187,8 @@ def save_merged(args, unet, folders: dict[str, Path], dtype: torch.dtype, adapte
         library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]
     write_atomically(unfinished / "model_index.json", json.dumps(index, indent=2).encode())
+    for file in unfinished.rglob("*.safetensors"):
+        give_default_mode(file)
     unfinished.rename(final)
     print(f"Saved the tuned model as {final}")
 
@@ -188,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
-    overrides = {name: getattr(args, flag.removeprefix("--")) for name, flag in components.COMPONENT_FLAGS.items()}
+    overrides = components.component_overrides(vars(args))
     sources = components.component_sources(
         args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
     )

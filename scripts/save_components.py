@@ -10,15 +10,17 @@ other scripts then take DIR as --pretrained_model_name_or_path.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components
-from rasengan.files import read_memory, sync, write_atomically
+from rasengan import UserError, components, first_line
+from rasengan.files import check_writable, give_default_mode, read_memory, sync, write_atomically
 
 
 MANIFEST = "components.json"
@@ -27,11 +29,12 @@ MANIFEST = "components.json"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", metavar="BASE", help="hub id or folder of an SDXL base")
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where to write, a mounted Drive say")
+    path = os.path.expanduser
+    parser.add_argument("base", metavar="BASE", type=path, help="hub id or folder of an SDXL base")
+    parser.add_argument("directory", metavar="DIR", type=path, help="where to write, a mounted Drive say")
     parser.add_argument("--revision", help="git revision on the hub")
     parser.add_argument("--variant", help="of the weight files to read; fp16 halves the download")
-    parser.add_argument("--cache_dir", help="where downloads go")
+    parser.add_argument("--cache_dir", type=path, help="where downloads go")
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="of all but the VAE [%(default)s]")
     return parser.parse_args(argv)
 
@@ -51,6 +54,7 @@ def save_component(component: str, source: Path, target: Path, dtype: torch.dtyp
     shutil.rmtree(unfinished, ignore_errors=True)
     components.load(component, source, dtype, variant).save_pretrained(unfinished)
     for file in unfinished.iterdir():
+        give_default_mode(file)
         sync(file)
     written = hash_files(unfinished)
     shutil.rmtree(target, ignore_errors=True)
@@ -62,46 +66,49 @@ def save_component(component: str, source: Path, target: Path, dtype: torch.dtyp
 
 def main(args: argparse.Namespace) -> None:
     """Write what is not there yet, and verify what is."""
-    manifest_file = args.directory / MANIFEST
+    directory = Path(args.directory)
+    manifest_file = directory / MANIFEST
     settings = {"base": args.base, "revision": args.revision, "variant": args.variant, "dtype": args.dtype}
     manifest = {"settings": settings, "components": {}}
     if manifest_file.is_file():
         manifest = read_memory(manifest_file)
-        if manifest.get("settings") != settings:
+        if not {"settings", "components"} <= manifest.keys():
             raise UserError(
-                f"{args.directory} holds components of {manifest.get('settings')}, not of {settings}. Give "
-                "another folder."
+                f"{manifest_file} is damaged, so it is not known what {directory} holds. Remove {directory} and run "
+                "again, or give another folder."
             )
-    strangers = [
-        n for n in components.COMPONENTS if not manifest["components"].get(n) and (args.directory / n).exists()
-    ]
+        if manifest["settings"] != settings:
+            raise UserError(
+                f"{directory} holds components of {manifest['settings']}, not of {settings}. Give another folder."
+            )
+    strangers = [n for n in components.COMPONENTS if not manifest["components"].get(n) and (directory / n).exists()]
     if strangers:
         raise UserError(
-            f"{args.directory} has {', '.join(strangers)} from elsewhere, which would be overwritten. Give another "
+            f"{directory} has {', '.join(strangers)} from elsewhere, which would be overwritten. Give another "
             "folder, or remove them."
         )
     sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components({name: folders[name] for name in components.MODELS})
-    try:
-        args.directory.mkdir(parents=True, exist_ok=True)
-        with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
-            for name in bar:
-                bar.set_description(name)
-                known = manifest["components"].get(name)
-                if known is None or hash_files(args.directory / name) != known:
-                    folder = components.fetch(name, sources[name])
-                    dtype = torch.float16 if args.dtype == "fp16" else torch.float32
-                    known = save_component(name, folder, args.directory / name, dtype, args.variant)
-                    manifest["components"][name] = known
-                    write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
-                    components.free_memory()
-    except OSError as error:
-        raise UserError(
-            f"{args.directory} cannot be written: {error.strerror or error}. Make room (7 GB in fp16), or give "
-            "another folder; what is finished stays."
-        ) from error
-    print(f"{len(components.COMPONENTS)} components are in {args.directory}, each file verified by its hash")
+    check_writable(directory, "DIR")
+    dtype = torch.float16 if args.dtype == "fp16" else torch.float32
+    with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_description(name)
+            known = manifest["components"].get(name)
+            if known is not None and hash_files(directory / name) == known:
+                continue
+            folder = components.fetch(name, sources[name])
+            try:
+                manifest["components"][name] = save_component(name, folder, directory / name, dtype, args.variant)
+                write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{directory / name} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}. "
+                    "Make room (7 GB in fp16), or give another folder; what is finished stays."
+                ) from error
+            components.free_memory()
+    print(f"{len(components.COMPONENTS)} components are in {directory}, each file verified by its hash")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType
-from tqdm.auto import tqdm
 
 from rasengan import (
     UserError,
@@ -52,14 +50,15 @@ from rasengan import (
     kernels,
     lora,
     memory,
+    objective,
     optim,
     processes,
-    sdxl,
     step,
     validation,
 )
 from rasengan.config import read_words
 from rasengan.files import check_writable, write_atomically
+from rasengan.processes import progress_bar
 
 
 logger = logging.getLogger(__name__)
@@ -89,20 +88,20 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.",
     )
     switch = argparse.BooleanOptionalAction
-    count, amount = at_least(1), at_least(0, float)
+    count, amount, path = at_least(1), at_least(0, float), os.path.expanduser
 
     add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
-    add("--pretrained_model_name_or_path", help="hub id or folder of the SDXL base")
+    add("--pretrained_model_name_or_path", type=path, help="hub id or folder of the SDXL base")
     for component, flag in components.COMPONENT_FLAGS.items():
-        add(flag, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
+        add(flag, type=path, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
     add("--revision", help="git revision on the hub")
     add("--variant", help="of the weight files; fp16 halves the download")
-    add("--cache_dir", help="where downloads go")
+    add("--cache_dir", type=path, help="where downloads go")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="hub id of a dataset, or a local copy of one")
+    add("--dataset_name", type=path, help="hub id of a dataset, or a local copy of one")
     add("--dataset_config_name", help="the dataset's configuration, where it has several")
-    add("--train_data_dir", help="folder of pictures and a metadata.jsonl with the keys file_name and text")
+    add("--train_data_dir", type=path, help="folder of pictures and a metadata.jsonl with the keys file_name and text")
     add("--image_column", default="image", help="[%(default)s]")
     add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
     add("--max_train_samples", type=count, help="use only so many pictures, drawn by the seed")
@@ -116,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("conditioning cache", "the encoders run once, and leave memory").add_argument
     add("--cache_conditioning", action=switch, default=True, help="off: the encoders run in the loop [on]")
-    add("--conditioning_cache_dir", help="on a local disk; runs share it [~/.cache/rasengan]")
+    add("--conditioning_cache_dir", type=path, help="on a local disk; runs share it [~/.cache/rasengan]")
     add("--encode_batch_size", type=count, help="pictures encoded together [2 at 512 px, 1 at 1024]")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -178,11 +177,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--validation_inference_steps", type=count, default=25, help="denoising steps [%(default)s]")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--output_dir", default="sd-model-finetuned-lora", help="[%(default)s]")
+    add("--output_dir", type=path, default="sd-model-finetuned-lora", help="[%(default)s]")
     add("--checkpointing_steps", type=count, default=500, help="save every so many steps [%(default)s]")
     add("--checkpoints_total_limit", type=count, help="keep only so many [all]")
-    add("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in --output_dir")
-    add("--logging_dir", default="logs", help="inside --output_dir [%(default)s]")
+    add("--resume_from_checkpoint", type=path, help="'latest', or the name of a checkpoint in --output_dir")
+    add("--logging_dir", type=path, default="logs", help="inside --output_dir [%(default)s]")
     add("--logging_steps", type=count, default=10, help="steps between two readings of the loss [%(default)s]")
     add("--report_to", default="tensorboard", help="a tracker of accelerate, all or none [%(default)s]")
     add("--debug_loss", action=switch, default=False, help="log each picture's loss by file name [off]")
@@ -191,7 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--push_to_hub", action=switch, default=False, help="upload the adapter and a model card [off]")
     add("--hub_token", help="[the one of `hf auth login`]")
     add("--hub_model_id", help="[the name of --output_dir]")
-    add("--config", help="YAML file of these names and values; a flag on the command line wins")
+    add("--config", type=path, help="YAML file of these names and values; a flag on the command line wins")
     return parser
 
 
@@ -215,7 +214,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def validate_args(args: argparse.Namespace) -> None:
-    """Check what the arguments say by themselves, before anything is read, loaded or downloaded."""
+    """Check what the arguments and the launcher say, before anything is read, loaded or downloaded."""
+    processes.check_launch(os.environ)
     if args.dataset_name is None and args.train_data_dir is None:
         raise UserError("There is no data: give --dataset_name, or --train_data_dir with a metadata.jsonl.")
     if args.resolution % 8:
@@ -237,10 +237,14 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--local_rank is {args.local_rank}, but no launcher set up this process. Start it by `accelerate launch`."
         )
-    packages = {"enable_xformers_memory_efficient_attention": "xformers", "enable_npu_flash_attention": "torch_npu"}
+    packages = {"enable_xformers_memory_efficient_attention": "xformers", "use_8bit_adam": "bitsandbytes"}
     for flag, package in packages.items():
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag} needs {package}, which is not installed. Drop the flag: PyTorch's own will do.")
+            raise UserError(f"--{flag} needs {package}, which is not installed. Install it, or give --no-{flag}.")
+    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+        raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU. Drop the flag.")
+    if args.enable_npu_flash_attention:
+        raise UserError("--enable_npu_flash_attention needs an Ascend NPU, and this trains on CUDA or CPU. Drop it.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
     try:
@@ -290,7 +294,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if launched != accelerator.num_processes or (only_one and "WORLD_SIZE" not in os.environ):
         raise UserError(
             "Several processes were asked for, but they would not train together. In the accelerate config set "
-            "distributed_type: MULTI_GPU (with use_cpu: true on CPUs, as accelerate_configs/cpu.yaml does)."
+            "distributed_type: MULTI_GPU (with use_cpu: true on CPUs, as accelerate_configs/cpu.yaml does). If one is "
+            "what you want, unset MASTER_ADDR, which SLURM sets."
         )
     if shared_gpu:
         logger.info("%d processes share %d GPU(s), through gloo", machine_share()[1], torch.cuda.device_count())
@@ -311,35 +316,17 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if level == logging.WARNING else level)
 
 
-def progress_bar(accelerator: Accelerator, description: str, total: int, initial: int = 0) -> tqdm:
-    """Return a progress bar that one process on each machine shows."""
-    disable = not accelerator.is_local_main_process
-    return tqdm(desc=description, total=total, initial=initial, disable=disable, dynamic_ncols=True)
-
-
 def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
     """Return the dataset, what is known of each picture, and each one's captions, without the broken pictures."""
     with processes.one_goes_first(accelerator.is_local_main_process):
         source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
         dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
-        if args.max_train_samples is not None:
-            dataset = dataset.shuffle(args.seed).select(range(min(len(dataset), args.max_train_samples)))
+        dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
+        column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
         with progress_bar(accelerator, "Checking pictures", len(dataset)) as bar:
-            pictures = data.inspect_pictures(dataset[args.image_column], Path(args.conditioning_cache_dir), bar.update)
-    bad = [picture for picture in pictures if picture.error]
-    if bad and not args.skip_bad_images:
-        listed = "".join(f"\n  {picture.name} {picture.error}" for picture in bad)
-        raise UserError(
-            f"{len(bad)} of {len(pictures)} pictures cannot be used. Mend or remove them, or leave them out with "
-            f"--skip_bad_images:{listed}"
-        )
-    if bad:
-        logger.warning("--skip_bad_images leaves out %d of %d pictures", len(bad), len(pictures))
-        good = [position for position, picture in enumerate(pictures) if not picture.error]
-        if not good:
-            raise UserError("Not one picture can be used. Give others.")
-        dataset, pictures = dataset.select(good), [pictures[position] for position in good]
-    return dataset, pictures, data.read_captions(dataset[args.caption_column][:])
+            pictures = data.inspect_pictures(column, memory_dir, bar.update, positions)
+    dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
+    return dataset, pictures, data.read_captions(dataset[args.caption_column][:], pictures)
 
 
 def cache_pictures(args, accelerator, dataset, pictures, folder: Path) -> cache.ShardedCache:
@@ -371,23 +358,6 @@ def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype)
     share, bar = machine_share(), partial(progress_bar, accelerator, "Encoding captions")
     cache.fill(share, caches, 8, load_encoder, bar)
     return caches
-
-
-def finish_batches(
-    dataloader, accelerator: Accelerator, vae, tokenizers: list, text_encoders: list, trains_text: bool
-) -> Iterator[dict]:
-    """Yield the batches on the device, with latents and embeddings encoded now where no cache holds them."""
-    for batch in dataloader:
-        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        if "pixel_values" in batch:
-            with torch.no_grad():
-                mean, std = sdxl.encode_pictures(vae, batch.pop("pixel_values"))
-            batch["latents"] = (mean + std * batch.pop("latent_noise")) * vae.config.scaling_factor
-        if "caption" in batch:
-            with torch.set_grad_enabled(trains_text), accelerator.autocast():
-                embeds = sdxl.encode_prompts(batch.pop("caption"), tokenizers, text_encoders)
-            batch["prompt_embeds"], batch["pooled_prompt_embeds"] = embeds
-        yield batch
 
 
 def measure_plan(samples, finish, train_step, recompute, state_bytes: int, plan: memory.Plan) -> int | None:
@@ -429,23 +399,10 @@ def out_of_memory(accelerator, plan: memory.Plan, save, global_step: int, state:
     )
 
 
-def validation_embeds(args, accelerator, validation_prompts, tokenizers, text_encoders) -> list[tuple]:
-    """Return each validation prompt's embeddings and pooled ones, from the cache or from the encoders in memory."""
-    if validation_prompts is not None:
-        rows = [validation_prompts[prompt] for prompt in args.validation_prompt]
-        embeds = [(row["prompt_embeds"], row["pooled_prompt_embeds"]) for row in rows]
-    else:
-        with torch.no_grad(), accelerator.autocast():
-            embeds = list(zip(*sdxl.encode_prompts(args.validation_prompt, tokenizers, text_encoders), strict=True))
-    return [tuple(part.to(accelerator.device) for part in pair) for pair in embeds]
-
-
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
     """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
     if accelerator.is_main_process:
-        prompts = [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
-        pairs = [list(pair) for pair in zip(base_images, images, strict=True)]
-        grid = validation.image_grid(pairs, prompts, ["base", f"step {global_step}"])
+        grid = validation.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
         validation.save_png(Path(args.output_dir) / "validation.png", grid)
         validation.log_image(accelerator.trackers, "validation", grid, global_step)
 
@@ -457,12 +414,9 @@ def public_settings(args: argparse.Namespace) -> dict:
 
 def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
     """Write the README.md of the adapter."""
-    base = args.pretrained_model_name_or_path
-    dataset = args.dataset_name or Path(args.train_data_dir).name
-    base = None if base is None or Path(base).exists() else base
+    base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).name
     settings = public_settings(args) | {"optimizer_steps": global_step}
-    card = hub.model_card(base, dataset, args.validation_prompt or [], grid_file, settings)
-    write_atomically(output_dir / "README.md", card.encode())
+    hub.write_model_card(output_dir, base, dataset, args.validation_prompt or [], grid_file, settings)
 
 
 # --- the story ---
@@ -470,14 +424,12 @@ def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: in
 
 def main(args: argparse.Namespace) -> None:
     """Train, and leave the adapter in --output_dir."""
+    set_up_logging()
     validate_args(args)
     output_dir = Path(args.output_dir)
-    resume_from = None
-    if args.resume_from_checkpoint:
-        resume_from = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
+    resume_from = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
 
     # --- processes, precision, seed ---
-    set_up_logging()
     accelerator = make_accelerator(args)
     is_main = accelerator.is_main_process
     device = torch.empty(0, device=accelerator.device).device  # cuda:0 rather than cuda, and cpu rather than cpu:0
@@ -486,6 +438,7 @@ def main(args: argparse.Namespace) -> None:
     if args.seed is None:
         seed = checkpoint.read_state(resume_from)["seed"] if resume_from else random.randrange(2**31)
         args.seed = accelerate.utils.broadcast_object_list([seed])[0]
+        logger.info("The seed is %d, since no --seed was given", args.seed)
     if resume_from:
         checkpoint.check_resumable(resume_from, public_settings(args))
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -495,7 +448,8 @@ def main(args: argparse.Namespace) -> None:
 
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
-    overrides = {name: getattr(args, flag.removeprefix("--")) for name, flag in components.COMPONENT_FLAGS.items()}
+    args.data_digest = data.data_digest(pictures, captions)
+    overrides = components.component_overrides(vars(args))
     sources = components.component_sources(
         args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
     )
@@ -510,8 +464,11 @@ def main(args: argparse.Namespace) -> None:
     scheduler = components.load("scheduler", folders["scheduler"])
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
     prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
+    args.prediction_type = objective.check_prediction_type(prediction_type)
     scheduler.register_to_config(prediction_type=prediction_type)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+    if resume_from:  # the settings that are known only now
+        checkpoint.check_resumable(resume_from, {k: getattr(args, k) for k in ("data_digest", "prediction_type")})
 
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
@@ -610,7 +567,7 @@ def main(args: argparse.Namespace) -> None:
         num_train_timesteps=len(alphas_cumprod),
     )
     finish = partial(
-        finish_batches,
+        cache.finish_batches,
         accelerator=accelerator,
         vae=vae,
         tokenizers=tokenizers,
@@ -654,14 +611,12 @@ def main(args: argparse.Namespace) -> None:
         write_atomically(output_dir / "args.json", json.dumps(public_settings(args), indent=2).encode())
     settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
     accelerator.init_trackers("text2image-fine-tune", config=settings)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-            tracker.writer.add_text("arguments", f"| argument | value |\n|---|---|\n{rows}")
+    validation.log_settings(accelerator.trackers, settings)
     if args.validation_prompt:
         adapted = list(models.values())
         validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
-        embed = partial(validation_embeds, args, accelerator, validation_prompts, tokenizers, text_encoders)
+        prompts_of = (args.validation_prompt, validation_prompts, tokenizers, text_encoders)
+        embed = partial(validation.prompt_embeds, accelerator, *prompts_of)
         seeds = [args.seed + number for number in range(args.num_validation_images)]
         draw = partial(validation.draw_share, accelerator, unet, validation_vae, scheduler, seeds=seeds)
         draw = partial(draw, side_px=args.resolution, num_inference_steps=args.validation_inference_steps)
@@ -741,7 +696,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- save, verify, show ---
     if is_main:
-        export.publish(output_dir, models)
+        export.publish(output_dir, models, checkpoint.last_name(output_dir))
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
     if args.validation_prompt:
         with validation.evaluating(adapted):

@@ -1,5 +1,6 @@
 """What a user may get wrong: one line that says what and the remedy, before any weights are loaded."""
 
+import importlib.util
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -166,3 +167,39 @@ def test_drawing_needs_a_prompt_and_comparing_needs_an_adapter(draw, refused, tm
     refused("give --prompt or --prompt_file", draw)
     refused("need an adapter: give --lora_weights", draw, "--prompt", "a star", "--compare")
     refused("cannot be read", draw, "--prompt_file", tmp_path / "none.txt")
+
+
+def test_an_alpha_or_scale_that_cannot_act_is_refused(draw, refused, trained):
+    for flag in ("--lora_alpha", "--lora_scale"):
+        refused("act on an adapter: give --lora_weights", draw, "--prompt", "a star", flag, 1)
+    adapter = ["--lora_weights", trained, "--prompt", "a star"]
+    refused("--lora_alpha is 16, but .* says 32", draw, *adapter, "--lora_alpha", 16)
+    refused("--lora_scale is nan", draw, *adapter, "--lora_scale", "nan")
+    for value in ("0", "-1", "inf", "nan"):
+        refused(rf"--lora_alpha is {float(value)}\. Give", draw, *adapter, "--lora_alpha", value)
+
+
+def test_a_scheduler_without_a_target_is_refused(train, refused, tiny_base, tmp_path):
+    base = link_base(tiny_base, tmp_path / "base", without="scheduler")
+    config = json.loads((tiny_base / "scheduler" / "scheduler_config.json").read_text())
+    (base / "scheduler").mkdir()
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    few = ["--max_train_samples", 2, "--pretrained_model_name_or_path", base]
+    refused("'sample'.*--prediction_type epsilon or v_prediction", train, *few)
+
+
+def test_what_the_machine_does_not_have_is_refused_first(train, refused, monkeypatch):
+    refused("--enable_npu_flash_attention needs an Ascend NPU", train, "--enable_npu_flash_attention")
+    refused("--enable_xformers_memory_efficient_attention", train, "--enable_xformers_memory_efficient_attention")
+    find_spec = importlib.util.find_spec
+    missing = lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    refused("--use_8bit_adam needs bitsandbytes.*--no-use_8bit_adam", train, "--train_data_dir", "/nowhere")
+
+
+def test_a_launchers_wish_that_would_not_come_true_is_refused(train, refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    refused("dynamo_backend to INDUCTOR", train)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused("FSDP", train)

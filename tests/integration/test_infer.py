@@ -159,7 +159,8 @@ def test_every_sampler_draws(name, compared, draw):
     image = draw("--prompt", PROMPT, "--seed", 3, "--scheduler", name)[BASE]
     assert image.text["scheduler"] == name
     assert pixels(image).std() > 1
-    assert same(image, compared[BASE]) == (name == "euler")  # the base's own
+    if name != "ddim":  # which without noise is Euler's method in other variables: rounding decides
+        assert same(image, compared[BASE]) == (name == "euler")  # the base's own
 
 
 def test_sizes_are_heights_and_widths_and_default_to_the_models(draw):

@@ -1,6 +1,7 @@
 """Several processes train what one would, with the same script."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,34 @@ def test_processes_that_would_train_alone_are_refused(run_script, train_argument
     errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "distributed_type: MULTI_GPU" in errors[0]
+    assert "unset MASTER_ADDR" in errors[0]
+
+
+@pytest.fixture
+def half(two):
+    """Function that copies the first checkpoint of the two processes' run, and returns flags to go on from it."""
+
+    def start(folder: Path) -> list:
+        shutil.copytree(two / "checkpoint-1", folder / "checkpoint-1")
+        return ["--conditioning_cache_dir", two / "cache", "--resume_from_checkpoint", "latest"]
+
+    return start
+
+
+def test_one_process_goes_on_where_two_were(half, two, train, flags, tmp_path):
+    train(*flags, *half(tmp_path), "--train_batch_size", 32, output_dir=tmp_path)
+    mine, expected = load_file(tmp_path / ADAPTER), load_file(two / ADAPTER)
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)
+
+
+def test_two_processes_go_on_where_one_was(train, run_script, train_arguments, two, flags, tmp_path):
+    cache = ["--conditioning_cache_dir", two / "cache"]
+    train(*flags, *cache, "--train_batch_size", 32, "--max_train_steps", 1, output_dir=tmp_path)
+    run = [*train_arguments, *flags, *cache, "--train_batch_size", 16, "--no-gradient_checkpointing"]
+    run += ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path]
+    finished = run_script("train_lora_sdxl", *run, launch=TWO)
+    assert finished.returncode == 0, finished.stderr
+    mine, expected = load_file(tmp_path / ADAPTER), load_file(two / ADAPTER)
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from rasengan import UserError
+from rasengan import UserError, demo
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -31,6 +31,8 @@ def bits(folder) -> dict[str, bytes]:
 def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_whole(flags, train, read_scalars, tmp_path, caplog):
     whole = train(*flags)
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    for file in (tmp_path / "checkpoint-2").glob("random_states_*.pkl"):
+        file.unlink()  # accelerate's; a step draws from seed, step and process alone
     resumed = train(*flags, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
     assert f"Resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
     assert bits(resumed) == bits(whole)
@@ -102,3 +104,65 @@ def test_a_resumed_run_may_split_its_batches_otherwise(train, trained, read_scal
     resumed = read_scalars(tmp_path, "train_loss")
     assert resumed[3] == pytest.approx(losses[3], rel=1e-5)
     assert resumed[4] == pytest.approx(losses[4], rel=1e-3)  # after a step of 8-bit AdamW
+
+
+# --- what a resume, or a run beside another, must not do ---
+
+
+def test_a_fresh_run_into_the_folder_of_another_is_refused(train, trained, refused, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    refused("--resume_from_checkpoint latest, or give another --output_dir", train, output_dir=tmp_path)
+
+
+def test_folders_that_other_programs_named_checkpoints_are_in_nobodys_way(train, tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "optimizer.bin").write_bytes(b"of diffusers' example")
+    train("--max_train_samples", 4, "--max_train_steps", 1, "--report_to", "none", output_dir=tmp_path)
+    assert (tmp_path / ADAPTER).is_file()
+    assert (tmp_path / "checkpoint-500" / "optimizer.bin").is_file()
+
+
+def test_a_diverged_run_leaves_its_last_good_checkpoint(train, tmp_path):
+    run = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--logging_steps", 9, "--no-use_8bit_adam"]
+    run += ["--max_train_samples", 4, "--report_to", "none"]
+    with pytest.raises(UserError, match=r"non-finite weights: the run diverged.*resume from checkpoint-1, the last"):
+        train(*run, "--learning_rate", 1e30, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "checkpoint-1" / ADAPTER).values())
+    assert not (tmp_path / ADAPTER).exists()
+
+
+def test_resuming_with_other_pictures_or_captions_is_an_error(train, loaded, tmp_path):
+    demo.draw_picture_set(tmp_path / "set", count=4)
+    run = ["--train_data_dir", tmp_path / "set", "--report_to", "none"]
+    train(*run, "--max_train_steps", 2, output_dir=tmp_path / "run")
+    metadata = (tmp_path / "set" / "metadata.jsonl").read_text()
+    (tmp_path / "set" / "metadata.jsonl").write_text(metadata.replace('"text": "a', '"text": "no', 1))
+    loaded.clear()
+    with pytest.raises(UserError, match="the pictures or captions are not those that it saw.*another --output_dir"):
+        train(*run, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "run")
+    assert set(loaded) <= {"scheduler"}
+    (tmp_path / "set" / "metadata.jsonl").write_text(metadata)
+    train(*run, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "run")
+
+
+def test_resuming_with_another_objective_warns_once(train, trained, caplog, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    train("--resume_from_checkpoint", "latest", "--noise_offset", 0.1, "--max_train_steps", 3, output_dir=tmp_path)
+    warnings = [r.getMessage() for r in caplog.records if r.name == "rasengan.checkpoint"]
+    assert len(warnings) == 1
+    assert "--noise_offset was 0.0, and is 0.1" in warnings[0]
+
+
+def test_a_checkpoint_that_was_cut_is_an_error_with_the_remedy(train, trained, tmp_path):
+    for name, kept in (("optimizer.bin", 1000), ("trainer_state.json", 50)):
+        folder = shutil.copytree(trained / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        (folder / name).write_bytes((folder / name).read_bytes()[:kept])
+        with pytest.raises(UserError, match=f"checkpoint-2/{name} is damaged: .*Remove .*checkpoint-2, and resume"):
+            train("--resume_from_checkpoint", "latest", output_dir=tmp_path / name)
+
+
+def test_a_seed_that_was_drawn_is_logged(train, caplog):
+    output_dir = train("--max_train_samples", 4, "--max_train_steps", 1, "--report_to", "none", without=("--seed",))
+    seed = json.loads((output_dir / "args.json").read_text())["seed"]
+    assert f"The seed is {seed}" in caplog.text

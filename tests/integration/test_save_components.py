@@ -1,6 +1,8 @@
 """scripts/save_components.py: a base is written once, whole, and verified."""
 
 import json
+import os
+import resource
 import shutil
 
 import pytest
@@ -122,3 +124,32 @@ def test_a_base_that_is_no_sdxl_is_refused_before_anything_is_written(tiny_base,
         save(tmp_path / "drive", base=base)
     assert loaded == []
     assert not (tmp_path / "drive").exists()
+
+
+def test_a_full_disk_is_an_error_with_the_remedy_and_what_is_finished_stays(save, saved, loaded, tmp_path):
+    # A limit on the size of files stops the write of the first weights, as a full disk does.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"text_encoder cannot be written: .*Make room .*what is finished stays"):
+            save(tmp_path / "sdxl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    loaded.clear()
+    save(tmp_path / "sdxl")
+    assert "tokenizer" not in loaded
+    assert contents(tmp_path / "sdxl") == contents(saved)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_manifest_is_an_error_with_the_remedy(copied, save, loaded, content):
+    (copied / "components.json").write_text(content)
+    with pytest.raises(UserError, match=rf"components.json is damaged.*Remove {copied} and run again"):
+        save(copied)
+    assert loaded == []
+
+
+def test_saved_files_can_be_read_by_whom_the_umask_allows(saved):
+    mask = os.umask(0o077)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in saved.rglob("*") if path.is_file()} == {0o666 & ~mask}

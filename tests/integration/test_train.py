@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -175,3 +177,80 @@ def test_the_limit_keeps_the_newest_checkpoints(train, limit):
     )
     kept = sorted(path.name for path in output_dir.glob("checkpoint-*"))
     assert kept == ["checkpoint-1", "checkpoint-2", "checkpoint-3"][-limit:]
+
+
+# --- memory, and what is somebody else's ---
+
+
+def test_the_encoders_have_left_memory_when_the_unet_comes(train, monkeypatch, tmp_path):
+    alive, gone, load = {}, {}, components.load
+
+    def watch(component, *arguments, **options):
+        if component == "unet":
+            gone.update({name: reference() is None for name, reference in alive.items()})
+        model = load(component, *arguments, **options)
+        if component in components.MODELS:
+            alive[component] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr(components, "load", watch)
+    few = ["--max_train_samples", 4, "--max_train_steps", 1, "--report_to", "none"]
+    train(*few, "--conditioning_cache_dir", tmp_path)
+    assert gone == {"vae": True, "text_encoder": True, "text_encoder_2": True}
+    alive.clear()
+    gone.clear()
+    train(*few, "--no-cache_conditioning")
+    assert gone == {"vae": False, "text_encoder": False, "text_encoder_2": False}
+
+
+def test_the_unet_is_asked_for_in_half_precision(train, monkeypatch):
+    seen, from_pretrained = [], UNet2DConditionModel.from_pretrained.__func__
+
+    def note(cls, *arguments, **options):
+        seen.append((options["torch_dtype"], options["low_cpu_mem_usage"]))
+        return from_pretrained(cls, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", classmethod(note))
+    train("--mixed_precision", "bf16", "--max_train_samples", 4, "--max_train_steps", 1, "--report_to", "none")
+    assert seen == [(torch.bfloat16, True)]
+
+
+def test_a_readme_of_somebody_else_stays(train, caplog, tmp_path):
+    few = ["--max_train_samples", 4, "--report_to", "none", "--resume_from_checkpoint", "latest"]
+    (tmp_path / "README.md").write_text("# My notes\n")
+    train(*few, "--max_train_steps", 1, output_dir=tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My notes\n"
+    assert "README.md is no model card of this program: it stays" in caplog.text
+    (tmp_path / "README.md").unlink()
+    for steps in (2, 3):
+        train(*few, "--max_train_steps", steps, output_dir=tmp_path)
+        assert f"| `optimizer_steps` | {steps} |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_home_in_a_path_is_the_users(train_script, infer_script, save_script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = "pretrained_model_name_or_path cache_dir dataset_name train_data_dir conditioning_cache_dir output_dir"
+    names += " config resume_from_checkpoint " + " ".join(
+        f.removeprefix("--") for f in components.COMPONENT_FLAGS.values()
+    )
+    config = tmp_path / "run.yaml"
+    for name in set(names.split()) - {"config"}:
+        config.write_text(f"{name}: ~/there\n")
+        for words in ([f"--{name}", "~/there"], ["--config", str(config)]):
+            assert getattr(train_script.parse_args(words), name) == "/home/me/there", name
+    (tmp_path / "mine.yaml").write_text("rank: 4\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train_script.parse_args(["--config", "~/mine.yaml"]).rank == 4
+    for name in (
+        "lora_weights",
+        "save_merged",
+        "prompt_file",
+        "output_dir",
+        "pretrained_unet_name_or_path",
+        "cache_dir",
+    ):
+        assert getattr(infer_script.parse_args([f"--{name}", "~/there"]), name) == f"{tmp_path}/there", name
+    saved = save_script.parse_args(["~/base", "~/there", "--cache_dir", "~/cache"])
+    assert (saved.base, saved.directory, saved.cache_dir) == tuple(
+        f"{tmp_path}/{n}" for n in ("base", "there", "cache")
+    )

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rasengan import UserError, components
 from rasengan.components import Source, fetch, load
@@ -327,3 +328,45 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, name, words):
     assert answer.startswith("error: ")
     assert "\n" not in answer
     assert [word for word in words if word not in answer] == []
+
+
+def test_a_full_disk_while_downloading_is_an_error_with_the_remedy(monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(components, "snapshot_download", fail)
+    refuse("unet of org/name cannot be downloaded: No space left.*--cache_dir", fetch, "unet", Source("org/name"))
+
+
+# --- the precision of the recipe ---
+
+
+def test_bf16_on_a_card_without_it_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
+    assert components.weight_dtype("bf16", torch.device("cuda")) == torch.bfloat16
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *arguments: "Tesla T4")
+    refuse("bf16 .*Tesla T4.*--mixed_precision fp16", components.weight_dtype, "bf16", torch.device("cuda"))
+    assert asked == [(False,)]  # emulated bf16, which a T4 has, does not count
+
+
+def test_a_unet_in_half_precision_never_exists_in_fp32(base):
+    file = weights_of(base / "unet")
+    save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
+    large, made = max(tensor.numel() for tensor in load_file(file).values()), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor) and result.numel() == large and result.device.type == "cpu":
+                made.add(result.dtype)
+            return result
+
+    with Watch():
+        model = load("unet", base / "unet", torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert torch.float32 not in made
+    with Watch():
+        load("unet", base / "unet", torch.float32)
+    assert torch.float32 in made  # so it would have been seen

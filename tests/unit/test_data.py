@@ -199,6 +199,75 @@ def test_captions_are_texts_or_lists_of_texts():
             data.read_captions(["a", value])
 
 
+def test_a_wrong_caption_names_its_picture_and_its_place_in_the_data_set():
+    pictures = [data.Picture(f"{n}.jpg", str(n), 9, 9, None, position) for n, position in enumerate((7, 40))]
+    with pytest.raises(UserError, match=r"Picture 40 \(1.jpg\) has None in the caption column"):
+        data.read_captions(["a", None], pictures)
+
+
+def test_samples_are_drawn_as_the_datasets_library_shuffles(dataset):
+    drawn, positions = data.draw_samples(dataset, 5, seed=3)
+    assert drawn["text"][:] == dataset.shuffle(3).select(range(5))["text"][:]
+    assert [dataset["text"][position] for position in positions] == drawn["text"][:]
+    assert data.draw_samples(dataset, None, 3) == (dataset, list(range(64)))
+    assert len(data.draw_samples(dataset, 1000, 3)[0]) == 64
+
+
+def test_broken_pictures_are_left_out_with_their_rows(dataset, pictures, caplog):
+    broken = [*pictures[:2], pictures[2]._replace(error="is missing"), *pictures[3:]]
+    with pytest.raises(UserError, match="1 of 64 pictures cannot be used.*--skip_bad_images"):
+        data.leave_out_broken(dataset, broken, skip=False)
+    rows, kept = data.leave_out_broken(dataset, broken, skip=True)
+    assert rows["text"][:] == dataset["text"][:2] + dataset["text"][3:]
+    assert kept == pictures[:2] + pictures[3:]
+    assert [picture.position for picture in kept] == [0, 1, *range(3, 64)]
+    assert "leaves out 1 of 64" in caplog.text
+
+
+def test_a_warm_start_reads_each_picture_once(dataset, pictures, tmp_path):
+    class Column:
+        def __len__(self):
+            return len(dataset)
+
+        def __getitem__(self, row):
+            read.append(row)
+            return dataset["image"][row]
+
+    read = []
+    assert data.inspect_pictures(Column(), tmp_path) == pictures
+    read.clear()
+    assert data.inspect_pictures(Column(), tmp_path) == pictures
+    assert sorted(read) == list(range(64))
+
+
+def test_a_changed_caption_is_seen_also_when_the_time_of_change_comes_back(tmp_path):
+    folder = write_folder(tmp_path / "set")
+    assert load_folder(folder, tmp_path / "cache")["text"][:] == ["0.png", "1.png", "2.png"]
+    file = folder / "metadata.jsonl"
+    before = file.stat()
+    file.write_text(file.read_text().replace('"text": "1.png"', '"text": "other"'))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_folder(folder, tmp_path / "cache")["text"][:] == ["0.png", "other", "2.png"]
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path, caplog):
+    folder = write_folder(tmp_path / ".hidden" / "set")
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "0.png", folder / ".thumbnails" / "0.png")
+    shutil.copy(folder / "0.png", folder / ".0.png")
+    assert {path.name for path in data.list_files(str(folder))} == {"0.png", "1.png", "2.png", "metadata.jsonl"}
+    assert len(load_folder(folder, tmp_path / "cache")) == 3
+    assert "left out" not in caplog.text
+
+
+def test_the_digest_of_the_data_follows_contents_captions_and_order(pictures):
+    captions = [["a"]] * 64
+    digest = data.data_digest(pictures, captions)
+    assert data.data_digest([p._replace(name="moved") for p in pictures], captions) == digest
+    others = [(pictures[::-1], captions), (pictures, [*captions[:-1], ["b"]]), (pictures[:-1], captions[:-1])]
+    assert len({digest, *(data.data_digest(*other) for other in others)}) == 4
+
+
 @pytest.mark.parametrize("name", ["[artist] style", "50% *star*", "Where?"])
 def test_a_folder_of_any_name_is_read_in_order_and_undecoded(tmp_path, name):
     write_folder(tmp_path / name.translate(dict.fromkeys(map(ord, "*?[]"), "x")))  # a pattern might match it too

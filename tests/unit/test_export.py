@@ -142,7 +142,7 @@ def test_a_merge_into_fp16_rounds_once(tiny_base, saved, name):
 def test_scale_0_leaves_the_base_bit_for_bit(tiny_base, saved, dtype):
     model, report = merged(tiny_base, "unet", export.read_adapter(saved), dtype, scale=0.0)
     base = load(tiny_base, "unet", dtype).state_dict()
-    assert report == (MODULES["unet"], 0)
+    assert report == (0, 0)  # modules changed, and by how much
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor.view(torch.uint8), base[key].view(torch.uint8)), key
 
@@ -339,3 +339,94 @@ def test_text_encoder_keys_are_written_under_text_model_and_read_with_or_without
     for name in encoders:
         model, _ = merged(tiny_base, name, export.read_adapter(file))
         assert difference(answer(name, model), answer(name, models[name])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exclude_modules": ["attn2.to_k"]}, {"layers_to_transform": [0], "layers_pattern": "transformer_blocks"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_a_training_left_out_does_not_keep_a_merge_from_changing_what_has_weights(tiny_base, saved, options):
+    adapter = export.read_adapter(saved)
+    expected = merged(tiny_base, "unet", adapter)[0].state_dict()
+    for field, value in options.items():
+        setattr(adapter.configs["unet"], field, value)
+    model, report = merged(tiny_base, "unet", adapter)
+    assert report.modules == MODULES["unet"]
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    assert getattr(adapter.configs["unet"], next(iter(options))) is not None  # the caller's own is as it was
+
+
+def test_a_merge_counts_the_modules_that_it_changed(tiny_base, saved):
+    adapter = export.read_adapter(saved)
+    key = next(key for key in adapter.weights["unet"] if "attn2.to_k.lora_B" in key)
+    adapter.weights["unet"][key] = torch.zeros_like(adapter.weights["unet"][key])
+    assert merged(tiny_base, "unet", adapter)[1].modules == MODULES["unet"] - 1
+
+
+def test_a_module_that_a_merge_leaves_out_is_refused_by_name(tiny_base, saved, monkeypatch):
+    adapter = export.read_adapter(saved)
+    key = next(key for key in adapter.weights["unet"] if "attn2.to_k.lora_B" in key)
+
+    def forget_one(folder, weights, config, write=export._write_peft):
+        write(folder, weights | {key: torch.zeros_like(weights[key])}, config)
+
+    monkeypatch.setattr(export, "_write_peft", forget_one)
+    with pytest.raises(UserError, match=rf"left out 1 of 136 modules of the unet, such as {key.split('.lora_')[0]}"):
+        merged(tiny_base, "unet", adapter)
+
+
+@pytest.fixture(scope="module")
+def patterned(tiny_base):
+    """A UNet with ranks and alphas of their own for some modules, as PEFT's patterns give them."""
+    model = load(tiny_base, "unet")
+    config = lora.lora_config(RANK, LORA_ALPHA, lora.UNET_TARGETS)
+    config.rank_pattern, config.alpha_pattern = {"attn2.to_k": 2, ".*mid_block.*to_v": 6}, {"attn2.to_k": 7.0}
+    lora.add_lora(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lora.trainable_parameters(model).values():
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    assert {p.shape[0] for n, p in lora.trainable_parameters(model).items() if ".lora_A." in n} == {2, RANK, 6}
+    return model
+
+
+@pytest.mark.parametrize("place", [".", "peft"])
+def test_ranks_and_alphas_of_single_modules_are_merged_as_they_were_trained(tiny_base, patterned, tmp_path, place):
+    export.publish(tmp_path, {"unet": patterned})
+    adapter = export.read_adapter(tmp_path / place)
+    assert difference(answer("unet", merged(tiny_base, "unet", adapter)[0]), answer("unet", patterned)) < 1e-5
+    adapter.configs["unet"].rank_pattern["attn2.to_k"] = 3
+    with pytest.raises(UserError, match=r"attn2.to_k is 64 x 96 at rank 3, but its lora_B and lora_A are 64 x 2"):
+        merged(tiny_base, "unet", adapter)
+
+
+def test_ranks_of_single_modules_in_a_file_without_metadata_are_those_of_the_shapes(tiny_base, patterned, tmp_path):
+    export.publish(tmp_path, {"unet": patterned})
+    file = tmp_path / export.DIFFUSERS_FILE
+    weights = export.read_adapter(file).weights["unet"]
+    rewrite(file, dict, metadata={"format": "pt"})
+    model, report = merged(tiny_base, "unet", export.read_adapter(file, lora_alpha=5.0))
+    assert report.modules == MODULES["unet"]
+    base = load(tiny_base, "unet")
+    for key, a in weights.items():
+        if ".lora_A." in key:
+            module, b = key.partition(".lora_")[0], weights[key.replace("lora_A", "lora_B")]
+            expected = base.get_submodule(module).weight + 5.0 / a.shape[0] * b @ a
+            torch.testing.assert_close(model.get_submodule(module).weight, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_alpha_that_contradicts_the_files_is_refused(saved):
+    for path in (saved, saved / "peft"):
+        assert export.read_adapter(path, lora_alpha=LORA_ALPHA).configs["unet"].lora_alpha == LORA_ALPHA
+        with pytest.raises(UserError, match=r"--lora_alpha is 5, but .* says 12 for the unet.*--lora_scale"):
+            export.read_adapter(path, lora_alpha=5.0)
+
+
+def test_published_files_can_be_read_by_whom_the_umask_allows(models, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export.publish(tmp_path, models)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {"0o640"}, modes

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from rasengan import objective
+from rasengan import UserError, objective
 
 
 TIMESTEPS = torch.tensor([0, 1, 17, 250, 500, 731, 998, 999])
@@ -85,3 +85,10 @@ def test_a_snr_of_zero_or_infinity_gives_the_limit_and_no_nan(dtype):
     latents, noise = (part[:2] for part in latents_and_noise(dtype))
     assert torch.equal(objective.add_noise(latents, noise, ends, alphas)[0], noise[0])
     assert torch.equal(objective.make_target(latents, noise, ends, alphas, "v_prediction")[0], -latents[0])
+
+
+def test_a_prediction_type_without_a_target_is_refused():
+    with pytest.raises(UserError, match="prediction type is 'sample'.*--prediction_type epsilon or v_prediction"):
+        objective.check_prediction_type("sample")
+    with pytest.raises(UserError, match="'sample'"):
+        objective.make_target(None, None, None, None, "sample")

@@ -222,3 +222,14 @@ def test_a_failed_decode_leaves_no_tiling_behind(pipeline):
     with pytest.raises(RuntimeError):
         sdxl.decode_latents(pipeline.vae, torch.zeros(1, 5, 8, 8))
     assert not pipeline.vae.use_tiling
+
+
+@torch.no_grad()
+def test_pictures_are_decoded_one_at_a_time(pipeline):
+    sizes = []
+    hook = pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    try:
+        assert sdxl.decode_latents(pipeline.vae, some_latents(2, 4, 8, 8)).shape == (2, 3, 64, 64)
+    finally:
+        hook.remove()
+    assert sizes == [1, 1]

@@ -98,6 +98,21 @@ def test_each_prompt_is_drawn_with_each_seed_prompt_by_prompt(tiny_base):
     assert len({image.tobytes() for image in images}) == 4
 
 
+def test_a_picture_with_non_finite_values_is_grey_and_warned_of(tiny_base, caplog):
+    unet, vae, scheduler = (components.load(name, tiny_base / name) for name in ("unet", "vae", "scheduler"))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [(torch.randn(7, 96, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)]
+    prompts[0][0][3, 3] = float("nan")
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    broken, whole = validation.draw_share(accelerator, unet, vae, scheduler, prompts, [5], 64, 2)
+    assert broken.size == whole.size == (64, 64)
+    assert broken.getextrema() == ((128, 128),) * 3
+    assert whole.getextrema() != broken.getextrema()
+    (record,) = [record for record in caplog.records if record.name == "rasengan.validation"]
+    assert "seed 5 came out with non-finite values" in record.getMessage()
+    assert "--lora_scale" not in record.getMessage()
+
+
 # --- grids ---
 
 
