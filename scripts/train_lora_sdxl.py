@@ -649,7 +649,7 @@ def main(args: argparse.Namespace) -> None:
             step_loss += losses.mean() / accumulation_steps
             if args.debug_loss:
                 named = zip(batch["name"], losses.tolist(), strict=True)
-                accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step)
+                accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
         processes.average(flat.grad)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:

@@ -114,10 +114,13 @@ def test_every_schedule_gives_the_rates_of_diffusers(name, flags, options, train
 
 
 def test_debug_loss_logs_the_loss_of_each_picture_by_its_name(train, read_log):
-    tags = read_log(train(*SHORT, "--debug_loss")).Tags()["scalars"]
+    log = read_log(train(*SHORT, "--debug_loss"))
+    tags = log.Tags()["scalars"]
     names = [tag.removeprefix("loss_for_") for tag in tags if tag.startswith("loss_for_")]
     assert len(names) == 4
     assert all(name.split(".")[0].isdigit() for name in names)
+    steps = {event.step for name in names for event in log.Scalars(f"loss_for_{name}")}
+    assert steps == {event.step for event in log.Scalars("train_loss")} == {1, 2}
 
 
 def test_text_encoders_are_trained_and_their_adapters_are_merged(train, draw, capsys):
