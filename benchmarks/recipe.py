@@ -67,6 +67,7 @@ def main() -> None:
         recipe = ["scripts/train_lora_sdxl.py", "--pretrained_model_name_or_path", f"{work}/base"]
         recipe += ["--train_data_dir", f"{work}/pictures", "--train_batch_size", "1", "--seed", "0"]
         recipe += ["--max_train_steps", str(args.steps), "--conditioning_cache_dir", f"{work}/cache"]
+        recipe += ["--gradient_checkpointing", "--vram_budget_gib", str(T4_BUDGET_GIB)]
         draw = ["scripts/infer.py", "--pretrained_model_name_or_path", f"{work}/base", "--prompt", "a red star"]
         draw += ["--lora_weights", f"{work}/train", "--num_images_per_prompt", "4", "--num_inference_steps", "10"]
         runs = {
