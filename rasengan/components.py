@@ -171,12 +171,17 @@ def check_components(folders: dict[str, Path]) -> None:
     """Check by their configurations alone that the components are of one SDXL base model.
 
     Args:
-        folders: the folder of each of `MODELS`, or of some of them; what is absent is not checked.
+        folders: the folder of each component, or of some of them; what is absent is not checked, nor tokenizers.
 
     Raises:
         UserError: one is of another class or family, or its sizes do not fit the others'.
     """
-    configs = {component: read_config(component, folder) for component, folder in folders.items()}
+    configs = {name: read_config(name, folder) for name, folder in folders.items() if name not in TOKENIZERS}
+    if "beta_schedule" not in configs.pop("scheduler", {"beta_schedule": None}):
+        raise UserError(
+            f"{folders['scheduler']} holds a scheduler without a beta_schedule, as of SD 3 or Flux, not one of a "
+            f"diffusion model. Correct {COMPONENT_FLAGS['scheduler']}."
+        )
     for component, config in configs.items():
         expected = MODELS[component].__name__
         found = config.get("_class_name") or (config.get("architectures") or ["model of no named class"])[0]
@@ -185,6 +190,11 @@ def check_components(folders: dict[str, Path]) -> None:
                 f"{folders[component]} holds a {found}, not SDXL's {component} ({expected}). Correct "
                 f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
             )
+    if "scaling_factor" not in configs.get("vae", {"scaling_factor": None}):
+        raise UserError(
+            f"{folders['vae']} holds a VAE without a scaling_factor, as of Stable Diffusion 1.x; SDXL's is 0.13025. "
+            f"Correct {COMPONENT_FLAGS['vae']}."
+        )
     unet = configs.get("unet")
     if unet is None:
         return

@@ -73,7 +73,8 @@ def load_pictures(
     if dataset_name is None and not Path(train_data_dir).is_dir():
         raise UserError(f"{given} is no folder. Give one that holds pictures and a metadata.jsonl.")
     files = list_files(train_data_dir) if dataset_name is None else []
-    if dataset_name is None and not files:
+    count = sum(Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN for file in files)
+    if dataset_name is None and not count:
         raise UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
     try:
         if dataset_name is not None:
@@ -91,12 +92,8 @@ def load_pictures(
     if "train" not in found:
         raise UserError(f"{given} has no split 'train', but {', '.join(found)}. Rename one of them.")
     dataset = found["train"]
-    if dataset_name is None:
-        count = sum(Image.registered_extensions().get(p.suffix.lower()) in Image.OPEN for p in files)
-        if count > len(dataset):
-            logger.warning(
-                "%d pictures of %s have no line in its metadata, and are left out", count - len(dataset), given
-            )
+    if count > len(dataset):
+        logger.warning("%d pictures of %s have no line in its metadata, and are left out", count - len(dataset), given)
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in dataset.column_names:
             raise UserError(

@@ -200,6 +200,8 @@ def read_adapter(path: Path, lora_alpha: float | None = None) -> Adapter:
             `lora_alpha`.
     """
     adapter = _read_adapter(path, lora_alpha)
+    if not any(adapter.weights.values()):
+        raise UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
     for name, config in adapter.configs.items():
         if lora_alpha not in {None, config.lora_alpha}:
             raise UserError(
@@ -216,7 +218,7 @@ def _read_adapter(path: Path, lora_alpha: float | None) -> Adapter:
         for name, folder in folders.items():
             weights[name], _ = _read_file(folder / PEFT_FILE)
             weights[name] = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights[name].items()}
-            configs[name] = _read_peft_config(folder)
+            configs[name] = _with_targets(_read_peft_config(folder), weights[name])
         return Adapter(weights, configs)
 
     file = path / DIFFUSERS_FILE if path.is_dir() else path
@@ -267,21 +269,30 @@ def _read_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
 
 
-def _check_numbers(options: dict) -> None:
+def _check_values(options: dict) -> None:
     for name in ("r", "lora_alpha"):
         if not isinstance(options.get(name), int | float) or not options[name] > 0:
             raise TypeError(f"{name} is {options.get(name)!r}, not a positive number")
+    if not isinstance(options.get("target_modules"), str | list | None):
+        raise TypeError(f"target_modules is {options['target_modules']!r}, not names")
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
     try:
         # PEFT would put its own defaults in place of an alpha or a rank that is not there.
-        _check_numbers(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        _check_values(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
         config = LoraConfig.from_pretrained(folder)
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'adapter_config.json'} cannot be read: {error}. Copy the folder again.") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} holds a {config.peft_type} adapter, not a LoRA. Give a LoRA.")
+    return config
+
+
+def _with_targets(config: LoraConfig, weights: dict[str, torch.Tensor]) -> LoraConfig:
+    # Without targets PEFT would adapt nothing; the keys say what was adapted.
+    if not config.target_modules:
+        config.target_modules = sorted({key.rpartition(".lora_")[0] for key in weights})
     return config
 
 
@@ -293,8 +304,8 @@ def _config_from(
     options = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     options = {key: value for key, value in options.items() if key in known}
     if "lora_alpha" in options:
-        _check_numbers(options)
-        return LoraConfig(**options)
+        _check_values(options)
+        return _with_targets(LoraConfig(**options), weights)
     ranks = {key.rpartition(".lora_")[0]: tensor.shape[0] for key, tensor in weights.items() if ".lora_A." in key}
     rank = max(ranks.values(), key=list(ranks.values()).count, default=0)
     if lora_alpha is None:

@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from rasengan import UserError
@@ -44,14 +45,17 @@ def read_memory(file: Path) -> dict:
 
 
 def check_writable(directory: Path, flag: str) -> None:
-    """Make a folder, and check that a file can be written there; `flag` is what named it.
+    """Check that a folder can be made, and a file written there, and leave nothing behind; `flag` is what named it.
 
     Raises:
         UserError: it cannot.
     """
-    probe = directory / ".writable"
+    probe, missing = directory / ".writable", [p for p in (directory, *directory.parents) if not p.exists()]
     try:
         write_atomically(probe, b"")
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written: {error.strerror}. Give another folder.") from error
+    with suppress(OSError):  # another process may have filled or removed one meanwhile
+        for made in missing:
+            made.rmdir()

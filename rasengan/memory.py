@@ -1,6 +1,7 @@
 """How much memory a run takes, and the plan that keeps it inside a budget."""
 
 import gc
+import resource
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ def reset_peak(device: torch.device) -> None:
 def peak_reserved_gib(device: torch.device) -> float:
     """Return the peak of what PyTorch reserved on the card, in GiB; 0 without one."""
     return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
+
+
+def host_peak_rss_gib() -> float:
+    """Return the most that this process had in the host's memory, mapped files included, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # which Linux counts in KiB
 
 
 def give_back(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Draw with a LoRA merged hard into SDXL, and set base and tuned pictures side by side.
+r"""Draw with a LoRA merged hard into SDXL, and set base and tuned pictures side by side.
 
     python scripts/infer.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 \
         --lora_weights naruto-lora --compare --height 512 --width 512 --prompt "a wizard in a forest"
@@ -8,8 +8,6 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 
 import argparse
 import json
-import math
-import os
 import re
 import shutil
 import sys
@@ -23,41 +21,53 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, export, sdxl, validation
+from rasengan.command_line import Parser, number_type, path_type
 from rasengan.files import check_writable, give_default_mode, write_atomically
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    path = os.path.expanduser
+    parser = Parser(__doc__)
     add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
-    add("--pretrained_model_name_or_path", type=path, help="hub id or folder of the SDXL base")
+    add("--pretrained_model_name_or_path", type=path_type, help="hub id or folder of the SDXL base")
     for component, flag in components.COMPONENT_FLAGS.items():
-        add(flag, type=path, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
+        add(
+            flag,
+            type=path_type,
+            help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}",
+        )
     add("--revision", help="git revision on the hub")
     add("--variant", help="of the weight files; fp16 halves the download")
-    add("--cache_dir", type=path, help="where downloads go")
+    add("--cache_dir", type=path_type, help="where downloads go")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
 
     add = parser.add_argument_group("adapter").add_argument
-    add("--lora_weights", type=path, help="a .safetensors file, a run's --output_dir, a checkpoint-N or a PEFT folder")
-    add("--lora_scale", type=float, help="on the whole change; 0 is the base [1]")
-    add("--lora_alpha", type=float, help="of the training, for a file that does not say")
-    add("--save_merged", type=path, metavar="DIR", help="write the tuned model as a complete pipeline folder")
+    add(
+        "--lora_weights",
+        type=path_type,
+        help="a .safetensors file, a run's --output_dir, a checkpoint-N or a PEFT folder",
+    )
+    add("--lora_scale", type=number_type(kind=float), help="on the whole change; 0 is the base [1]")
+    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+    add("--save_merged", type=path_type, metavar="DIR", help="write the tuned model as a complete pipeline folder")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--prompt", nargs="+", default=[], help="one or several")
-    add("--prompt_file", type=path, help="one prompt a line")
+    add("--prompt_file", type=path_type, help="one prompt a line")
     add("--negative_prompt", help="what to keep away from")
     add("--compare", action="store_true", help="draw the base too, with the same seeds, and a labelled grid of both")
-    add("--output_dir", type=path, default="pictures", help="[%(default)s]")
-    add("--seed", type=int, default=0, help="of a prompt's first picture; the next ones count up [%(default)s]")
-    add("--num_images_per_prompt", type=int, default=1, help="drawn together [%(default)s]")
-    add("--num_inference_steps", type=int, default=30, help="[%(default)s]")
-    add("--guidance_scale", type=float, default=7.5, help="[%(default)s]")
-    add("--height", type=int, help="in px [the base's, 1024]")
-    add("--width", type=int, help="in px [the base's, 1024]")
+    add("--output_dir", type=path_type, default="pictures", help="[%(default)s]")
+    add(
+        "--seed",
+        type=number_type(0, most=2**63 - 1),
+        default=0,
+        help="of a prompt's first picture, then counted up [%(default)s]",
+    )
+    add("--num_images_per_prompt", type=number_type(1), default=1, help="drawn together [%(default)s]")
+    add("--num_inference_steps", type=number_type(1), default=30, help="[%(default)s]")
+    add("--guidance_scale", type=number_type(kind=float), default=7.5, help="[%(default)s]")
+    add("--height", type=number_type(8), help="in px [the base's, 1024]")
+    add("--width", type=number_type(8), help="in px [the base's, 1024]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
     return parser.parse_args(argv)
@@ -75,13 +85,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("There is nothing to draw: give --prompt or --prompt_file.")
     for flag in ("height", "width"):
         side = getattr(args, flag)
-        if side is not None and (side < 8 or side % 8):
-            raise UserError(f"--{flag} is {side}. Give a multiple of 8, such as {max(1, side // 8) * 8}.")
-    for flag in ("num_images_per_prompt", "num_inference_steps"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} is {getattr(args, flag)}. Give at least 1.")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed is {args.seed}. Give a number from 0 to under 2^63.")
+        if side is not None and side % 8:
+            raise UserError(f"--{flag} is {side}. Give a multiple of 8, such as {side // 8 * 8}.")
     if args.compare and not args.prompt:
         raise UserError("--compare needs something to draw: give --prompt or --prompt_file.")
     if args.lora_weights is None and (args.compare or args.save_merged):
@@ -89,10 +94,6 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.lora_weights is None and not (args.lora_alpha is None and args.lora_scale is None):
         raise UserError("--lora_alpha and --lora_scale act on an adapter: give --lora_weights, or drop them.")
     args.lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
-    if not math.isfinite(args.lora_scale):
-        raise UserError(f"--lora_scale is {args.lora_scale}. Give a number, such as 0.8.")
-    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
-        raise UserError(f"--lora_alpha is {args.lora_alpha}. Give the alpha of the training, a number over 0.")
     if args.save_merged and Path(args.save_merged).exists():
         raise UserError(f"--save_merged {args.save_merged} exists. Give a folder that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
@@ -208,11 +209,17 @@ def main(args: argparse.Namespace) -> None:
         args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
     )
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    components.check_components({name: folders[name] for name in components.MODELS})
+    components.check_components(folders)
     adapter = export.read_adapter(Path(args.lora_weights), args.lora_alpha) if args.lora_weights else None
     for name, weights in adapter.weights.items() if adapter else ():
         export.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    train_timesteps = components.read_config("scheduler", folders["scheduler"])["num_train_timesteps"]
+    if args.num_inference_steps > train_timesteps:
+        raise UserError(
+            f"--num_inference_steps is {args.num_inference_steps}, but the scheduler has {train_timesteps} timesteps. "
+            "Give fewer; 30 is usual."
+        )
     default_side = 8 * components.read_config("unet", folders["unet"])["sample_size"]
     args.height, args.width = args.height or default_side, args.width or default_side
 

@@ -10,7 +10,6 @@ other scripts then take DIR as --pretrained_model_name_or_path.
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, first_line
+from rasengan.command_line import Parser, path_type
 from rasengan.files import check_writable, give_default_mode, read_memory, sync, write_atomically
 
 
@@ -28,13 +28,12 @@ MANIFEST = "components.json"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    path = os.path.expanduser
-    parser.add_argument("base", metavar="BASE", type=path, help="hub id or folder of an SDXL base")
-    parser.add_argument("directory", metavar="DIR", type=path, help="where to write, a mounted Drive say")
+    parser = Parser(__doc__)
+    parser.add_argument("base", metavar="BASE", type=path_type, help="hub id or folder of an SDXL base")
+    parser.add_argument("directory", metavar="DIR", type=path_type, help="where to write, a mounted Drive say")
     parser.add_argument("--revision", help="git revision on the hub")
     parser.add_argument("--variant", help="of the weight files to read; fp16 halves the download")
-    parser.add_argument("--cache_dir", type=path, help="where downloads go")
+    parser.add_argument("--cache_dir", type=path_type, help="where downloads go")
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="of all but the VAE [%(default)s]")
     return parser.parse_args(argv)
 
@@ -48,27 +47,36 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def save_component(component: str, source: Path, target: Path, dtype: torch.dtype, variant: str | None) -> dict:
-    """Write one component under another name, sync it, rename it, and return its hashes as read back."""
-    unfinished = target.with_name(f".{component}.unfinished")
+def write_component(component: str, source: Path, target: Path, dtype: torch.dtype, variant: str | None) -> dict:
+    """Write one component beside its target, under another name, and return its hashes as read back."""
+    unfinished = unfinished_name(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     components.load(component, source, dtype, variant).save_pretrained(unfinished)
     for file in unfinished.iterdir():
         give_default_mode(file)
         sync(file)
-    written = hash_files(unfinished)
+    return hash_files(unfinished)
+
+
+def put_in_place(target: Path, written: dict[str, str]) -> None:
+    """Give what `write_component` wrote its own name, and read it back once more."""
     shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+    unfinished_name(target).rename(target)
     if hash_files(target) != written:
         raise UserError(f"{target} does not read back as it was written. The disk may be full or damaged; run again.")
-    return written
+
+
+def unfinished_name(target: Path) -> Path:
+    """Return the name of a component that is not known to be whole."""
+    return target.with_name(f".{target.name}.unfinished")
 
 
 def main(args: argparse.Namespace) -> None:
     """Write what is not there yet, and verify what is."""
     directory = Path(args.directory)
     manifest_file = directory / MANIFEST
-    settings = {"base": args.base, "revision": args.revision, "variant": args.variant, "dtype": args.dtype}
+    base = str(Path(args.base).resolve()) if Path(args.base).is_dir() else args.base
+    settings = {"base": base, "revision": args.revision, "variant": args.variant, "dtype": args.dtype}
     manifest = {"settings": settings, "components": {}}
     if manifest_file.is_file():
         manifest = read_memory(manifest_file)
@@ -89,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         )
     sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    components.check_components({name: folders[name] for name in components.MODELS})
+    components.check_components(folders)
     check_writable(directory, "DIR")
     dtype = torch.float16 if args.dtype == "fp16" else torch.float32
     with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
@@ -100,8 +108,11 @@ def main(args: argparse.Namespace) -> None:
                 continue
             folder = components.fetch(name, sources[name])
             try:
-                manifest["components"][name] = save_component(name, folder, directory / name, dtype, args.variant)
+                written = write_component(name, folder, directory / name, dtype, args.variant)
+                # The manifest comes before the name: whatever has the name is known, and checked by a later run.
+                manifest["components"][name] = written
                 write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
+                put_in_place(directory / name, written)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{directory / name} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}. "

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion XL to an art style with LoRA.
+r"""Fine-tune Stable Diffusion XL to an art style with LoRA.
 
 One 16 GB GPU without bf16, such as Colab's Tesla T4:
 
@@ -56,7 +56,7 @@ from rasengan import (
     step,
     validation,
 )
-from rasengan.config import read_words
+from rasengan.command_line import Parser, number_type, path_type, words_of_file
 from rasengan.files import check_writable, write_atomically
 from rasengan.processes import progress_bar
 
@@ -67,60 +67,50 @@ logger = logging.getLogger(__name__)
 # --- the command line ---
 
 
-def at_least(minimum: float, kind: type = int, most: float = math.inf):
-    """Return an argparse type: a finite number of this kind, not under the minimum nor over the most."""
-
-    def number(text: str):
-        value = kind(text)
-        if not (minimum <= value <= most and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {most}")
-        return value
-
-    number.__name__ = kind.__name__
-    return number
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser; flags of diffusers' train_text_to_image_lora_sdxl.py keep their names and meanings."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.",
-    )
-    switch = argparse.BooleanOptionalAction
-    count, amount, path = at_least(1), at_least(0, float), os.path.expanduser
+    parser = Parser(__doc__, "Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.")
+    switch, count, amount = argparse.BooleanOptionalAction, number_type(1), number_type(0, float)
 
     add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
-    add("--pretrained_model_name_or_path", type=path, help="hub id or folder of the SDXL base")
+    add("--pretrained_model_name_or_path", type=path_type, help="hub id or folder of the SDXL base")
     for component, flag in components.COMPONENT_FLAGS.items():
-        add(flag, type=path, help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}")
+        add(
+            flag,
+            type=path_type,
+            help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}",
+        )
     add("--revision", help="git revision on the hub")
     add("--variant", help="of the weight files; fp16 halves the download")
-    add("--cache_dir", type=path, help="where downloads go")
+    add("--cache_dir", type=path_type, help="where downloads go")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", type=path, help="hub id of a dataset, or a local copy of one")
+    add("--dataset_name", type=path_type, help="hub id of a dataset, or a local copy of one")
     add("--dataset_config_name", help="the dataset's configuration, where it has several")
-    add("--train_data_dir", type=path, help="folder of pictures and a metadata.jsonl with the keys file_name and text")
+    add(
+        "--train_data_dir",
+        type=path_type,
+        help="folder of pictures and a metadata.jsonl with the keys file_name and text",
+    )
     add("--image_column", default="image", help="[%(default)s]")
     add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
     add("--max_train_samples", type=count, help="use only so many pictures, drawn by the seed")
-    add("--resolution", type=at_least(8), default=512, help="side of the square crops, in px [%(default)s]")
+    add("--resolution", type=number_type(8), default=512, help="side of the square crops, in px [%(default)s]")
     add("--center_crop", action=switch, default=True, help="off: crop at random, the VAE in the loop [on]")
     add("--random_flip", action=switch, default=False, help="mirror half of the samples [off]")
     filters = sorted(data.INTERPOLATIONS)
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="how to resize [%(default)s]")
     add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that load samples [%(default)s]")
+    add("--dataloader_num_workers", type=number_type(0), default=0, help="processes that load samples [%(default)s]")
 
     add = parser.add_argument_group("conditioning cache", "the encoders run once, and leave memory").add_argument
     add("--cache_conditioning", action=switch, default=True, help="off: the encoders run in the loop [on]")
-    add("--conditioning_cache_dir", type=path, help="on a local disk; runs share it [~/.cache/rasengan]")
+    add("--conditioning_cache_dir", type=path_type, help="on a local disk; runs share it [~/.cache/rasengan]")
     add("--encode_batch_size", type=count, help="pictures encoded together [2 at 512 px, 1 at 1024]")
 
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=count, default=16, help="[%(default)s]")
-    add("--lora_alpha", type=at_least(1e-8, float), help="the strength is alpha / rank [2 x rank]")
+    add("--lora_alpha", type=number_type(1e-8, float), help="the strength is alpha / rank [2 x rank]")
     add("--lora_dropout", type=amount, default=0.0, help="[%(default)s]")
     targets = list(lora.UNET_TARGETS)
     add("--lora_target_modules", nargs="+", default=targets, help=f"ends of names in the UNet [{' '.join(targets)}]")
@@ -136,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scale_lr", action=switch, default=False, help="times GPUs x accumulation x batch size [off]")
     schedules = [kind.value for kind in SchedulerType]
     add("--lr_scheduler", default="constant", choices=schedules, help="[%(default)s]")
-    add("--lr_warmup_steps", type=at_least(0), default=500, help="of schedules that warm up [%(default)s]")
+    add("--lr_warmup_steps", type=number_type(0), default=500, help="of schedules that warm up [%(default)s]")
     add("--lr_num_cycles", type=count, default=1, help="of cosine_with_restarts [%(default)s]")
     add("--lr_power", type=amount, default=1.0, help="of polynomial [%(default)s]")
     add("--lr_step_rules", help="of piecewise_constant: '1:100,0.1' is a factor of 1 for 100 steps, then of 0.1")
@@ -145,18 +135,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adam_beta2", type=amount, default=0.999, help="[%(default)s]")
     add("--adam_weight_decay", type=amount, default=1e-2, help="[%(default)s]")
     add("--adam_epsilon", type=amount, default=1e-8, help="[%(default)s]")
-    add("--max_grad_norm", type=at_least(1e-8, float), default=1.0, help="of the gradient [%(default)s]")
-    add("--seed", type=at_least(0, most=2**32 - 1), help="equal seeds give equal runs [drawn, and kept]")
+    add("--max_grad_norm", type=number_type(1e-8, float), default=1.0, help="of the gradient [%(default)s]")
+    add("--seed", type=number_type(0, most=2**32 - 1), help="equal seeds give equal runs [drawn, and kept]")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[the scheduler's]")
-    add("--snr_gamma", type=at_least(1e-8, float), help="min-SNR weights; the paper recommends 5 [none]")
+    add("--snr_gamma", type=number_type(1e-8, float), help="min-SNR weights; the paper recommends 5 [none]")
     add("--noise_offset", type=amount, default=0.0, help="[%(default)s]")
 
     add = parser.add_argument_group("precision, memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[the accelerate config's]")
     add("--gradient_checkpointing", action=switch, help="recompute all blocks, or none [as many as the memory needs]")
-    add("--vram_budget_gib", type=at_least(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
+    add("--vram_budget_gib", type=number_type(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
     add("--plan_only", action=switch, default=False, help="print the memory plan, and stop [off]")
     add(
         "--base_quantization",
@@ -177,11 +167,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--validation_inference_steps", type=count, default=25, help="denoising steps [%(default)s]")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--output_dir", type=path, default="sd-model-finetuned-lora", help="[%(default)s]")
+    add("--output_dir", type=path_type, default="sd-model-finetuned-lora", help="[%(default)s]")
     add("--checkpointing_steps", type=count, default=500, help="save every so many steps [%(default)s]")
     add("--checkpoints_total_limit", type=count, help="keep only so many [all]")
-    add("--resume_from_checkpoint", type=path, help="'latest', or the name of a checkpoint in --output_dir")
-    add("--logging_dir", type=path, default="logs", help="inside --output_dir [%(default)s]")
+    add("--resume_from_checkpoint", type=path_type, help="'latest', or the name of a checkpoint in --output_dir")
+    add("--logging_dir", type=path_type, default="logs", help="inside --output_dir [%(default)s]")
     add("--logging_steps", type=count, default=10, help="steps between two readings of the loss [%(default)s]")
     add("--report_to", default="tensorboard", help="a tracker of accelerate, all or none [%(default)s]")
     add("--debug_loss", action=switch, default=False, help="log each picture's loss by file name [off]")
@@ -190,7 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--push_to_hub", action=switch, default=False, help="upload the adapter and a model card [off]")
     add("--hub_token", help="[the one of `hf auth login`]")
     add("--hub_model_id", help="[the name of --output_dir]")
-    add("--config", type=path, help="YAML file of these names and values; a flag on the command line wins")
+    add("--config", type=path_type, help="YAML file of these names and values; a flag on the command line wins")
     return parser
 
 
@@ -200,17 +190,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.config:
-        switches = {a.dest: isinstance(a, argparse.BooleanOptionalAction) for a in parser._actions}
-        try:
-            words = read_words(args.config, {name: switch for name, switch in switches.items() if name != "config"})
-        except UserError as error:
-            parser.error(str(error))
-        args = parser.parse_args(words + argv)
+        args = parser.parse_args(words_of_file(args.config, parser) + argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     args.lora_alpha = args.lora_alpha or 2.0 * args.rank
     default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
     args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
     return args
+
+
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that were given and that can do nothing beside the others."""
+    encodes_once = args.cache_conditioning and args.center_crop
+    idle = {
+        "debug_loss": args.report_to == "none",
+        "dataset_config_name": args.dataset_name is None,
+        "hub_model_id": not args.push_to_hub,
+        "hub_token": not args.push_to_hub,
+        "lr_num_cycles": args.lr_scheduler != SchedulerType.COSINE_WITH_RESTARTS.value,
+        "lr_power": args.lr_scheduler != SchedulerType.POLYNOMIAL.value,
+        "lr_step_rules": args.lr_scheduler != SchedulerType.PIECEWISE_CONSTANT.value,
+        "encode_batch_size": not encodes_once,
+        "num_validation_images": not args.validation_prompt,
+        "validation_epochs": not args.validation_prompt,
+        "validation_inference_steps": not args.validation_prompt,
+        "vram_budget_gib": not torch.cuda.is_available(),
+    }
+    default = make_parser().get_default
+    return [f"--{name}" for name, is_idle in idle.items() if is_idle and getattr(args, name) != default(name)]
 
 
 def validate_args(args: argparse.Namespace) -> None:
@@ -247,6 +253,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--enable_npu_flash_attention needs an Ascend NPU, and this trains on CUDA or CPU. Drop it.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
+    if found := idle_flags(args):
+        logger.info("Without effect beside the other flags: %s", ", ".join(found))
     try:
         schedule_of(args, args.learning_rate, 1)
     except ValueError as error:
@@ -455,7 +463,7 @@ def main(args: argparse.Namespace) -> None:
     )
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-        components.check_components({name: folders[name] for name in components.MODELS})
+        components.check_components(folders)
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
@@ -501,8 +509,6 @@ def main(args: argparse.Namespace) -> None:
                 text_encoder.gradient_checkpointing_enable()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    if args.enable_npu_flash_attention:
-        unet.enable_npu_flash_attention()
     for model in models.values():
         model.train()
     of_text_encoders = [p for model in list(models.values())[1:] for p in lora.trainable_parameters(model).values()]
@@ -547,6 +553,8 @@ def main(args: argparse.Namespace) -> None:
         state = checkpoint.read_state(resume_from)
         global_step, samples_seen = state["global_step"], state["samples_seen"]
         logger.info("Resuming from %s", resume_from)
+        if global_step >= max_train_steps:
+            logger.warning("It has %d steps of %d already: nothing is left to train", global_step, max_train_steps)
     elif args.resume_from_checkpoint:
         logger.info("There is no checkpoint in %s: starting afresh", output_dir)
 
@@ -666,7 +674,7 @@ def main(args: argparse.Namespace) -> None:
             processes.average(losses_and_norms)
             losses_and_norms, now = losses_and_norms.tolist(), time.perf_counter()
             speed, started = len(history) * global_batch / (now - started), now
-            peak_gib = memory.peak_reserved_gib(device)
+            peak_gib, host_gib = memory.peak_reserved_gib(device), memory.host_peak_rss_gib()
             if plan.predicted_bytes and global_step - first_step == len(history):
                 logger.info("Measured peak: %.2f GiB", peak_gib)
             for offset, (train_loss, norm) in enumerate(losses_and_norms, global_step - len(history) + 1):
@@ -674,7 +682,8 @@ def main(args: argparse.Namespace) -> None:
                 step.check_finite(train_loss, offset)
                 skipped_steps += not math.isfinite(norm)  # the gradient scaler left this step out
             rates = {"lr": group["lr"], "images_per_second": speed, "peak_reserved_gib": peak_gib}
-            accelerator.log(rates | {"skipped_steps": skipped_steps}, step=global_step)
+            rates |= {"host_peak_rss_gib": host_gib, "skipped_steps": skipped_steps}
+            accelerator.log(rates, step=global_step)
             bar.set_postfix(loss=f"{train_loss:.4f}", images_per_s=f"{speed:.2f}")
             history.clear()
         pause = time.perf_counter()

@@ -1,5 +1,6 @@
 """An adapter that does not fit, or says too little, is never merged in silence."""
 
+import json
 import shutil
 
 import pytest
@@ -33,6 +34,15 @@ def of_another_layout(weights, metadata):
     return {key.replace("unet.", "lora_unet_").replace(".", "_"): v for key, v in weights.items()}, metadata
 
 
+def without_weights(weights, metadata):
+    return {}, metadata
+
+
+def with_numbers_for_targets(weights, metadata):
+    config = json.loads(metadata["lora_adapter_metadata"]) | {"unet.target_modules": 5}
+    return weights, metadata | {"lora_adapter_metadata": json.dumps(config)}
+
+
 def of_another_family(weights, metadata):
     return {key.replace("down_blocks.1", "down_blocks.0"): tensor for key, tensor in weights.items()}, metadata
 
@@ -45,6 +55,8 @@ def of_another_family(weights, metadata):
         (without_a_module, r"mid_block\.\S* is targeted, but has no weights"),
         (of_other_shapes, r"attn2\.to_k is \d+ x 96 at rank 16, but its lora_B and lora_A are \d+ x 16 and 16 x 192"),
         (of_another_layout, r"272 keys that are not of diffusers' layout, such as 'lora_unet_"),
+        (without_weights, "holds no LoRA weights"),
+        (with_numbers_for_targets, "target_modules is 5, not names"),
         (of_another_family, r"does not fit the unet: .*has no linear layer in the model"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -80,3 +92,27 @@ def test_an_adapter_that_changes_nothing_is_refused(draw, train, tmp_path):
     output_dir = train("--learning_rate", 0, "--max_train_samples", 4, "--max_train_steps", 1)
     with pytest.raises(UserError, match="changes nothing in the unet"):
         draw("--lora_weights", output_dir, "--prompt", "a star")
+
+
+def test_a_peft_folder_without_weights_is_refused(draw, refused, trained, tmp_path):
+    shutil.copytree(trained / "peft", tmp_path / "peft")
+    save_file({}, tmp_path / "peft" / "adapter_model.safetensors")
+    refused("holds no LoRA weights", draw, "--lora_weights", tmp_path / "peft", "--prompt", "a star")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+def test_an_adapter_that_does_not_name_its_targets_is_merged_by_its_keys(layout, draw, trained, tmp_path):
+    if layout == "diffusers":
+        with safe_open(trained / ADAPTER, framework="pt") as file:
+            config = json.loads(file.metadata()["lora_adapter_metadata"])
+        metadata = {
+            "lora_adapter_metadata": json.dumps({k: v for k, v in config.items() if "target_modules" not in k})
+        }
+        save_file(load_file(trained / ADAPTER), tmp_path / ADAPTER, metadata)
+    else:
+        shutil.copytree(trained / "peft", tmp_path, dirs_exist_ok=True)
+        config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"target_modules": None}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    prompt = ["--prompt", "a star"]
+    expected, found = (draw("--lora_weights", place, *prompt) for place in (trained, tmp_path))
+    assert [image.tobytes() for image in found.values()] == [image.tobytes() for image in expected.values()]

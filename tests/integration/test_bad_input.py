@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rasengan import components
+from rasengan import UserError, components
 
 
 def link_base(tiny_base: Path, folder: Path, without: str = "") -> Path:
@@ -99,19 +99,27 @@ def test_fp16_on_a_cpu_is_refused_with_the_remedy(start, refused):
     ("name", "words", "said"),
     [
         ("train", ["--lr_scheduler", "sine"], "invalid choice: 'sine'"),
-        ("train", ["--rank", "0"], "argument --rank: 0 is not"),
-        ("train", ["--learning_rate", "nan"], "argument --learning_rate: nan is not"),
-        ("train", ["--seed", "4294967296"], "argument --seed: 4294967296 is not"),
+        ("train", ["--rank", "0"], "argument --rank: '0' is not a whole number of 1 or more"),
+        ("train", ["--learning_rate", "nan"], "argument --learning_rate: 'nan' is not"),
+        ("train", ["--seed", "4294967296"], "argument --seed: '4294967296' is not"),
         ("train", ["--lora_rank", "4"], "unrecognized arguments: --lora_rank 4"),
+        ("train", ["--train_data_dir", ""], "argument --train_data_dir: it is empty"),
+        ("train", ["--output_dir", " "], "argument --output_dir: it is empty"),
         ("infer", ["--scheduler", "k_euler"], "invalid choice: 'k_euler'"),
+        ("infer", ["--lora_weights", ""], "argument --lora_weights: it is empty"),
+        ("infer", ["--lora_scale", "nan"], "argument --lora_scale: 'nan' is not a number"),
+        ("infer", ["--lora_alpha", "0"], "argument --lora_alpha: '0' is not a number of"),
+        ("infer", ["--lora_alpha", "inf"], "argument --lora_alpha: 'inf' is not a number of"),
+        ("infer", ["--guidance_scale", "nan"], "argument --guidance_scale: 'nan' is not a number"),
+        ("infer", ["--height", "0"], "argument --height: '0' is not a whole number of 8 or more"),
     ],
 )
-def test_an_unknown_flag_or_value_ends_with_exit_code_2(name, words, said, request, capsys):
+def test_an_unknown_flag_or_value_is_refused_in_one_line(name, words, said, request):
     script = request.getfixturevalue(f"{name}_script")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError) as caught:
         script.parse_args(words)
-    assert caught.value.code == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_users_error_is_one_line_and_exit_code_2_without_a_traceback(run_script, tmp_path):
@@ -174,9 +182,7 @@ def test_an_alpha_or_scale_that_cannot_act_is_refused(draw, refused, trained):
         refused("act on an adapter: give --lora_weights", draw, "--prompt", "a star", flag, 1)
     adapter = ["--lora_weights", trained, "--prompt", "a star"]
     refused("--lora_alpha is 16, but .* says 32", draw, *adapter, "--lora_alpha", 16)
-    refused("--lora_scale is nan", draw, *adapter, "--lora_scale", "nan")
-    for value in ("0", "-1", "inf", "nan"):
-        refused(rf"--lora_alpha is {float(value)}\. Give", draw, *adapter, "--lora_alpha", value)
+    refused("has 1000 timesteps. Give fewer", draw, *adapter, "--num_inference_steps", 1001)
 
 
 def test_a_scheduler_without_a_target_is_refused(train, refused, tiny_base, tmp_path):

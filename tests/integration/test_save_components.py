@@ -105,10 +105,30 @@ def test_a_damaged_component_is_noticed_and_written_again(damage, copied, saved,
     assert contents(copied) == contents(saved)
 
 
+def test_the_same_base_by_another_path_goes_on(copied, save, loaded, tiny_base, tmp_path):
+    before = state(copied)
+    (tmp_path / "link").symlink_to(tiny_base)
+    save(copied, base=f"{tmp_path / 'link'}/")
+    assert state(copied) == before
+    assert loaded == []
+
+
+@pytest.mark.parametrize("moment", ["before the name", "after the name"])
+def test_a_run_that_was_cut_off_beside_its_manifest_goes_on(moment, copied, save, loaded):
+    before = contents(copied)
+    unet = copied / "unet"
+    if moment == "before the name":
+        unet.rename(copied / ".unet.unfinished")  # the manifest has it already
+    else:
+        (unet / "config.json").write_text("{}")  # and a disk that lost the end of it
+    save(copied)
+    assert loaded == ["unet"]
+    assert contents(copied) == before
+
+
 @pytest.mark.parametrize("changed", ["base", "dtype"])
 def test_another_base_or_dtype_into_the_same_folder_is_refused(changed, copied, save, loaded, tiny_base, tmp_path):
-    other = tmp_path / "other"
-    other.symlink_to(tiny_base)
+    other = shutil.copytree(tiny_base, tmp_path / "other")
     before = state(copied)
     with pytest.raises(UserError, match=r"Give another folder\."):
         save(copied, base=other) if changed == "base" else save(copied, "--dtype", "fp32")

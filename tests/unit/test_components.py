@@ -134,6 +134,7 @@ def test_another_class_is_refused_by_its_name(base, component):
         ("unet", {"projection_class_embeddings_input_dim": 2816}, "pooled text width of 2624.*gives 64"),
         ("text_encoder_2", {"hidden_size": 128}, "width 96, but the text encoders give 160"),
         ("text_encoder_2", {"projection_dim": 1280}, "pooled text width of 64.*gives 1280"),
+        ("vae", {"scaling_factor": "absent"}, "VAE without a scaling_factor.*--pretrained_vae_model_name_or_path"),
         ("vae", {"latent_channels": 16}, "VAE with 16 latent channels.*--pretrained_vae_model_name_or_path"),
         ("unet", {"_class_name": "absent"}, "not SDXL's unet"),
     ],
@@ -143,6 +144,12 @@ def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component
     for file in base.rglob("*.safetensors"):
         file.unlink()
     refuse(words, components.check_components, folders_of(base))
+
+
+def test_a_scheduler_of_another_family_is_refused(base):
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(base / "scheduler")
+    words = "scheduler without a beta_schedule, as of SD 3 or Flux.*--pretrained_scheduler_name_or_path"
+    refuse(words, components.check_components, folders_of(base) | {"scheduler": base / "scheduler"})
 
 
 @pytest.mark.parametrize("content", ["{", "", "[1]", "\x00"])

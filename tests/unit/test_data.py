@@ -293,12 +293,15 @@ def test_a_local_copy_of_a_hub_dataset_is_read(tmp_path):
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
     folder = write_folder(tmp_path / "set")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no picture")
     shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jsonl"))
     shutil.copytree(folder, tmp_path / "damaged")
     (tmp_path / "damaged" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": \n')
     for arguments, words in (
         ((tmp_path / "none",), "--train_data_dir .*none is no folder"),
         ((tmp_path / "empty",), "--train_data_dir .*empty holds no pictures"),
+        ((tmp_path / "text",), "--train_data_dir .*text holds no pictures"),
         ((tmp_path / "damaged",), "--train_data_dir .*damaged cannot be read: JSON"),
         ((tmp_path / "plain",), r"--caption_column text .*columns are: image\..*metadata.jsonl"),
         ((folder, "picture"), "--image_column picture .*columns are: image, text"),

@@ -78,9 +78,11 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert all(content in contents for content in seen)
 
 
-def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    (tmp_path / "there").mkdir()
     check_writable(tmp_path / "a" / "b", "--output_dir")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    check_writable(tmp_path / "there", "--output_dir")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_by_its_flag(tmp_path):

@@ -198,3 +198,13 @@ def test_a_quantized_base_gives_pefts_gradient(load_unet, batch):
     loss, gradient = loss_and_gradient(unet, flat, batch, torch.float32)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_texts_gradient_is_pefts_where_the_text_encoders_are_trained(load_unet, batch):
+    gradients = []
+    for fuse in (False, True):
+        unet, flat, _ = load_unet(fuse=fuse)
+        prompt_embeds = batch["prompt_embeds"].clone().requires_grad_()
+        losses_of(unet, batch | {"prompt_embeds": prompt_embeds}).mean().backward()
+        gradients.append(prompt_embeds.grad)
+    assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[0].norm()

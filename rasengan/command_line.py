@@ -1,0 +1,97 @@
+"""What the scripts' command lines share: kinds of values, errors of one line, and a YAML file as further words."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from rasengan import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help keeps the lines of the script's docstring, and whose errors are UserErrors."""
+
+    def __init__(self, description: str, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        """Raise what is wrong, without the usage."""
+        raise UserError(f"{' '.join(message.split())}. --help lists the flags.")
+
+
+def number_type(minimum: float = -math.inf, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of a kind, from a minimum to a maximum."""
+    bounds = f"from {minimum} to {most}" if most < math.inf else f"of {minimum} or more"
+    what = "a whole number" if kind is int else "a number"
+    expected = what if minimum == -math.inf else f"{what} {bounds}"
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and minimum <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    read.__name__ = kind.__name__  # what --help and argparse call the kind
+    return read
+
+
+def path_type(text: str) -> str:
+    """Return a path or a hub id, with ~ as the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty, as an unset variable is")
+    return os.path.expanduser(text)
+
+
+def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Return a YAML mapping's names and values as command-line words, so that both are parsed and checked alike.
+
+    A list gives several values, true and false give --name and --no-name, and null leaves a name out.
+
+    Args:
+        file: to read.
+        parser: whose flags the names are; --config itself is none of them.
+
+    Raises:
+        UserError: the file cannot be read, is no mapping, or holds an unknown name or a value of another kind.
+    """
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file} cannot be read: {' '.join(str(error).split())}. Correct it.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {file} holds no names with values. Write lines such as `rank: 16`.")
+    flags = {action.dest: action for action in parser._actions if action.dest not in {"config", "help"}}
+    words = []
+    for name, value in settings.items():
+        if name not in flags:
+            raise UserError(f"--config {file}: {name!r} is no flag. --help lists them.")
+        try:
+            words += [] if value is None else _words(flags[name], value)
+        except ValueError as expected:
+            raise UserError(f"--config {file}: {name} is {value!r}. Write {expected}.") from None
+    return words
+
+
+def _words(flag: argparse.Action, value) -> list[str]:
+    name = flag.dest
+    if isinstance(flag, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list) and flag.nargs:
+        if not value or not all(isinstance(item, str | int | float) for item in value):
+            raise ValueError("one or several texts or numbers")
+        if any(str(item).startswith("-") for item in value):
+            raise ValueError("texts that do not begin with a dash")
+        return [f"--{name}", *map(str, value)]
+    if value is False and "no" in (flag.choices or ()):
+        value = "no"  # which YAML reads as false
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("a text or a number")
+    return [f"--{name}={value}"]
