@@ -9,7 +9,7 @@ picture depend on the size of its batch.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import diffusers
 import PIL
 import torch
 import transformers
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
@@ -267,34 +266,3 @@ def fill(
         del encode
         components.free_memory()
     wait_for_everyone()
-
-
-def finish_batches(
-    dataloader: Iterable[dict],
-    accelerator: Accelerator,
-    vae: torch.nn.Module | None,
-    tokenizers: list,
-    text_encoders: list,
-    trains_text: bool,
-) -> Iterator[dict]:
-    """Yield the batches on the device, with latents and embeddings encoded now where no cache holds them.
-
-    Args:
-        dataloader: of `data.TrainingSamples`.
-        accelerator: whose device and precision are used.
-        vae: fp32, on the device; None where latents are cached.
-        tokenizers: both, or none where embeddings are cached.
-        text_encoders: likewise.
-        trains_text: the text encoders are trained.
-    """
-    for batch in dataloader:
-        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        if "pixel_values" in batch:
-            with torch.no_grad():
-                mean, std = sdxl.encode_pictures(vae, batch.pop("pixel_values"))
-            batch["latents"] = (mean + std * batch.pop("latent_noise")) * vae.config.scaling_factor
-        if "caption" in batch:
-            with torch.set_grad_enabled(trains_text), accelerator.autocast():
-                embeds = sdxl.encode_prompts(batch.pop("caption"), tokenizers, text_encoders)
-            batch["prompt_embeds"], batch["pooled_prompt_embeds"] = embeds
-        yield batch

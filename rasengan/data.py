@@ -1,17 +1,11 @@
-"""Captioned pictures: find them, check them, crop them, and draw each sample's randomness.
-
-A sample is a pure function of (seed, epoch, index of the picture): its place in the order, flip, crop, caption,
-latent, noise and timestep come from CPU generators seeded by these, never from a global one. Hence a resumed run,
-another number of processes or another split into micro-batches sees the same samples.
-"""
+"""Captioned pictures: find them, check them, decode and crop them."""
 
 import glob
 import hashlib
 import io
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,7 +19,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rasengan import UserError, first_line
 from rasengan.files import read_memory, write_atomically
-from rasengan.sdxl import compute_time_ids
 
 
 logger = logging.getLogger(__name__)
@@ -292,141 +285,3 @@ def crop_pixels(
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, resolution, resolution), uint8
     return pixels.float() / 127.5 - 1
-
-
-# --- order and randomness ---
-
-
-def derive_seed(*key) -> int:
-    """Return a 64-bit seed from a key of numbers and strings, equal on every machine and in every process."""
-    digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def generator_for(*key) -> torch.Generator:
-    """Return a CPU generator seeded from a key."""
-    return torch.Generator().manual_seed(derive_seed(*key))
-
-
-def sample_stream(
-    dataset_size: int,
-    seed: int,
-    batch_size: int,
-    accumulation_steps: int,
-    num_processes: int,
-    process_index: int,
-    first_sample: int,
-    num_steps: int,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield this process's micro-batches of the next `num_steps` steps, as (epoch, index) pairs.
-
-    The samples are one endless stream of permutations, one for each epoch. The steps go on at `first_sample` of it,
-    and each takes as many as all processes and micro-batches together. A batch may span two epochs; nothing is
-    padded, dropped or repeated.
-    """
-    epoch_of_order, order = None, None
-    micro_batches_per_step = accumulation_steps * num_processes
-    for step in range(num_steps):
-        for micro_step in range(accumulation_steps):
-            micro_batch = step * micro_batches_per_step + micro_step * num_processes + process_index
-            samples = []
-            start = first_sample + micro_batch * batch_size
-            for position in range(start, start + batch_size):
-                epoch, place = divmod(position, dataset_size)
-                if epoch != epoch_of_order:
-                    order = torch.randperm(dataset_size, generator=generator_for("order", seed, epoch)).tolist()
-                    epoch_of_order = epoch
-                samples.append((epoch, order[place]))
-            yield samples
-
-
-class TrainingSamples(torch.utils.data.Dataset):
-    """The samples of a run, looked up by (epoch, index), ready for the loss but for what must be encoded in the loop.
-
-    With the caches `latents` (by a picture's digest) and `prompts` (by caption) a sample holds `latents` and the
-    prompt's embeddings; without them it holds `pixel_values` and `latent_noise`, or `caption`, which the loop encodes.
-    """
-
-    def __init__(
-        self,
-        column: datasets.Column,
-        pictures: list[Picture],
-        captions: list[list[str]],
-        latents: Mapping[str, dict[str, torch.Tensor]] | None,
-        prompts: Mapping[str, dict[str, torch.Tensor]] | None,
-        *,
-        seed: int,
-        resolution: int,
-        interpolation: str,
-        center_crop: bool,
-        random_flip: bool,
-        scaling_factor: float,
-        noise_offset: float,
-        num_train_timesteps: int,
-    ):
-        self.column, self.pictures, self.captions = column, pictures, captions
-        self.latents, self.prompts = latents, prompts
-        self.seed, self.resolution, self.interpolation = seed, resolution, interpolation
-        self.center_crop, self.random_flip = center_crop, random_flip
-        self.scaling_factor, self.noise_offset = scaling_factor, noise_offset
-        self.num_train_timesteps = num_train_timesteps
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
-        picture, captions = self.pictures[index], self.captions[index]
-        side = self.resolution // 8
-
-        # Everything is drawn, in this order, whether used or not: no flag changes what another one draws.
-        generator = generator_for("sample", self.seed, epoch, index)
-        flip_draw, top_draw, left_draw, caption_draw = torch.rand(4, generator=generator).tolist()
-        timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
-        latent_noise = torch.randn(4, side, side, generator=generator)
-        noise = torch.randn(4, side, side, generator=generator)
-        noise += self.noise_offset * torch.randn(4, 1, 1, generator=generator)
-
-        flip = self.random_flip and flip_draw < 0.5
-        size = resized_size(picture.height_px, picture.width_px, self.resolution)
-        if self.center_crop:
-            top_left = center_crop_top_left(size, self.resolution)
-        else:
-            free = (size[0] - self.resolution + 1, size[1] - self.resolution + 1)
-            top_left = (int(top_draw * free[0]), int(left_draw * free[1]))
-        time_ids = compute_time_ids(
-            (picture.height_px, picture.width_px), top_left, (self.resolution, self.resolution)
-        )
-        sample = {
-            "name": picture.name,
-            "noise": noise,
-            "timesteps": timestep,
-            "time_ids": torch.tensor(time_ids, dtype=torch.float32),
-        }
-        if self.latents is not None:
-            row = self.latents[picture.digest]  # mean and std (2, 4, side, side): as it is, and flipped
-            sample["latents"] = (row["mean"][int(flip)] + row["std"][int(flip)] * latent_noise) * self.scaling_factor
-        else:
-            image = decode(read_bytes(self.column[index]))
-            sample["pixel_values"] = crop_pixels(image, self.resolution, self.interpolation, flip, top_left)
-            sample["latent_noise"] = latent_noise
-        caption = captions[int(caption_draw * len(captions))]
-        sample |= self.prompts[caption] if self.prompts is not None else {"caption": caption}
-        return sample
-
-
-def collate(samples: list[dict]) -> dict:
-    """Stack the tensors of the samples, and list what is no tensor."""
-    return {
-        key: torch.stack([sample[key] for sample in samples]) if torch.is_tensor(value) else [s[key] for s in samples]
-        for key, value in samples[0].items()
-    }
-
-
-def prefetched(batches: Iterator[dict], depth: int = 2) -> Iterator[dict]:
-    """Yield the batches while a thread prepares the next ones, so that the card need not wait for them."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, batches, None) for _ in range(depth))
-        while (batch := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, batches, None))
-            yield batch

@@ -3,6 +3,7 @@
 import gc
 import resource
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,49 @@ def limit(budget_gib: float | None, device: torch.device, processes: int = 1) ->
     return budget_gib
 
 
+def make_plan(
+    run: Callable[[int], object],
+    recompute_blocks: Callable[[int], object],
+    flat: nn.Parameter,
+    samples: int,
+    batch_size: int,
+    blocks: int,
+    recompute: bool | None,
+    budget_gib: float,
+    state_bytes: int,
+    remembered: list[int] | None,
+) -> Plan:
+    """Return the plan of a checkpoint where it still fits, or the fastest that is measured to fit.
+
+    Args:
+        run: a step without the optimizer's, on so many pictures at once.
+        recompute_blocks: sets how many blocks a step recomputes.
+        flat: the trained parameter, whose gradient is zeroed after each measurement.
+        samples: of a process in an optimizer step.
+        batch_size: as `choose_plan` takes it.
+        blocks: likewise.
+        recompute: likewise.
+        budget_gib: what `limit` returned.
+        state_bytes: what the optimizer will take beside what is measured.
+        remembered: a checkpoint's plan, or None.
+
+    Raises:
+        UserError: the smallest plan does not fit.
+    """
+    budget_bytes = budget_gib * GIB
+    if remembered and samples % remembered[0] == 0 and remembered[2] <= budget_bytes:
+        return Plan(*remembered)
+
+    def measure(plan: Plan) -> int | None:
+        recompute_blocks(plan.recomputed_blocks)
+        taken = measure_peak(lambda: run(plan.micro_batch_size), flat.device)
+        flat.grad.zero_()
+        return None if taken is None else taken + state_bytes
+
+    lift = partial(torch.cuda.set_per_process_memory_fraction, 1.0, flat.device)
+    return choose_plan(samples, batch_size, blocks, recompute, measure, lift, budget_bytes)
+
+
 def choose_plan(
     samples: int,
     batch_size: int,
@@ -171,11 +215,6 @@ def describe(plan: Plan, blocks: int, samples: int, parts_bytes: dict[str, int],
 def recompute_whole(model: nn.Module, count: int) -> None:
     """Recompute every block of a model that diffusers wrote, or none for a count of 0."""
     model.enable_gradient_checkpointing() if count else model.disable_gradient_checkpointing()
-
-
-def lift_limit(device: torch.device) -> None:
-    """Let PyTorch reserve all of the card again."""
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 # --- a quantized base ---

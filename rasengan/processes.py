@@ -3,15 +3,21 @@
 accelerate's own barrier takes the process's number on its machine for a GPU's, and fails where processes share a GPU.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from rasengan import UserError
+from rasengan.components import weight_dtype
 
+
+logger = logging.getLogger(__name__)
 
 # The variables by which `accelerate launch` hands on what a configuration asks for and training here leaves undone.
 NOT_SUPPORTED = {
@@ -40,6 +46,46 @@ def check_launch(environment: Mapping[str, str]) -> None:
             f"The accelerate configuration sets dynamo_backend to {backend}, which would compile nothing here. Remove "
             "dynamo_config from it, or give `accelerate launch` --dynamo_backend no."
         )
+
+
+def machine_share(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return this process's number on its machine, and how many the launcher started there."""
+    return int(environment.get("LOCAL_RANK", 0)), int(environment.get("LOCAL_WORLD_SIZE", 1))
+
+
+def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None, **options) -> Accelerator:
+    """Return the accelerator, once it is sure that it has the precision and the processes that were asked for.
+
+    Args:
+        environment: of this process, as the launcher set it up.
+        mixed_precision: None takes the launcher's.
+        options: more of `Accelerator`.
+
+    Raises:
+        UserError: the device lacks the precision, or the processes would each train alone.
+    """
+    on_cpu = not torch.cuda.is_available() or environment.get("ACCELERATE_USE_CPU", "false").lower() in {"true", "1"}
+    precision = mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    weight_dtype(precision, torch.device("cpu" if on_cpu else "cuda"))
+    # NCCL refuses two processes on one GPU; gloo carries them.
+    here = machine_share(environment)[1]
+    shared_gpu = not on_cpu and here > torch.cuda.device_count()
+    # Others wait while one process downloads or decodes, which takes longer than the usual limit of ten minutes.
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu or shared_gpu else "nccl", timeout=timedelta(hours=12))
+    launched = int(environment.get("WORLD_SIZE", 1))
+    options["kwargs_handlers"] = [group] if launched > 1 else []
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, **options)
+    # `accelerate launch --cpu --num_processes 2` sets an address for several processes, and starts one.
+    only_one = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and launched == 1
+    if launched != accelerator.num_processes or (only_one and "WORLD_SIZE" not in environment):
+        raise UserError(
+            "Several processes were asked for, but they would not train together. In the accelerate config set "
+            "distributed_type: MULTI_GPU (with use_cpu: true on CPUs, as accelerate_configs/cpu.yaml does). If one is "
+            "what you want, unset MASTER_ADDR, which SLURM sets."
+        )
+    if shared_gpu:
+        logger.warning("%d processes share %d GPU(s), through gloo", here, torch.cuda.device_count())
+    return accelerator
 
 
 def progress_bar(accelerator: Accelerator, description: str, total: int, initial: int = 0) -> tqdm:

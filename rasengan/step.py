@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rasengan import UserError, memory, objective
-from rasengan.data import derive_seed
+from rasengan.samples import derive_seed
 
 
 # Runs before a capture: libraries load their kernels and choose their algorithms in the first.

@@ -19,7 +19,6 @@ import os
 import random
 import sys
 import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType
 
@@ -53,6 +52,7 @@ from rasengan import (
     objective,
     optim,
     processes,
+    samples,
     step,
     validation,
 )
@@ -280,39 +280,10 @@ def schedule_of(args: argparse.Namespace, learning_rate: float, num_training_ste
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Return the accelerator, once it is sure that it has the precision and the processes that were asked for."""
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in {"true", "1"}
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    components.weight_dtype(precision, torch.device("cpu" if on_cpu else "cuda"))
-    # NCCL refuses two processes on one GPU; gloo carries them.
-    shared_gpu = not on_cpu and machine_share()[1] > torch.cuda.device_count()
-    backend = "gloo" if on_cpu or shared_gpu else "nccl"
-    # Others wait while one process downloads or decodes, which takes longer than the usual limit of ten minutes.
-    group = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=12))]
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=on_cpu,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
-        kwargs_handlers=group if launched > 1 else [],
-    )
-    # `accelerate launch --cpu --num_processes 2` sets an address for several processes, and starts one.
-    only_one = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and launched == 1
-    if launched != accelerator.num_processes or (only_one and "WORLD_SIZE" not in os.environ):
-        raise UserError(
-            "Several processes were asked for, but they would not train together. In the accelerate config set "
-            "distributed_type: MULTI_GPU (with use_cpu: true on CPUs, as accelerate_configs/cpu.yaml does). If one is "
-            "what you want, unset MASTER_ADDR, which SLURM sets."
-        )
-    if shared_gpu:
-        logger.info("%d processes share %d GPU(s), through gloo", machine_share()[1], torch.cuda.device_count())
-    return accelerator
-
-
-def machine_share() -> tuple[int, int]:
-    """Return this process's number on its machine, and how many the launcher started there."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Return the accelerator, with the precision and the processes that were asked for."""
+    folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
+    log_with = None if args.report_to == "none" else args.report_to
+    return processes.make_accelerator(os.environ, args.mixed_precision, log_with=log_with, project_config=folders)
 
 
 def set_up_logging() -> None:
@@ -349,7 +320,7 @@ def cache_pictures(args, accelerator, dataset, pictures, folder: Path) -> cache.
     positions = {picture.digest: position for position, picture in enumerate(pictures)}
     options |= {"column": dataset[args.image_column], "positions": positions}
     load_encoder = partial(cache.load_picture_encoder, folder, args.variant, accelerator.device, **options)
-    share, bar = machine_share(), partial(progress_bar, accelerator, "Encoding pictures")
+    share, bar = processes.machine_share(os.environ), partial(progress_bar, accelerator, "Encoding pictures")
     cache.fill(share, [latents], batch_size, load_encoder, bar)
     return latents
 
@@ -363,36 +334,9 @@ def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype)
     where, device = Path(args.conditioning_cache_dir), accelerator.device
     caches = [cache.prompt_cache(where, captions, digest, dtype, 8, device) for captions in texts]
     load_encoder = partial(cache.load_caption_encoder, folders, args.variant, accelerator.device, dtype)
-    share, bar = machine_share(), partial(progress_bar, accelerator, "Encoding captions")
+    share, bar = processes.machine_share(os.environ), partial(progress_bar, accelerator, "Encoding captions")
     cache.fill(share, caches, 8, load_encoder, bar)
     return caches
-
-
-def measure_plan(samples, finish, train_step, recompute, state_bytes: int, plan: memory.Plan) -> int | None:
-    """Return the bytes that a step by this plan reserves, the optimizer's included; None where they do not suffice."""
-    recompute(plan.recomputed_blocks)
-    batch = data.collate([samples[0, index % len(samples)] for index in range(plan.micro_batch_size)])
-    taken = memory.measure_peak(lambda: train_step.run(next(finish(iter([batch])))), train_step.flat.device)
-    train_step.flat.grad.zero_()
-    return None if taken is None else taken + state_bytes
-
-
-def plan_memory(args, accelerator, device, measure, blocks, samples_per_process, parts_bytes, resume_from):
-    """Return the plan of the checkpoint, or the fastest that is measured to fit, and print it."""
-    sharing = math.ceil(machine_share()[1] / torch.cuda.device_count())
-    budget_gib = memory.limit(args.vram_budget_gib, device, sharing)
-    remembered = checkpoint.read_state(resume_from).get("memory_plan") if resume_from else None
-    if remembered and samples_per_process % remembered[0] == 0 and remembered[2] <= budget_gib * memory.GIB:
-        plan = memory.Plan(*remembered)
-    else:
-        sizes = (samples_per_process, args.train_batch_size, blocks)
-        budget_bytes = budget_gib * memory.GIB
-        lift = partial(memory.lift_limit, device)
-        plan = memory.choose_plan(*sizes, args.gradient_checkpointing, measure, lift, budget_bytes)
-        plan = memory.Plan(*accelerate.utils.broadcast_object_list([tuple(plan)])[0])
-    if accelerator.is_main_process:
-        print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
-    return plan
 
 
 def out_of_memory(accelerator, plan: memory.Plan, save, global_step: int, state: dict) -> UserError:
@@ -547,7 +491,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = schedule_of(args, learning_rate, max_train_steps)
 
     # --- resume ---
-    global_step = samples_seen = 0
+    global_step, samples_seen, state = 0, 0, {}
     if resume_from:
         checkpoint.load_checkpoint(accelerator, resume_from, models)
         state = checkpoint.read_state(resume_from)
@@ -559,7 +503,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info("There is no checkpoint in %s: starting afresh", output_dir)
 
     # --- data ---
-    samples = data.TrainingSamples(
+    training_set = samples.TrainingSamples(
         dataset[args.image_column],
         pictures,
         captions,
@@ -575,12 +519,13 @@ def main(args: argparse.Namespace) -> None:
         num_train_timesteps=len(alphas_cumprod),
     )
     finish = partial(
-        cache.finish_batches,
-        accelerator=accelerator,
+        samples.encode_in_loop,
+        device=device,
         vae=vae,
         tokenizers=tokenizers,
         text_encoders=text_encoders,
         trains_text=args.train_text_encoder,
+        autocast_dtype=weight_dtype,
     )
 
     # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
@@ -593,26 +538,42 @@ def main(args: argparse.Namespace) -> None:
             "LoRA and its gradient": 2 * flat.numel() * flat.element_size(),
             "optimizer": optim.expected_state_bytes(flat.numel(), args.use_8bit_adam),
         }
-        measure = partial(measure_plan, samples, finish, train_step, recompute, parts_bytes["optimizer"])
-        plan = plan_memory(args, accelerator, device, measure, blocks, samples_per_process, parts_bytes, resume_from)
+        budget_gib = memory.limit(
+            args.vram_budget_gib, device, math.ceil(processes.machine_share(os.environ)[1] / torch.cuda.device_count())
+        )
+        plan = memory.make_plan(
+            lambda size: train_step.run(next(finish(iter([samples.first_batch(training_set, size)])))),
+            recompute,
+            flat,
+            samples_per_process,
+            args.train_batch_size,
+            blocks,
+            args.gradient_checkpointing,
+            budget_gib,
+            parts_bytes["optimizer"],
+            state.get("memory_plan"),
+        )
+        plan = memory.Plan(*accelerate.utils.broadcast_object_list([tuple(plan)])[0])
+        if is_main:
+            print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
     if args.plan_only:
         return
     recompute(plan.recomputed_blocks)
     train_step.accumulation_steps = accumulation_steps = samples_per_process // plan.micro_batch_size
 
     split = (accumulation_steps, accelerator.num_processes, accelerator.process_index)
-    stream = data.sample_stream(
-        len(samples), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
+    stream = samples.sample_stream(
+        len(training_set), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
     )
     dataloader = torch.utils.data.DataLoader(
-        samples,
+        training_set,
         batch_sampler=stream,
-        collate_fn=data.collate,
+        collate_fn=samples.collate,
         generator=torch.Generator(),  # else the loader draws from the global one, after the step has seeded it
         num_workers=args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    batches = finish(data.prefetched(iter(dataloader)))
+    batches = finish(samples.prefetched(iter(dataloader)))
 
     # --- trackers, and the base model's pictures ---
     if is_main:

@@ -12,6 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 from rasengan import UserError, data
+from rasengan.samples import TrainingSamples, collate, prefetched, sample_stream
 
 
 RES = 32
@@ -48,7 +49,7 @@ def make_samples(dataset, pictures):
         options = {"seed": 0, "resolution": RES, "interpolation": "lanczos", "center_crop": True, "noise_offset": 0.0}
         options |= {"random_flip": False, "scaling_factor": 0.5, "num_train_timesteps": 1000}
         options |= {"latents": None, "prompts": None, "captions": data.read_captions(dataset["text"][:])} | changes
-        return data.TrainingSamples(dataset["image"], pictures, **options)
+        return TrainingSamples(dataset["image"], pictures, **options)
 
     return make
 
@@ -323,9 +324,7 @@ def stream(size, batch, accumulation, processes, steps, seed=0):
     by_step = {step: [] for step in steps}
     for process in range(processes):
         first_sample = steps[0] * batch * accumulation * processes
-        micro_batches = data.sample_stream(
-            size, seed, batch, accumulation, processes, process, first_sample, len(steps)
-        )
+        micro_batches = sample_stream(size, seed, batch, accumulation, processes, process, first_sample, len(steps))
         for number, samples in enumerate(micro_batches):
             assert len(samples) == batch
             by_step[steps[0] + number // accumulation] += samples
@@ -352,8 +351,8 @@ def test_a_step_sees_the_same_samples_however_it_is_split(size):
 @pytest.mark.parametrize("first", [1, 3, 10])
 def test_a_stream_from_a_later_step_is_the_tail_of_the_whole(first):
     for process in range(2):
-        whole = list(data.sample_stream(7, 5, 3, 2, 2, process, 0, 12))
-        assert list(data.sample_stream(7, 5, 3, 2, 2, process, 12 * first, 12 - first)) == whole[2 * first :]
+        whole = list(sample_stream(7, 5, 3, 2, 2, process, 0, 12))
+        assert list(sample_stream(7, 5, 3, 2, 2, process, 12 * first, 12 - first)) == whole[2 * first :]
         assert len(whole) == 24
 
 
@@ -375,8 +374,8 @@ def test_worker_processes_give_the_same_batches(make_samples):
     samples = make_samples(random_flip=True, center_crop=False)
     batches = []
     for workers in (0, 2):
-        keys = data.sample_stream(len(samples), 0, 4, 1, 1, 0, 14 * 4, 4)  # across the end of an epoch
-        loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, collate_fn=data.collate)
+        keys = sample_stream(len(samples), 0, 4, 1, 1, 0, 14 * 4, 4)  # across the end of an epoch
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, collate_fn=collate)
         batches.append(list(loader))
     assert len(batches[0]) == 4
     assert all(equal(one, other) for one, other in zip(*batches, strict=True))
@@ -463,7 +462,7 @@ def test_batches_are_prepared_ahead_in_order():
             started.append(number)
             yield {"number": number}
 
-    ahead = data.prefetched(batches(), depth=2)
+    ahead = prefetched(batches(), depth=2)
     assert next(ahead) == {"number": 0}
     assert [batch["number"] for batch in ahead] == [1, 2, 3, 4, 5]
     assert started == list(range(6))
@@ -474,7 +473,7 @@ def test_an_error_while_preparing_a_batch_is_raised_at_that_batch():
         yield {"number": 0}
         raise OSError("gone")
 
-    ahead = data.prefetched(batches())
+    ahead = prefetched(batches())
     assert next(ahead) == {"number": 0}
     with pytest.raises(OSError, match="gone"):
         next(ahead)

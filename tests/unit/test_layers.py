@@ -8,9 +8,10 @@ ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
     {"__init__", "command_line", "files"},
-    {"components", "kernels", "memory", "objective", "optim", "processes", "sdxl"},
-    {"data", "demo", "export", "lora", "nodes", "validation"},
-    {"cache", "checkpoint", "fused", "hub", "step"},
+    {"components", "kernels", "memory", "objective", "optim", "sdxl"},
+    {"processes", "data", "demo", "export", "lora", "nodes", "validation"},
+    {"cache", "checkpoint", "fused", "hub", "samples"},
+    {"step"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))
