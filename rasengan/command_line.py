@@ -17,6 +17,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, epilog: str | None = None):
         super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def add_base_flags(self, component_flags: dict[str, str]):
+        """Add the flags that say where the base model is; return the function that adds more to their group.
+
+        Args:
+            component_flags: the flag of each component's own place.
+        """
+        add = self.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
+        add("--pretrained_model_name_or_path", type=path_type, help="hub id or folder of the SDXL base")
+        for name, flag in component_flags.items():
+            add(flag, type=path_type, help=f"hub id or folder of the {name} alone{', run in fp32' * (name == 'vae')}")
+        add("--revision", help="git revision on the hub")
+        add("--variant", help="of the weight files; fp16 halves the download")
+        add("--cache_dir", type=path_type, help="where downloads go")
+        return add
+
     def error(self, message: str):
         """Raise what is wrong, without the usage."""
         raise UserError(f"{' '.join(message.split())}. --help lists the flags.")

@@ -138,13 +138,18 @@ def _can_stack(layers: list[nn.Module]) -> bool:
     return all(type(base_of(layer)) is nn.Linear for layer in layers)
 
 
-def flat_order(unet: nn.Module) -> list[nn.Parameter]:
+def flat_order(unet: nn.Module, *text_encoders: nn.Module) -> list[nn.Parameter]:
     """Return the LoRA's parameters as the flat one holds them: all lora_A, then all lora_B, group by group.
 
-    The matrices of a group are then one matrix, without a copy.
+    The matrices of a group are then one matrix, without a copy. Those of text encoders follow, in their own order.
     """
+    of_text = list(trainable_parameters(*text_encoders).values())
     layers = [layer for group in all_projections(unet) for layer in group if isinstance(layer, LoraLayer)]
-    return [layer.lora_A["default"].weight for layer in layers] + [layer.lora_B["default"].weight for layer in layers]
+    sides = (
+        [layer.lora_A["default"].weight for layer in layers],
+        [layer.lora_B["default"].weight for layer in layers],
+    )
+    return [*sides[0], *sides[1], *of_text]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import gc
 import resource
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -210,6 +211,32 @@ def describe(plan: Plan, blocks: int, samples: int, parts_bytes: dict[str, int],
     lines = [f"  {name:<26}{size / GIB:8.2f} GiB" for name, size in parts.items()]
     how = f"{plan.micro_batch_size} pictures at once, {samples // plan.micro_batch_size} times a step"
     return "\n".join([f"Memory plan: {how}; {plan.recomputed_blocks} of {blocks} blocks recomputed", *lines])
+
+
+def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Parameter, state_bytes: int):
+    """Return what is known of a step's memory before it runs, by name, in bytes; `encoders` are those in the loop."""
+    return {
+        "base weights": weight_bytes(unet),
+        "encoders in the loop": sum(weight_bytes(model) for model in encoders if model is not None),
+        "LoRA and its gradient": 2 * flat.numel() * flat.element_size(),
+        "optimizer": state_bytes,
+    }
+
+
+def out_of_memory(plan: Plan, global_step: int, saved: Path | None) -> str:
+    """Return what to say, and how to go on, when a step that was planned to fit does not fit any more.
+
+    Args:
+        plan: of the step.
+        global_step: optimizer steps done.
+        saved: the checkpoint that was written of them; None where there was none.
+    """
+    return (
+        f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
+        f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the last checkpoint'} holds what was done. Resume with "
+        f"--resume_from_checkpoint latest, and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, say, for "
+        "a smaller plan."
+    )
 
 
 def recompute_whole(model: nn.Module, count: int) -> None:

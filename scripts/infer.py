@@ -20,7 +20,7 @@ import transformers
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, export, sdxl, validation
+from rasengan import UserError, components, export, merging, sdxl, validation
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.files import check_writable, give_default_mode, write_atomically
 
@@ -28,17 +28,7 @@ from rasengan.files import check_writable, give_default_mode, write_atomically
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__)
-    add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
-    add("--pretrained_model_name_or_path", type=path_type, help="hub id or folder of the SDXL base")
-    for component, flag in components.COMPONENT_FLAGS.items():
-        add(
-            flag,
-            type=path_type,
-            help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}",
-        )
-    add("--revision", help="git revision on the hub")
-    add("--variant", help="of the weight files; fp16 halves the download")
-    add("--cache_dir", type=path_type, help="where downloads go")
+    add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
 
     add = parser.add_argument_group("adapter").add_argument
@@ -103,7 +93,7 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace, adapter: export.Adapter, component: str, model: torch.nn.Module):
     """Return the component with the adapter merged into it, and say what that changed."""
-    model, report = export.merge(
+    model, report = merging.merge(
         model, adapter.weights[component], adapter.configs[component], component, args.lora_scale
     )
     config = adapter.configs[component]
@@ -212,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     components.check_components(folders)
     adapter = export.read_adapter(Path(args.lora_weights), args.lora_alpha) if args.lora_weights else None
     for name, weights in adapter.weights.items() if adapter else ():
-        export.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
+        merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     train_timesteps = components.read_config("scheduler", folders["scheduler"])["num_train_timesteps"]
     if args.num_inference_steps > train_timesteps:

@@ -72,26 +72,12 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, "Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.")
     switch, count, amount = argparse.BooleanOptionalAction, number_type(1), number_type(0, float)
 
-    add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
-    add("--pretrained_model_name_or_path", type=path_type, help="hub id or folder of the SDXL base")
-    for component, flag in components.COMPONENT_FLAGS.items():
-        add(
-            flag,
-            type=path_type,
-            help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}",
-        )
-    add("--revision", help="git revision on the hub")
-    add("--variant", help="of the weight files; fp16 halves the download")
-    add("--cache_dir", type=path_type, help="where downloads go")
+    parser.add_base_flags(components.COMPONENT_FLAGS)
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", type=path_type, help="hub id of a dataset, or a local copy of one")
     add("--dataset_config_name", help="the dataset's configuration, where it has several")
-    add(
-        "--train_data_dir",
-        type=path_type,
-        help="folder of pictures and a metadata.jsonl with the keys file_name and text",
-    )
+    add("--train_data_dir", type=path_type, help="folder of pictures, and a metadata.jsonl of file_name and text")
     add("--image_column", default="image", help="[%(default)s]")
     add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
     add("--max_train_samples", type=count, help="use only so many pictures, drawn by the seed")
@@ -148,12 +134,7 @@ def make_parser() -> Parser:
     add("--gradient_checkpointing", action=switch, help="recompute all blocks, or none [as many as the memory needs]")
     add("--vram_budget_gib", type=number_type(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
     add("--plan_only", action=switch, default=False, help="print the memory plan, and stop [off]")
-    add(
-        "--base_quantization",
-        choices=["none", "nf4"],
-        default="none",
-        help="4-bit weights under the LoRA [%(default)s]",
-    )
+    add("--base_quantization", choices=["none", "nf4"], default="none", help="4-bit base weights [%(default)s]")
     add("--cuda_graph", action=switch, default=True, help="start a step's kernels together [on]")
     add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
     add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
@@ -339,18 +320,6 @@ def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype)
     return caches
 
 
-def out_of_memory(accelerator, plan: memory.Plan, save, global_step: int, state: dict) -> UserError:
-    """Save a checkpoint of the last whole step, and return the error that says how to go on."""
-    saved = "the last checkpoint holds what was done"
-    if accelerator.num_processes == 1:  # other processes would not come to save theirs
-        saved = f"{save(global_step, state=state | {'memory_plan': None})} holds what was done"
-    return UserError(
-        f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
-        f"{plan.recomputed_blocks} blocks recomputed; {saved}. Resume with --resume_from_checkpoint latest and "
-        f"--vram_budget_gib {plan.predicted_bytes / memory.GIB - 0.5:.1f}, say, for a smaller plan."
-    )
-
-
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
     """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
     if accelerator.is_main_process:
@@ -455,8 +424,7 @@ def main(args: argparse.Namespace) -> None:
         unet.enable_xformers_memory_efficient_attention()
     for model in models.values():
         model.train()
-    of_text_encoders = [p for model in list(models.values())[1:] for p in lora.trainable_parameters(model).values()]
-    flat = lora.flatten_parameters(lora.flat_order(unet) + of_text_encoders)
+    flat = lora.flatten_parameters(lora.flat_order(*models.values()))
 
     # --- the step: forward and backward ---
     slow_because = fused.why_not(unet)
@@ -532,15 +500,9 @@ def main(args: argparse.Namespace) -> None:
     samples_per_process = global_batch // accelerator.num_processes
     plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
     if device.type == "cuda":
-        parts_bytes = {
-            "base weights": memory.weight_bytes(unet),
-            "encoders in the loop": sum(memory.weight_bytes(model) for model in [vae, *text_encoders] if model),
-            "LoRA and its gradient": 2 * flat.numel() * flat.element_size(),
-            "optimizer": optim.expected_state_bytes(flat.numel(), args.use_8bit_adam),
-        }
-        budget_gib = memory.limit(
-            args.vram_budget_gib, device, math.ceil(processes.machine_share(os.environ)[1] / torch.cuda.device_count())
-        )
+        state_bytes = optim.expected_state_bytes(flat.numel(), args.use_8bit_adam)
+        sharing = math.ceil(processes.machine_share(os.environ)[1] / torch.cuda.device_count())
+        budget_gib = memory.limit(args.vram_budget_gib, device, sharing)
         plan = memory.make_plan(
             lambda size: train_step.run(next(finish(iter([samples.first_batch(training_set, size)])))),
             recompute,
@@ -550,11 +512,12 @@ def main(args: argparse.Namespace) -> None:
             blocks,
             args.gradient_checkpointing,
             budget_gib,
-            parts_bytes["optimizer"],
+            state_bytes,
             state.get("memory_plan"),
         )
         plan = memory.Plan(*accelerate.utils.broadcast_object_list([tuple(plan)])[0])
         if is_main:
+            parts_bytes = memory.parts_bytes(unet, [vae, *text_encoders], flat, state_bytes)
             print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
     if args.plan_only:
         return
@@ -613,8 +576,10 @@ def main(args: argparse.Namespace) -> None:
                 losses = train_step(batch)
             except torch.OutOfMemoryError as error:
                 train_step.release()
-                counted = state | {"samples_seen": samples_seen}
-                raise out_of_memory(accelerator, plan, save, global_step, counted) from error
+                saved = None
+                if accelerator.num_processes == 1:  # other processes would not come to save theirs
+                    saved = save(global_step, state=state | {"samples_seen": samples_seen, "memory_plan": None})
+                raise UserError(memory.out_of_memory(plan, global_step, saved)) from error
             step_loss += losses.mean() / accumulation_steps
             if args.debug_loss:
                 named = zip(batch["name"], losses.tolist(), strict=True)

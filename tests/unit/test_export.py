@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, components, export, lora
+from rasengan import UserError, components, export, lora, merging
 
 
 RANK, LORA_ALPHA = 4, 12.0
@@ -79,7 +79,7 @@ def difference(found, expected):
 
 
 def merged(tiny_base, name, adapter, dtype=torch.float32, scale=1.0):
-    return export.merge(load(tiny_base, name, dtype), adapter.weights[name], adapter.configs[name], name, scale)
+    return merging.merge(load(tiny_base, name, dtype), adapter.weights[name], adapter.configs[name], name, scale)
 
 
 def rewrite(file, change, metadata=None):
@@ -325,7 +325,7 @@ def test_an_adapter_whose_targets_are_a_regular_expression_or_exclude_modules_fi
         config = copy.copy(adapter.configs["unet"])
         for field, value in options.items():
             setattr(config, field, value)
-        modules = export.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
+        modules = merging.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
         assert len(modules) == MODULES["unet"]
 
 
@@ -368,10 +368,10 @@ def test_a_module_that_a_merge_leaves_out_is_refused_by_name(tiny_base, saved, m
     adapter = export.read_adapter(saved)
     key = next(key for key in adapter.weights["unet"] if "attn2.to_k.lora_B" in key)
 
-    def forget_one(folder, weights, config, write=export._write_peft):
+    def forget_one(folder, weights, config, write=export.write_peft):
         write(folder, weights | {key: torch.zeros_like(weights[key])}, config)
 
-    monkeypatch.setattr(export, "_write_peft", forget_one)
+    monkeypatch.setattr(export, "write_peft", forget_one)
     with pytest.raises(UserError, match=rf"left out 1 of 136 modules of the unet, such as {key.split('.lora_')[0]}"):
         merged(tiny_base, "unet", adapter)
 

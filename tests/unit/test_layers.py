@@ -10,7 +10,7 @@ FLOORS = [
     {"__init__", "command_line", "files"},
     {"components", "kernels", "memory", "objective", "optim", "sdxl"},
     {"processes", "data", "demo", "export", "lora", "nodes", "validation"},
-    {"cache", "checkpoint", "fused", "hub", "samples"},
+    {"cache", "checkpoint", "fused", "hub", "merging", "samples"},
     {"step"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
