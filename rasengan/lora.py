@@ -145,11 +145,8 @@ def flat_order(unet: nn.Module, *text_encoders: nn.Module) -> list[nn.Parameter]
     """
     of_text = list(trainable_parameters(*text_encoders).values())
     layers = [layer for group in all_projections(unet) for layer in group if isinstance(layer, LoraLayer)]
-    sides = (
-        [layer.lora_A["default"].weight for layer in layers],
-        [layer.lora_B["default"].weight for layer in layers],
-    )
-    return [*sides[0], *sides[1], *of_text]
+    all_A, all_B = ([getattr(layer, side)["default"].weight for layer in layers] for side in ("lora_A", "lora_B"))
+    return [*all_A, *all_B, *of_text]
 
 
 @torch.no_grad()

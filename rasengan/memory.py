@@ -233,9 +233,9 @@ def out_of_memory(plan: Plan, global_step: int, saved: Path | None) -> str:
     """
     return (
         f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
-        f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the last checkpoint'} holds what was done. Resume with "
-        f"--resume_from_checkpoint latest, and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, say, for "
-        "a smaller plan."
+        f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the last checkpoint'} holds what was done. Resume "
+        f"with --resume_from_checkpoint latest, and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, "
+        "say, for a smaller plan."
     )
 
 
