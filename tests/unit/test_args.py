@@ -188,6 +188,7 @@ def test_a_configuration_file_can_hold_every_flag(train_script, parse_config):
 
 def test_a_single_prompt_is_one_prompt(parse_config):
     assert parse_config({"validation_prompt": "a cat -- on a mat"}).validation_prompt == ["a cat -- on a mat"]
+    assert parse_config({"validation_prompt": [1, "b"]}).validation_prompt == ["1", "b"]
 
 
 def test_a_null_leaves_the_default(parse_config):
