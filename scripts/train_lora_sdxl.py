@@ -75,11 +75,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("base model", "a hub id, a pipeline folder, or single components").add_argument
     add("--pretrained_model_name_or_path", type=path_type, help="hub id or folder of the SDXL base")
     for component, flag in components.COMPONENT_FLAGS.items():
-        add(
-            flag,
-            type=path_type,
-            help=f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}",
-        )
+        alone = f"hub id or folder of the {component} alone{', run in fp32' * (component == 'vae')}"
+        add(flag, type=path_type, help=alone)
     add("--revision", help="git revision on the hub")
     add("--variant", help="of the weight files; fp16 halves the download")
     add("--cache_dir", type=path_type, help="where downloads go")
@@ -87,11 +84,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", type=path_type, help="hub id of a dataset, or a local copy of one")
     add("--dataset_config_name", help="the dataset's configuration, where it has several")
-    add(
-        "--train_data_dir",
-        type=path_type,
-        help="folder of pictures and a metadata.jsonl with the keys file_name and text",
-    )
+    add("--train_data_dir", type=path_type, help="folder of pictures and a metadata.jsonl, of file_name and text")
     add("--image_column", default="image", help="[%(default)s]")
     add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
     add("--max_train_samples", type=count, help="use only so many pictures, drawn by the seed")
@@ -148,12 +141,7 @@ def make_parser() -> Parser:
     add("--gradient_checkpointing", action=switch, help="recompute all blocks, or none [as many as the memory needs]")
     add("--vram_budget_gib", type=number_type(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
     add("--plan_only", action=switch, default=False, help="print the memory plan, and stop [off]")
-    add(
-        "--base_quantization",
-        choices=["none", "nf4"],
-        default="none",
-        help="4-bit weights under the LoRA [%(default)s]",
-    )
+    add("--base_quantization", choices=["none", "nf4"], default="none", help="4 bits under the LoRA [%(default)s]")
     add("--cuda_graph", action=switch, default=True, help="start a step's kernels together [on]")
     add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
     add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
@@ -203,10 +191,13 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     encodes_once = args.cache_conditioning and args.center_crop
     idle = {
         "debug_loss": args.report_to == "none",
+        "logging_dir": args.report_to == "none",
         "dataset_config_name": args.dataset_name is None,
         "hub_model_id": not args.push_to_hub,
         "hub_token": not args.push_to_hub,
         "lr_num_cycles": args.lr_scheduler != SchedulerType.COSINE_WITH_RESTARTS.value,
+        "num_train_epochs": args.max_train_steps is not None,
+        "lr_warmup_steps": args.lr_scheduler in {"constant", "piecewise_constant"},
         "lr_power": args.lr_scheduler != SchedulerType.POLYNOMIAL.value,
         "lr_step_rules": args.lr_scheduler != SchedulerType.PIECEWISE_CONSTANT.value,
         "encode_batch_size": not encodes_once,
@@ -251,6 +242,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU. Drop the flag.")
     if args.enable_npu_flash_attention:
         raise UserError("--enable_npu_flash_attention needs an Ascend NPU, and this trains on CUDA or CPU. Drop it.")
+    if args.plan_only and not torch.cuda.is_available():
+        raise UserError("--plan_only needs a CUDA GPU, whose memory it plans. Drop the flag.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
     if found := idle_flags(args):
