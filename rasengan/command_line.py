@@ -100,7 +100,7 @@ def _words(flag: argparse.Action, value) -> list[str]:
             raise ValueError("true or false")
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list) and flag.nargs:
-        if not value or not all(isinstance(item, str | int | float) for item in value):
+        if not value or not all(isinstance(i, str | int | float) and not isinstance(i, bool) for i in value):
             raise ValueError("one or several texts or numbers")
         if any(str(item).startswith("-") for item in value):
             raise ValueError("texts that do not begin with a dash")

@@ -190,7 +190,7 @@ def check_components(folders: dict[str, Path]) -> None:
                 f"{folders[component]} holds a {found}, not SDXL's {component} ({expected}). Correct "
                 f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
             )
-    if "scaling_factor" not in configs.get("vae", {"scaling_factor": None}):
+    if "vae" in configs and configs["vae"].get("scaling_factor") is None:
         raise UserError(
             f"{folders['vae']} holds a VAE without a scaling_factor, as of Stable Diffusion 1.x; SDXL's is 0.13025. "
             f"Correct {COMPONENT_FLAGS['vae']}."
@@ -199,20 +199,21 @@ def check_components(folders: dict[str, Path]) -> None:
     if unet is None:
         return
     correct = f"Correct --pretrained_model_name_or_path or {COMPONENT_FLAGS['unet']}."
-    width = unet["cross_attention_dim"]
+    width = _setting("unet", folders, "cross_attention_dim")
     if unet.get("addition_embed_type") != "text_time":
         family = OTHER_FAMILIES.get(width, "another model family")
         raise UserError(
             f"{folders['unet']} holds a UNet of {family}: it takes text of width {width} and no size "
             f"conditioning, SDXL's takes both encoders' and the picture's size. {correct}"
         )
-    if unet["in_channels"] != 4:
+    in_channels = _setting("unet", folders, "in_channels")
+    if in_channels != 4:
         raise UserError(
-            f"{folders['unet']} holds a UNet with {unet['in_channels']} input channels (inpainting or editing), "
+            f"{folders['unet']} holds a UNet with {in_channels} input channels (inpainting or editing), "
             f"not the base model's 4. {correct}"
         )
     if "text_encoder" in configs and "text_encoder_2" in configs:
-        text_width = configs["text_encoder"]["hidden_size"] + configs["text_encoder_2"]["hidden_size"]
+        text_width = sum(_setting(name, folders, "hidden_size") for name in TEXT_ENCODERS)
         if width != text_width:
             family = f" (as {OTHER_FAMILIES[width]} does)" if width in OTHER_FAMILIES else ""
             raise UserError(
@@ -220,17 +221,29 @@ def check_components(folders: dict[str, Path]) -> None:
                 f"give {text_width}. Give a UNet and text encoders of the same SDXL base model."
             )
     if "text_encoder_2" in configs:
-        pooled_width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        if pooled_width != configs["text_encoder_2"]["projection_dim"]:
+        added_width = _setting("unet", folders, "projection_class_embeddings_input_dim")
+        pooled_width = added_width - 6 * _setting("unet", folders, "addition_time_embed_dim")
+        given_width = _setting("text_encoder_2", folders, "projection_dim")
+        if pooled_width != given_width:
             raise UserError(
                 f"{folders['unet']} holds a UNet for a pooled text width of {pooled_width}, but the text_encoder_2 "
-                f"gives {configs['text_encoder_2']['projection_dim']}. Give both of the same SDXL base model."
+                f"gives {given_width}. Give both of the same SDXL base model."
             )
-    if "vae" in configs and configs["vae"]["latent_channels"] != unet["in_channels"]:
+    if "vae" in configs and (latent_channels := _setting("vae", folders, "latent_channels")) != in_channels:
         raise UserError(
-            f"{folders['vae']} holds a VAE with {configs['vae']['latent_channels']} latent channels, but the UNet "
-            f"takes {unet['in_channels']}. Correct {COMPONENT_FLAGS['vae']}."
+            f"{folders['vae']} holds a VAE with {latent_channels} latent channels, but the UNet "
+            f"takes {in_channels}. Correct {COMPONENT_FLAGS['vae']}."
         )
+
+
+def _setting(component: str, folders: dict[str, Path], name: str) -> int:
+    value = read_config(component, folders[component]).get(name)
+    if not isinstance(value, int):
+        raise UserError(
+            f"{folders[component] / _config_name(component)} has no {name} as SDXL's has, but {value!r}. Fetch the "
+            f"{component} again, or correct {COMPONENT_FLAGS[component]}."
+        )
+    return value
 
 
 def read_config(component: str, folder: Path) -> dict:

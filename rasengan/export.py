@@ -7,6 +7,7 @@ Weights are named as PEFT names them, without the adapter's name: `MODULE.lora_A
 import copy
 import dataclasses
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -25,7 +26,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError
+from rasengan import UserError, first_line
 from rasengan.files import give_default_mode, sync
 
 
@@ -33,6 +34,8 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
+# What a merge reads of a LoRA's settings, beside r and lora_alpha.
+SETTINGS = {"target_modules": str | list, "exclude_modules": str | list, "rank_pattern": dict, "alpha_pattern": dict}
 
 
 class Adapter(NamedTuple):
@@ -193,7 +196,7 @@ def read_adapter(path: Path, lora_alpha: float | None = None) -> Adapter:
     """
     adapter = _read_adapter(path, lora_alpha)
     if not any(adapter.weights.values()):
-        raise UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
+        raise _without_weights(path)
     for name, config in adapter.configs.items():
         if lora_alpha not in {None, config.lora_alpha}:
             raise UserError(
@@ -203,6 +206,10 @@ def read_adapter(path: Path, lora_alpha: float | None = None) -> Adapter:
     return adapter
 
 
+def _without_weights(path: Path) -> UserError:
+    return UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
+
+
 def _read_adapter(path: Path, lora_alpha: float | None) -> Adapter:
     if (path / "adapter_config.json").is_file():
         folders = {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
@@ -210,7 +217,7 @@ def _read_adapter(path: Path, lora_alpha: float | None) -> Adapter:
         for name, folder in folders.items():
             weights[name], _ = _read_file(folder / PEFT_FILE)
             weights[name] = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights[name].items()}
-            configs[name] = _with_targets(_read_peft_config(folder), weights[name])
+            configs[name] = _completed(_read_peft_config(folder), weights[name])
         return Adapter(weights, configs)
 
     file = path / DIFFUSERS_FILE if path.is_dir() else path
@@ -262,29 +269,41 @@ def _read_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _check_values(options: dict) -> None:
-    for name in ("r", "lora_alpha"):
-        if not isinstance(options.get(name), int | float) or not options[name] > 0:
-            raise TypeError(f"{name} is {options.get(name)!r}, not a positive number")
-    if not isinstance(options.get("target_modules"), str | list | None):
-        raise TypeError(f"target_modules is {options['target_modules']!r}, not names")
+    for name, kind in {"r": int, "lora_alpha": int | float}.items():
+        value = options.get(name)
+        if not isinstance(value, kind) or value is True or not 0 < value < math.inf:
+            raise TypeError(f"{name} is {value!r}, not a positive number")
+    for name, kind in SETTINGS.items():
+        value = options.get(name)
+        names = value if isinstance(value, list | dict) else []
+        if not isinstance(value, kind | None) or not all(isinstance(item, str) for item in names):
+            raise TypeError(f"{name} is {value!r}, not names")
+        for pattern in [value] if isinstance(value, str) else [*names] if isinstance(value, dict) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
+    file = folder / "adapter_config.json"
     try:
-        # PEFT would put its own defaults in place of an alpha or a rank that is not there.
-        _check_values(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-        config = LoraConfig.from_pretrained(folder)
+        options = json.loads(file.read_text(encoding="utf-8"))
+        kind = options.get("peft_type", "LORA")
+        if kind == "LORA":
+            # PEFT would put its own defaults in place of an alpha or a rank that is not there.
+            _check_values(options)
+            return LoraConfig.from_pretrained(folder)
     except (OSError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'adapter_config.json'} cannot be read: {error}. Copy the folder again.") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder} holds a {config.peft_type} adapter, not a LoRA. Give a LoRA.")
-    return config
+        raise UserError(f"{file} cannot be read: {first_line(error)}. Copy the folder again.") from error
+    raise UserError(f"{folder} holds a {kind} adapter, not a LoRA. Give a LoRA.")
 
 
-def _with_targets(config: LoraConfig, weights: dict[str, torch.Tensor]) -> LoraConfig:
+def _completed(config: LoraConfig, weights: dict[str, torch.Tensor]) -> LoraConfig:
     # Without targets PEFT would adapt nothing; the keys say what was adapted.
     if not config.target_modules:
         config.target_modules = sorted({key.rpartition(".lora_")[0] for key in weights})
+    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
     return config
 
 
@@ -297,9 +316,15 @@ def _config_from(
     options = {key: value for key, value in options.items() if key in known}
     if "lora_alpha" in options:
         _check_values(options)
-        return _with_targets(LoraConfig(**options), weights)
-    ranks = {key.rpartition(".lora_")[0]: tensor.shape[0] for key, tensor in weights.items() if ".lora_A." in key}
-    rank = max(ranks.values(), key=list(ranks.values()).count, default=0)
+        try:
+            return _completed(LoraConfig(**options), weights)
+        except ValueError as error:
+            raise TypeError(first_line(error)) from error
+    matrices = {key.rpartition(".lora_")[0]: w for key, w in weights.items() if ".lora_A." in key and w.ndim == 2}
+    ranks = {module: len(matrix) for module, matrix in matrices.items() if len(matrix)}
+    if not ranks:
+        raise _without_weights(file)
+    rank = max(ranks.values(), key=list(ranks.values()).count)
     if lora_alpha is None:
         raise UserError(
             f"{file} does not say its alpha. Either it was trained at alpha = rank = {rank} (strength 1), as files "

@@ -50,12 +50,14 @@ def check_writable(directory: Path, flag: str) -> None:
     Raises:
         UserError: it cannot.
     """
-    probe, missing = directory / ".writable", [p for p in (directory, *directory.parents) if not p.exists()]
+    probe, missing = directory / ".writable", []
     try:
+        missing += [path for path in (directory, *directory.parents) if not path.exists()]
         write_atomically(probe, b"")
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written: {error.strerror}. Give another folder.") from error
-    with suppress(OSError):  # another process may have filled or removed one meanwhile
+    finally:
         for made in missing:
-            made.rmdir()
+            with suppress(OSError):  # another process may have filled or removed it meanwhile
+                made.rmdir()

@@ -33,9 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("adapter").add_argument
     add(
-        "--lora_weights",
-        type=path_type,
-        help="a .safetensors file, a run's --output_dir, a checkpoint-N or a PEFT folder",
+        "--lora_weights", type=path_type, help="a .safetensors file, a run's --output_dir, checkpoint-N or PEFT folder"
     )
     add("--lora_scale", type=number_type(kind=float), help="on the whole change; 0 is the base [1]")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
@@ -79,6 +77,10 @@ def validate_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} is {side}. Give a multiple of 8, such as {side // 8 * 8}.")
     if args.compare and not args.prompt:
         raise UserError("--compare needs something to draw: give --prompt or --prompt_file.")
+    if args.negative_prompt is not None and args.guidance_scale <= 1:
+        raise UserError(
+            f"--negative_prompt does nothing at --guidance_scale {args.guidance_scale:g}. Drop one of them."
+        )
     if args.lora_weights is None and (args.compare or args.save_merged):
         raise UserError("--compare and --save_merged need an adapter: give --lora_weights.")
     if args.lora_weights is None and not (args.lora_alpha is None and args.lora_scale is None):
@@ -204,13 +206,13 @@ def main(args: argparse.Namespace) -> None:
     for name, weights in adapter.weights.items() if adapter else ():
         merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    train_timesteps = components.read_config("scheduler", folders["scheduler"])["num_train_timesteps"]
+    train_timesteps = load_scheduler(args, folders).config.num_train_timesteps
     if args.num_inference_steps > train_timesteps:
         raise UserError(
             f"--num_inference_steps is {args.num_inference_steps}, but the scheduler has {train_timesteps} timesteps. "
             "Give fewer; 30 is usual."
         )
-    default_side = 8 * components.read_config("unet", folders["unet"])["sample_size"]
+    default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
     args.height, args.width = args.height or default_side, args.width or default_side
 
     adapts_text = adapter is not None and any(name in adapter.weights for name in components.TEXT_ENCODERS)

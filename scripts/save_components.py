@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     manifest = {"settings": settings, "components": {}}
     if manifest_file.is_file():
         manifest = read_memory(manifest_file)
-        if not {"settings", "components"} <= manifest.keys():
+        if not all(isinstance(manifest.get(part), dict) for part in ("settings", "components")):
             raise UserError(
                 f"{manifest_file} is damaged, so it is not known what {directory} holds. Remove {directory} and run "
                 "again, or give another folder."
@@ -106,13 +106,15 @@ def main(args: argparse.Namespace) -> None:
             known = manifest["components"].get(name)
             if known is not None and hash_files(directory / name) == known:
                 continue
-            folder = components.fetch(name, sources[name])
             try:
-                written = write_component(name, folder, directory / name, dtype, args.variant)
-                # The manifest comes before the name: whatever has the name is known, and checked by a later run.
-                manifest["components"][name] = written
-                write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
-                put_in_place(directory / name, written)
+                # What a run that was cut off has written wholly lacks only its name.
+                if known is None or hash_files(unfinished_name(directory / name)) != known:
+                    folder = components.fetch(name, sources[name])
+                    known = write_component(name, folder, directory / name, dtype, args.variant)
+                    # The manifest comes before the name: whatever has the name is known, and checked by a later run.
+                    manifest["components"][name] = known
+                    write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
+                put_in_place(directory / name, known)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{directory / name} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}. "

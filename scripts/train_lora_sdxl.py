@@ -184,10 +184,13 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     encodes_once = args.cache_conditioning and args.center_crop
     idle = {
         "debug_loss": args.report_to == "none",
+        "logging_dir": args.report_to == "none",
         "dataset_config_name": args.dataset_name is None,
         "hub_model_id": not args.push_to_hub,
         "hub_token": not args.push_to_hub,
         "lr_num_cycles": args.lr_scheduler != SchedulerType.COSINE_WITH_RESTARTS.value,
+        "num_train_epochs": args.max_train_steps is not None,
+        "lr_warmup_steps": args.lr_scheduler in {"constant", "piecewise_constant"},
         "lr_power": args.lr_scheduler != SchedulerType.POLYNOMIAL.value,
         "lr_step_rules": args.lr_scheduler != SchedulerType.PIECEWISE_CONSTANT.value,
         "encode_batch_size": not encodes_once,
@@ -232,6 +235,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU. Drop the flag.")
     if args.enable_npu_flash_attention:
         raise UserError("--enable_npu_flash_attention needs an Ascend NPU, and this trains on CUDA or CPU. Drop it.")
+    if args.plan_only and not torch.cuda.is_available():
+        raise UserError("--plan_only needs a CUDA GPU, whose memory it plans. Drop the flag.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
     if found := idle_flags(args):

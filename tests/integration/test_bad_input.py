@@ -134,6 +134,15 @@ def test_a_users_error_is_one_line_and_exit_code_2_without_a_traceback(run_scrip
             assert finished.stdout == ""
 
 
+def test_a_refused_run_leaves_no_folder(train_script, infer_script, train_arguments, refused, tmp_path):
+    where = ["--output_dir", str(tmp_path / "new" / "run")]
+    targets = ["--max_train_samples", "2", "--lora_target_modules", "to_w"]
+    refused("matches no module", train_script.main, train_script.parse_args([*train_arguments, *targets, *where]))
+    base = ["--pretrained_model_name_or_path", str(tmp_path / "none"), "--prompt", "a star"]
+    refused("neither a folder nor", infer_script.main, infer_script.parse_args([*base, *where]))
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- training ---
 
 
@@ -145,6 +154,18 @@ def test_a_folder_that_is_missing_or_empty_is_refused(train, refused, tmp_path):
     refused(r"--train_data_dir .*missing is no folder", train, "--train_data_dir", tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     refused(r"--train_data_dir .*empty", train, "--train_data_dir", tmp_path / "empty")
+
+
+def test_a_folder_without_pictures_is_refused(train, refused, tmp_path):
+    (tmp_path / "note.txt").write_text("no picture")
+    refused("holds no pictures", train, "--train_data_dir", tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    refused("holds no pictures", train, "--train_data_dir", tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, there is a plan")
+def test_a_plan_without_a_card_is_refused(train, refused):
+    refused("--plan_only needs a CUDA GPU", train, "--plan_only")
 
 
 def test_a_size_that_is_no_multiple_of_8_is_refused(train, draw, refused):
@@ -183,6 +204,21 @@ def test_an_alpha_or_scale_that_cannot_act_is_refused(draw, refused, trained):
     adapter = ["--lora_weights", trained, "--prompt", "a star"]
     refused("--lora_alpha is 16, but .* says 32", draw, *adapter, "--lora_alpha", 16)
     refused("has 1000 timesteps. Give fewer", draw, *adapter, "--num_inference_steps", 1001)
+
+
+def test_a_negative_prompt_that_cannot_act_is_refused(draw, refused):
+    words = ["--prompt", "a star", "--negative_prompt", "a circle", "--guidance_scale", 1]
+    refused("--negative_prompt does nothing at --guidance_scale 1. Drop", draw, *words)
+
+
+def test_a_base_that_leaves_its_defaults_unsaid_draws(draw, tiny_base, tmp_path):
+    base = change_unet(tiny_base, tmp_path / "base", sample_size=None)
+    config = json.loads((tiny_base / "scheduler" / "scheduler_config.json").read_text())
+    del config["num_train_timesteps"]
+    (base / "scheduler").unlink()
+    (base / "scheduler").mkdir()
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert draw("--pretrained_model_name_or_path", base, "--prompt", "a star")
 
 
 def test_a_scheduler_without_a_target_is_refused(train, refused, tiny_base, tmp_path):

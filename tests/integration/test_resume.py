@@ -65,6 +65,13 @@ def test_a_finished_run_resumes_to_the_same_adapter_without_a_step(train, traine
     assert bits(tmp_path) == bits(trained)
 
 
+def test_a_run_that_has_more_steps_than_it_should_says_that_nothing_is_left(train, trained, caplog, tmp_path):
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", 2, output_dir=tmp_path)
+    assert "It has 4 steps of 2 already: nothing is left to train" in caplog.text
+    assert bits(tmp_path) == bits(trained)
+
+
 def test_latest_without_a_checkpoint_starts_afresh_and_says_so(train, trained, caplog):
     output_dir = train("--resume_from_checkpoint", "latest")
     assert "starting afresh" in caplog.text

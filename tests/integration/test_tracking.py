@@ -19,11 +19,12 @@ def shown(train):
 
 
 def test_every_step_has_a_loss_a_gradient_norm_a_rate_and_a_speed(shown, read_scalars):
-    for name in ("train_loss", "grad_norm", "lr", "images_per_second", "peak_reserved_gib"):
+    for name in ("train_loss", "grad_norm", "lr", "images_per_second", "host_peak_rss_gib", "peak_reserved_gib"):
         values = read_scalars(shown, name)
         assert sorted(values) == [1, 2, 3, 4, 5], name
         if name != "peak_reserved_gib":
             assert min(values.values()) > 0, name
+    assert 0.1 < min(read_scalars(shown, "host_peak_rss_gib").values()) < 64  # GiB, not KiB or bytes
     assert list(read_scalars(shown, "lr").values()) == pytest.approx([0.01] * 5)
 
 

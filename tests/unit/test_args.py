@@ -188,6 +188,7 @@ def test_a_configuration_file_can_hold_every_flag(train_script, parse_config):
 
 def test_a_single_prompt_is_one_prompt(parse_config):
     assert parse_config({"validation_prompt": "a cat -- on a mat"}).validation_prompt == ["a cat -- on a mat"]
+    assert parse_config({"validation_prompt": [1, "b"]}).validation_prompt == ["1", "b"]
 
 
 def test_a_null_leaves_the_default(parse_config):
@@ -241,6 +242,7 @@ def test_a_precision_of_no_needs_no_quotes(parse_config):
         ("mixed_precision: fp8\n", "--mixed_precision"),
         ("validation_prompt: []\n", "validation_prompt is []"),
         ("validation_prompt: ['--rank', b]\n", "do not begin with a dash"),
+        ("validation_prompt: [true]\n", "validation_prompt is [True]. Write one or several texts or numbers"),
         ("output_dir: {a: 1}\n", "output_dir is {'a': 1}. Write a text or a number"),
         ("output_dir: true\n", "output_dir is True. Write a text or a number"),
     ],
@@ -267,9 +269,10 @@ def test_flags_that_can_do_nothing_are_named(train_script, parse):
         "--no-center_crop",
         "--encode_batch_size=1",
     ]
-    words += ["--num_validation_images=2"]
+    words += ["--num_validation_images=2", "--lr_warmup_steps=7", "--logging_dir=c"]
+    words += ["--num_train_epochs=3", "--max_train_steps=9"]
     named = {"debug_loss", "dataset_config_name", "hub_model_id", "lr_power", "lr_num_cycles", "lr_step_rules"}
-    named |= {"encode_batch_size", "num_validation_images"}
+    named |= {"encode_batch_size", "num_validation_images", "lr_warmup_steps", "logging_dir", "num_train_epochs"}
     assert set(train_script.idle_flags(parse(words))) == {f"--{name}" for name in named}
 
 
@@ -277,7 +280,8 @@ def test_flags_that_do_something_are_not_named(train_script, parse):
     assert train_script.idle_flags(parse([])) == []
     words = ["--dataset_name=x", "--debug_loss", "--dataset_config_name=a", "--push_to_hub", "--hub_model_id=b"]
     words += ["--lr_scheduler=polynomial", "--lr_power=2", "--encode_batch_size=1", "--validation_prompt=a"]
-    assert train_script.idle_flags(parse([*words, "--num_validation_images=2"])) == []
+    words += ["--num_validation_images=2", "--lr_warmup_steps=7", "--num_train_epochs=3"]
+    assert train_script.idle_flags(parse(words)) == []
 
 
 def test_help_shows_the_example_as_it_is_typed(train_script, infer_script, capsys):

@@ -1,5 +1,6 @@
 import copy
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -265,6 +266,71 @@ def test_a_peft_folder_with_a_damaged_config_or_without_alpha_is_refused(saved, 
     (tmp_path / "peft" / "adapter_config.json").write_text(text)
     with pytest.raises(UserError, match="adapter_config.json"):
         export.read_adapter(tmp_path / "peft")
+
+
+# What the merge reads of an adapter's settings, each with a value that it cannot be.
+UNUSABLE = [
+    ("target_modules", 5),
+    ("target_modules", [5]),
+    ("target_modules", "("),
+    ("exclude_modules", 5),
+    ("rank_pattern", 5),
+    ("rank_pattern", {"(": 4}),
+    ("alpha_pattern", []),
+    ("layers_pattern", "x"),
+    ("task_type", "X"),
+    ("r", 4.5),
+    ("r", True),
+    ("lora_alpha", float("inf")),
+]
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+@pytest.mark.parametrize(("setting", "value"), UNUSABLE)
+def test_settings_that_cannot_be_used_are_refused_by_name(saved, tmp_path, file, layout, setting, value):
+    if layout == "diffusers":
+        with safe_open(file, framework="pt") as content:
+            settings = json.loads(content.metadata()[export.LORA_ADAPTER_METADATA_KEY])
+        settings[f"unet.{setting}"] = value
+        rewrite(file, dict, metadata={export.LORA_ADAPTER_METADATA_KEY: json.dumps(settings)})
+    else:
+        file = shutil.copytree(saved / "peft", tmp_path / "peft")
+        settings = json.loads((file / "adapter_config.json").read_text())
+        (file / "adapter_config.json").write_text(json.dumps(settings | {setting: value}))
+    with pytest.raises(UserError, match=f"adapter.*{setting}|adapter.*task type"):
+        export.read_adapter(file)
+
+
+def test_patterns_that_are_null_are_none(tiny_base, saved, tmp_path):
+    folder = shutil.copytree(saved / "peft", tmp_path / "peft")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": None, "alpha_pattern": None}))
+    _, report = merged(tiny_base, "unet", export.read_adapter(folder))
+    assert report.modules == MODULES["unet"]
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LOKR", "unheard of"])
+def test_a_peft_folder_of_another_kind_is_refused_by_its_name(saved, tmp_path, kind):
+    folder = shutil.copytree(saved / "peft", tmp_path / "peft")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "target_modules": ["to_q"]}))
+    with pytest.raises(UserError, match=f"holds a {kind} adapter, not a LoRA"):
+        export.read_adapter(folder)
+
+
+@pytest.mark.parametrize("lora_alpha", [None, 16.0])
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"unet.conv_in.weight": torch.ones(4, 4)},
+        {"unet.mid_block.to_q.lora_A.weight": torch.ones(())},
+        {"unet.mid_block.to_q.lora_A.weight": torch.ones(0, 8), "unet.mid_block.to_q.lora_B.weight": torch.ones(8, 0)},
+    ],
+    ids=["a whole model", "numbers", "rank 0"],
+)
+def test_a_file_of_the_layout_without_a_lora_in_it_is_refused_whatever_its_alpha(tmp_path, tensors, lora_alpha):
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"adapter.safetensors holds no LoRA weights"):
+        export.read_adapter(tmp_path / "adapter.safetensors", lora_alpha)
 
 
 def halved(weights):

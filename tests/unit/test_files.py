@@ -90,3 +90,10 @@ def test_a_folder_that_cannot_be_written_is_refused_by_its_flag(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"^--output_dir {folder} cannot be written: .*Give another"):
             check_writable(folder, "--output_dir")
+
+
+@pytest.mark.parametrize("parent", [".", "new"])
+def test_a_name_that_is_too_long_is_refused_and_leaves_nothing_behind(tmp_path, parent):
+    with pytest.raises(UserError, match="^--output_dir .* cannot be written: File name too long.*Give another"):
+        check_writable(tmp_path / parent / ("x" * 300), "--output_dir")
+    assert list(tmp_path.iterdir()) == []
