@@ -251,15 +251,9 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def schedule_of(args: argparse.Namespace, learning_rate: float, num_training_steps: int):
     """Return the learning rate's factor as a function of the optimizer steps done."""
-    return optim.learning_rate_schedule(
-        args.lr_scheduler,
-        learning_rate,
-        args.lr_warmup_steps,
-        num_training_steps,
-        args.lr_num_cycles,
-        args.lr_power,
-        args.lr_step_rules,
-    )
+    shape = (args.lr_num_cycles, args.lr_power, args.lr_step_rules)
+    steps = (args.lr_warmup_steps, num_training_steps)
+    return optim.learning_rate_schedule(args.lr_scheduler, learning_rate, *steps, *shape)
 
 
 # --- side stories, before the story ---
