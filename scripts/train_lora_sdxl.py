@@ -251,9 +251,8 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def schedule_of(args: argparse.Namespace, learning_rate: float, num_training_steps: int):
     """Return the learning rate's factor as a function of the optimizer steps done."""
-    shape = (args.lr_num_cycles, args.lr_power, args.lr_step_rules)
-    steps = (args.lr_warmup_steps, num_training_steps)
-    return optim.learning_rate_schedule(args.lr_scheduler, learning_rate, *steps, *shape)
+    counts = (args.lr_warmup_steps, num_training_steps, args.lr_num_cycles)
+    return optim.learning_rate_schedule(args.lr_scheduler, learning_rate, *counts, args.lr_power, args.lr_step_rules)
 
 
 # --- side stories, before the story ---
