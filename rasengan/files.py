@@ -3,7 +3,6 @@
 import json
 import os
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 from rasengan import UserError
@@ -50,14 +49,13 @@ def check_writable(directory: Path, flag: str) -> None:
     Raises:
         UserError: it cannot.
     """
-    probe, missing = directory / ".writable", []
     try:
-        missing += [path for path in (directory, *directory.parents) if not path.exists()]
+        # Made and removed again, a missing folder would be pulled from under another process that checks it.
+        there = next(folder for folder in (directory, *directory.parents) if folder.exists())
+        for part in directory.relative_to(there).parts:
+            (there / part).exists()  # fails for a name that the file system does not take
+        probe = there / f".writable.{uuid.uuid4().hex}"
         write_atomically(probe, b"")
-        probe.unlink(missing_ok=True)
+        probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written: {error.strerror}. Give another folder.") from error
-    finally:
-        for made in missing:
-            with suppress(OSError):  # another process may have filled or removed it meanwhile
-                made.rmdir()

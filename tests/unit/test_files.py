@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,12 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
     check_writable(tmp_path / "a" / "b", "--output_dir")
     check_writable(tmp_path / "there", "--output_dir")
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_processes_that_check_the_same_new_folder_at_once_do_not_disturb_each_other(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda turn: check_writable(tmp_path / str(turn // 8) / "run", "--output_dir"), range(800)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_by_its_flag(tmp_path):
