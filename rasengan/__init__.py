@@ -5,8 +5,6 @@ import logging
 
 __version__ = "0.1.0"
 
-# bitsandbytes says at import that a faster kernel for the CPU could be downloaded, which nothing here asks for.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
 # transformers says at import that it would rather have torchvision, which nothing here uses.
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
