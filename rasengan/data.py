@@ -33,6 +33,7 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
 }
+ARCHIVES = {".zip", ".tar", ".tgz", ".gz"}
 
 
 class Picture(NamedTuple):
@@ -67,8 +68,10 @@ def load_pictures(
         raise UserError(f"{given} is no folder. Give one that holds pictures and a metadata.jsonl.")
     files = list_files(train_data_dir) if dataset_name is None else []
     count = sum(Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN for file in files)
-    if dataset_name is None and not count:
-        raise UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
+    none_there = UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
+    packed = any(file.suffix.lower() in ARCHIVES for file in files)  # which datasets looks into
+    if dataset_name is None and not (count or packed):
+        raise none_there
     try:
         if dataset_name is not None:
             found = datasets.load_dataset(
@@ -99,7 +102,7 @@ def load_pictures(
             "Give the column that does."
         )
     if len(dataset) == 0:
-        raise UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
+        raise none_there
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 

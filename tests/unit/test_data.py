@@ -291,6 +291,13 @@ def test_a_local_copy_of_a_hub_dataset_is_read(tmp_path):
     assert (picture.name, picture.height_px, picture.width_px, picture.error) == ("2.png", 30, 20, None)
 
 
+def test_a_folder_with_an_archive_of_pictures_is_read(tmp_path):
+    folder = write_folder(tmp_path / "set")
+    (tmp_path / "packed").mkdir()
+    shutil.make_archive(str(tmp_path / "packed" / "set"), "zip", folder)
+    assert len(load_folder(tmp_path / "packed", tmp_path / "cache")) == 3
+
+
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
     folder = write_folder(tmp_path / "set")
     (tmp_path / "empty").mkdir()
