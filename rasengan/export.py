@@ -283,6 +283,12 @@ def _check_values(options: dict) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
+        numbers = value.values() if isinstance(value, dict) else []
+        if not all(isinstance(number, int | float) and number is not True for number in numbers):
+            raise TypeError(f"{name} is {value!r}, not names with numbers")
+    layers = options.get("layers_to_transform") or []
+    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers])):
+        raise TypeError(f"layers_to_transform is {layers!r}, not whole numbers")
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:

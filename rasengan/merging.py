@@ -57,7 +57,7 @@ def check_adapter(
                 f"lora_A are {' x '.join(map(str, shapes['B']))} and {' x '.join(map(str, shapes['A']))}"
             )
     for module, layer in model_modules.items():
-        targeted = isinstance(layer, torch.nn.Linear) and check_target_module_exists(config, module) is True
+        targeted = isinstance(layer, torch.nn.Linear) and bool(check_target_module_exists(config, module))
         if targeted and module not in pairs:
             problems.append(f"{module} is targeted, but has no weights")
     if problems or not pairs:

@@ -333,6 +333,49 @@ def test_a_file_of_the_layout_without_a_lora_in_it_is_refused_whatever_its_alpha
         export.read_adapter(tmp_path / "adapter.safetensors", lora_alpha)
 
 
+WRONG_OPTIONS = [
+    {"target_modules": 5},
+    {"target_modules": [1, 2]},
+    {"target_modules": {"to_q": 1}},
+    {"target_modules": "("},
+    {"exclude_modules": True},
+    {"layers_to_transform": "first"},
+    {"layers_to_transform": [0], "target_modules": "to_q"},
+    {"rank_pattern": ["to_q"]},
+    {"alpha_pattern": {"to_q": "8"}},
+    {"r": "4"},
+    {"lora_alpha": True},
+]
+
+
+def change_options(saved, tmp_path, layout, changes):
+    """Copy the adapter of the UNet in a layout, with other options of its LoRA; absent takes one away."""
+    if layout == "peft":
+        folder = shutil.copytree(saved / "peft", tmp_path / "peft", ignore=shutil.ignore_patterns("text_*"))
+        options = json.loads((folder / "adapter_config.json").read_text()) | changes
+        kept = {name: value for name, value in options.items() if value != "absent"}
+        (folder / "adapter_config.json").write_text(json.dumps(kept))
+        return folder
+    file = shutil.copy(saved / export.DIFFUSERS_FILE, tmp_path / "adapter.safetensors")
+    with safe_open(file, framework="pt") as content:
+        options = json.loads(content.metadata()[export.LORA_ADAPTER_METADATA_KEY])
+    options |= {f"unet.{name}": value for name, value in changes.items()}
+    kept = {name: value for name, value in options.items() if value != "absent" and name.startswith("unet.")}
+    metadata = {export.LORA_ADAPTER_METADATA_KEY: json.dumps(kept)}
+    rewrite(file, lambda tensors: {k: v for k, v in tensors.items() if k.startswith("unet.")}, metadata)
+    return file
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+@pytest.mark.parametrize("changes", WRONG_OPTIONS, ids=lambda changes: str(changes)[:40])
+def test_options_of_another_kind_are_refused_by_the_files_name(saved, tmp_path, layout, changes):
+    path = change_options(saved, tmp_path, layout, changes)
+    name = "adapter_config.json" if layout == "peft" else "adapter.safetensors"
+    with pytest.raises(UserError, match=f"{name}.*({'|'.join(changes)}|missing|unterminated)") as error:
+        export.read_adapter(path)
+    assert "\n" not in str(error.value)
+
+
 def halved(weights):
     return {key: tensor for key, tensor in weights.items() if ".attn1." not in key or ".lora_A." in key}
 
@@ -380,6 +423,13 @@ def test_keys_of_another_layout_are_refused(file):
 
 
 # --- what others write ---
+
+
+def test_a_module_that_a_regular_expression_targets_must_have_weights(tiny_base, saved):
+    adapter = export.read_adapter(saved)
+    adapter.configs["unet"].target_modules = r".*\.(to_[qkv]|to_out\.0|proj_in)"
+    with pytest.raises(UserError, match="proj_in is targeted, but has no weights"):
+        merged(tiny_base, "unet", adapter)
 
 
 def test_an_adapter_whose_targets_are_a_regular_expression_or_exclude_modules_fits(tiny_base, saved):
