@@ -46,9 +46,10 @@ def number_type(minimum: float = -math.inf, kind: type = int, most: float = math
     def read(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and minimum <= value <= most):
+            fits = math.isfinite(value) and minimum <= value <= most
+        except (ValueError, OverflowError):  # the latter of a whole number beyond all floats
+            fits = False
+        if not fits:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
@@ -76,9 +77,10 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
         UserError: the file cannot be read, is no mapping, or holds an unknown name or a value of another kind.
     """
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")) or {}
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {file} cannot be read: {' '.join(str(error).split())}. Correct it.") from error
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} holds no names with values. Write lines such as `rank: 16`.")
     flags = {action.dest: action for action in parser._actions if action.dest not in {"config", "help"}}

@@ -243,6 +243,10 @@ def test_a_precision_of_no_needs_no_quotes(parse_config):
         ("validation_prompt: []\n", "validation_prompt is []"),
         ("validation_prompt: ['--rank', b]\n", "do not begin with a dash"),
         ("validation_prompt: [true]\n", "validation_prompt is [True]. Write one or several texts or numbers"),
+        ("output_dir: ''\n", "--output_dir: it is empty"),
+        ("output_dir: 2026-01-01\n", "Write a text or a number"),
+        ("[]\n", "rank: 16"),
+        ("false\n", "rank: 16"),
         ("output_dir: {a: 1}\n", "output_dir is {'a': 1}. Write a text or a number"),
         ("output_dir: true\n", "output_dir is True. Write a text or a number"),
     ],
@@ -291,3 +295,15 @@ def test_help_shows_the_example_as_it_is_typed(train_script, infer_script, capsy
         shown = capsys.readouterr().out
         assert " \\\n" in shown
         assert max(map(len, shown.splitlines())) < 140
+
+
+def test_a_number_beyond_all_floats_is_refused_by_the_name_of_its_flag(parse):
+    assert_refused(parse, ["--rank", "1" + 400 * "0"], named="--rank")
+
+
+def test_no_flag_that_names_a_place_takes_an_empty_text(train_script, infer_script, parse):
+    for script, words in ((train_script, []), (infer_script, ["--prompt", "a"])):
+        args = vars(script.parse_args(words))
+        places = [name for name in args if name.endswith(("_dir", "_path", "_file", "_weights", "_merged", "config"))]
+        for name in [*places, *{"dataset_name", "resume_from_checkpoint"} & args.keys()]:
+            assert_refused(script.parse_args, [*words, f"--{name}", ""], named=f"--{name}: it is empty")
