@@ -122,6 +122,17 @@ def test_an_unknown_flag_or_value_is_refused_in_one_line(name, words, said, requ
     assert "\n" not in str(caught.value)
 
 
+def test_a_refused_run_leaves_no_folder_behind(train, draw, infer_script, refused, tiny_base, tmp_path):
+    new = tmp_path / "a" / "run"
+    cache = ["--conditioning_cache_dir", tmp_path / "cache"]
+    (tmp_path / "empty").mkdir()
+    for words in (["--train_data_dir", tmp_path / "empty"], ["--pretrained_unet_name_or_path", tiny_base / "vae"]):
+        refused("holds", train, *words, *cache, output_dir=new)
+    words = ["--pretrained_model_name_or_path", str(tiny_base / "vae"), "--prompt", "a star", "--output_dir", str(new)]
+    refused("holds no", infer_script.main, infer_script.parse_args(words))
+    assert not new.parent.exists()
+
+
 def test_a_users_error_is_one_line_and_exit_code_2_without_a_traceback(run_script, tmp_path):
     calls = [
         ("train_lora_sdxl", "--resolution", "100", "--train_data_dir", "x", "--output_dir", tmp_path),
