@@ -130,7 +130,9 @@ def make_plan(
     """
     budget_bytes = budget_gib * GIB
     if remembered and samples % remembered[0] == 0 and remembered[2] <= budget_bytes:
-        return Plan(*remembered)
+        asked_for = {None: remembered[1], True: blocks, False: 0}
+        if remembered[1] == asked_for[recompute]:
+            return Plan(*remembered)
 
     def measure(plan: Plan) -> int | None:
         recompute_blocks(plan.recomputed_blocks)

@@ -73,6 +73,28 @@ def test_a_card_that_is_too_small_by_itself_is_an_error_too():
         memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, budget_bytes=GIB)
 
 
+@pytest.mark.parametrize(
+    ("recompute", "samples", "budget_gib", "kept"),
+    [
+        (None, 4, 14, True),
+        (None, 3, 14, False),  # it does not divide the samples any more
+        (None, 4, 9, False),  # it does not fit any more
+        (True, 4, 14, False),  # a flag wins over it
+        (False, 4, 14, False),
+    ],
+)
+def test_a_checkpoints_plan_is_used_where_it_still_holds(recompute, samples, budget_gib, kept, monkeypatch):
+    monkeypatch.setattr(memory, "measure_peak", lambda run, device: 8 * GIB)
+    flat = torch.nn.Parameter(torch.zeros(2))
+    flat.grad = torch.ones(2)
+    arguments = (lambda size: None, lambda count: None, flat, samples, 1, BLOCKS, recompute, budget_gib, GIB // 2)
+    plan = memory.make_plan(*arguments, [2, 3, 10 * GIB])
+    assert (plan == Plan(2, 3, 10 * GIB)) == kept
+    if not kept:
+        assert plan == Plan(samples, BLOCKS if recompute else 0, 8 * GIB + GIB // 2)
+        assert torch.equal(flat.grad, torch.zeros(2))
+
+
 def test_the_table_adds_up():
     plan = Plan(4, 3, 10 * GIB)
     text = memory.describe(plan, BLOCKS, 8, {"base weights": 5 * GIB, "optimizer": GIB}, 14.3)
