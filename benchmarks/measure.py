@@ -127,17 +127,18 @@ def command_line() -> str:
 class Results:
     """A JSON file that is written after every run, and to which later commands on the same card add.
 
-    `data["invocations"]` lists the commands; each of `data["runs"]` names the one it came from, by its place there.
+    `data["invocations"]` lists the commands, each with this project's commit; each of `data["runs"]` names the one it
+    came from, by its place there.
     """
 
     def __init__(self, file: Path, commit: str | None, peers: dict[str, Path]):
         """Open or begin the file.
 
         Raises:
-            UserError: it holds results of another card, commit or set of versions.
+            UserError: it holds results of another card or set of versions.
         """
         self.file = file
-        header = {"device": device_name(), "versions": versions(), "commit": commit or source_version(ROOT)}
+        header = {"device": device_name(), "versions": versions()}
         self.data = header | {"peers": {}, "invocations": [], "runs": []}
         if file.exists():
             old = json.loads(file.read_text())
@@ -146,7 +147,7 @@ class Results:
                     raise UserError(f"--out {file} has {name} {old.get(name)}, not {value}: give another --out.")
             self.data = old
         self.data["peers"] |= {name: source_version(folder) for name, folder in peers.items()}
-        self.data["invocations"].append(command_line())
+        self.data["invocations"].append({"command": command_line(), "commit": commit or source_version(ROOT)})
         self.invocation = len(self.data["invocations"])
 
     def keep(self, names: dict[str, str], found: dict) -> None:

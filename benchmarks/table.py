@@ -146,7 +146,8 @@ def main() -> None:
     results = [json.loads(file.read_text()) for file in args.results]
     for result in results:
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        print(f"{result['device']}; {versions}; commit {result['commit'][:10]}\n")
+        commits = ", ".join({invocation["commit"][:10]: None for invocation in result["invocations"]})
+        print(f"{result['device']}; {versions}; commit {commits}\n")
         steps = [run for run in result["runs"] if "case" in run]
         memory = [run for run in result["runs"] if "setting" in run]
         for table in (step_table(steps) if steps else "", start_table(steps), memory_table(memory) if memory else ""):
