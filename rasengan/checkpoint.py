@@ -4,10 +4,13 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from rasengan import UserError, export, first_line
 from rasengan.files import give_default_mode, sync, write_atomically
@@ -17,12 +20,14 @@ from rasengan.processes import wait_for_everyone
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+EMA_FOLDER = "ema"
 # What the weights and the optimizer's state mean hangs on these.
 BOUND_SETTINGS = (
     "rank",
     "lora_alpha",
     "lora_target_modules",
     "train_text_encoder",
+    "optimizer",
     "use_8bit_adam",
     "mixed_precision",
     "prediction_type",
@@ -35,7 +40,7 @@ FREE_SETTINGS = (
     *("pretrained_model_name_or_path", "pretrained_unet_name_or_path", "center_crop", "random_flip"),
     *("image_interpolation_mode", "lora_dropout", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps"),
     *("lr_num_cycles", "lr_power", "lr_step_rules", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
-    *("max_grad_norm", "snr_gamma", "noise_offset"),
+    *("max_grad_norm", "snr_gamma", "noise_offset", "base_quantization", "use_ema", "ema_decay"),
 )
 
 
@@ -97,11 +102,12 @@ def save_checkpoint(
     models: dict[str, torch.nn.Module],
     state: dict,
     total_limit: int | None = None,
+    averaged: Callable[[], AbstractContextManager] | None = None,
 ) -> Path:
     """Write `checkpoint-N` on all processes together, then remove the oldest over the limit, and return its path.
 
     It holds what accelerate saves (optimizer, gradient scaler), the adapter as `pytorch_lora_weights.safetensors`,
-    and `trainer_state.json`.
+    its running average as the same in `ema/`, where there is one, and `trainer_state.json`.
 
     Args:
         accelerator: which optimizers were prepared with.
@@ -110,6 +116,7 @@ def save_checkpoint(
         models: the adapted components by name.
         state: JSON values that a resume needs.
         total_limit: how many to keep; None keeps all.
+        averaged: puts the running average in the adapter's place for a while; None where there is none.
 
     Raises:
         UserError: the adapter is not finite; nothing is written or removed.
@@ -127,9 +134,12 @@ def save_checkpoint(
     path = output_dir / f"checkpoint-{global_step}"
     if accelerator.is_main_process:
         export.save_diffusers(unfinished, models)
+        if averaged is not None:
+            with averaged():
+                export.save_diffusers(unfinished / EMA_FOLDER, models)
         state = {"global_step": global_step} | state
         write_atomically(unfinished / STATE_FILE, json.dumps(state, indent=2).encode())
-        for file in unfinished.iterdir():
+        for file in [path for path in unfinished.rglob("*") if path.is_file()]:
             give_default_mode(file)
             sync(file)
         shutil.rmtree(path, ignore_errors=True)
@@ -199,13 +209,40 @@ def _change(name: str, state: dict, settings: dict) -> str:
     return f"--{name} was {state[name]}, and is {settings[name]}"
 
 
-@torch.no_grad()
-def load_checkpoint(accelerator: Accelerator, path: Path, models: dict[str, torch.nn.Module]) -> None:
-    """Put a checkpoint's adapter, optimizer and scaler into the live ones, in place.
+def load_checkpoint(
+    accelerator: Accelerator,
+    path: Path,
+    models: dict[str, torch.nn.Module],
+    flat: torch.nn.Parameter,
+    ema: EMAModel | None = None,
+) -> None:
+    """Put a checkpoint's adapter, running average, optimizer and scaler into the live ones, in place.
+
+    Args:
+        accelerator: which optimizers were prepared with.
+        path: the checkpoint.
+        models: the adapted components by name.
+        flat: the parameter that holds their adapters.
+        ema: its running average, or None. In a checkpoint that has none it begins with the adapter.
 
     Raises:
-        UserError: the adapter in it is not of these models, or the optimizer's state is damaged.
+        UserError: an adapter in it is not of these models, or the optimizer's state is damaged.
     """
+    if ema is not None:
+        _load_adapter(path / EMA_FOLDER if (path / EMA_FOLDER).is_dir() else path, models)
+        ema.shadow_params[0].copy_(flat.detach())
+        ema.optimization_step = read_state(path)["global_step"]
+    _load_adapter(path, models)
+    try:
+        accelerator.load_state(str(path))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch.load raises half a dozen unrelated classes for a file that was cut
+        raise _damaged(path / "optimizer.bin", error) from error
+
+
+@torch.no_grad()
+def _load_adapter(path: Path, models: dict[str, torch.nn.Module]) -> None:
     adapter = export.read_adapter(path)
     for name, model in models.items():
         live, saved = export.adapter_weights(model), export.fit_names(adapter.weights.get(name, {}), model)
@@ -217,9 +254,3 @@ def load_checkpoint(accelerator: Accelerator, path: Path, models: dict[str, torc
             )
         for key, tensor in live.items():
             tensor.copy_(saved[key])
-    try:
-        accelerator.load_state(str(path))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for a file that was cut
-        raise _damaged(path / "optimizer.bin", error) from error

@@ -2,7 +2,8 @@
 
 import gc
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,10 @@ GIB = 1024**3
 MARGIN_GIB = 0.2
 # More pictures at once than this make a step no faster for each of them.
 LARGEST_JOINED = 8
+
+
+class DoesNotFit(UserError):
+    """The smallest plan takes more memory than there is."""
 
 
 class Plan(NamedTuple):
@@ -110,6 +115,7 @@ def make_plan(
     budget_gib: float,
     state_bytes: int,
     remembered: list[int] | None,
+    can_quantize: bool = True,
 ) -> Plan:
     """Return the plan of a checkpoint where it still fits, or the fastest that is measured to fit.
 
@@ -124,9 +130,10 @@ def make_plan(
         budget_gib: what `limit` returned.
         state_bytes: what the optimizer will take beside what is measured.
         remembered: a checkpoint's plan, or None.
+        can_quantize: as `choose_plan` takes it.
 
     Raises:
-        UserError: the smallest plan does not fit.
+        DoesNotFit: the smallest plan does not fit.
     """
     budget_bytes = budget_gib * GIB
     if remembered and samples % remembered[0] == 0 and remembered[2] <= budget_bytes:
@@ -141,7 +148,7 @@ def make_plan(
         return None if taken is None else taken + state_bytes
 
     lift = partial(torch.cuda.set_per_process_memory_fraction, 1.0, flat.device)
-    return choose_plan(samples, batch_size, blocks, recompute, measure, lift, budget_bytes)
+    return choose_plan(samples, batch_size, blocks, recompute, measure, lift, budget_bytes, can_quantize)
 
 
 def choose_plan(
@@ -152,6 +159,7 @@ def choose_plan(
     measure: Callable[[Plan], int | None],
     lift: Callable[[], object],
     budget_bytes: float,
+    can_quantize: bool = True,
 ) -> Plan:
     """Return the fastest plan that fits, with the bytes that it was measured to take.
 
@@ -166,9 +174,10 @@ def choose_plan(
         measure: runs a plan inside the budget, and returns the bytes reserved at most, or None if they do not suffice.
         lift: lifts the budget, so that the smallest plan can be measured when it does not fit.
         budget_bytes: that may be reserved.
+        can_quantize: a quantized base would help.
 
     Raises:
-        UserError: the smallest plan does not fit; the message says what it takes.
+        DoesNotFit: the smallest plan does not fit; the message says what it takes.
     """
     most = max(batch_size, LARGEST_JOINED)
     sizes = [size for size in range(min(samples, most), 0, -1) if samples % size == 0]
@@ -184,10 +193,12 @@ def choose_plan(
     lift()
     taken = measure(smallest)
     takes = "more than this card has" if taken is None else f"{taken / GIB:.2f} GiB"
-    raise UserError(
+    remedies = ["raise --vram_budget_gib", "lower --resolution"]
+    remedies += ["drop --no-gradient_checkpointing"] * (recompute is False)
+    remedies += ["give --base_quantization nf4"] * can_quantize
+    raise DoesNotFit(
         f"The smallest plan, one picture at once with {smallest.recomputed_blocks} of {blocks} blocks recomputed, "
-        f"takes {takes}, but the budget is {budget_bytes / GIB:.2f} GiB. Raise --vram_budget_gib, lower --resolution, "
-        f"give --base_quantization nf4{', or drop --no-gradient_checkpointing' * (recompute is False)}."
+        f"takes {takes}, but the budget is {budget_bytes / GIB:.2f} GiB. To make it fit: {', or '.join(remedies)}."
     )
 
 
@@ -244,6 +255,23 @@ def out_of_memory(plan: Plan, global_step: int, saved: Path | None) -> str:
 def recompute_whole(model: nn.Module, count: int) -> None:
     """Recompute every block of a model that diffusers wrote, or none for a count of 0."""
     model.enable_gradient_checkpointing() if count else model.disable_gradient_checkpointing()
+
+
+@contextmanager
+def must_fit(unet: nn.Module) -> Iterator[None]:
+    """Move a UNet to its device inside of this.
+
+    Raises:
+        DoesNotFit: its weights alone are more than the card has left.
+    """
+    size_gib = weight_bytes(unet) / GIB
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"The UNet's weights alone take {size_gib:.2f} GiB, more than this card has left. Give a card with more "
+            "memory, or --base_quantization nf4."
+        ) from error
 
 
 # --- a quantized base ---

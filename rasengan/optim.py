@@ -1,25 +1,40 @@
-"""Optimizers over one flat parameter, and learning rates as functions of the step."""
+"""Optimizers over one flat parameter, its running average, and learning rates as functions of the step."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+
+# optimizer -> its usual learning rate; Prodigy estimates the rate, and is given a factor on it
+LEARNING_RATES = {"adamw": 1e-4, "prodigy": 1.0}
 
 
 def make_optimizer(
     flat: torch.nn.Parameter,
+    name: str,
     use_8bit_adam: bool,
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
     eps: float,
 ) -> torch.optim.Optimizer:
-    """Return AdamW over the flat parameter, with 8-bit state (a quarter of the bytes) or fp32 state.
+    """Return AdamW over the flat parameter, with 8-bit state (a quarter of the bytes) or fp32 state, or Prodigy.
 
     Raises:
-        ImportError: bitsandbytes is missing.
+        ImportError: bitsandbytes or prodigyopt is missing.
+
+    Source: Prodigy is arXiv 2306.06101, with the corrections that its authors recommend for diffusion models.
     """
     options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": eps}
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        with redirect_stdout(io.StringIO()):  # it prints that the weight decay is decoupled
+            return Prodigy([flat], use_bias_correction=True, safeguard_warmup=True, **options)
     if not use_8bit_adam:
         # The fused one reads the gradient scaler's verdict on the card, so that an update needs no wait for the host.
         return torch.optim.AdamW([flat], fused=flat.device.type == "cuda", **options)
@@ -32,10 +47,13 @@ def make_optimizer(
     return bitsandbytes.optim.AdamW8bit([flat], **options)
 
 
-def expected_state_bytes(parameters: int, use_8bit_adam: bool) -> int:
-    """Return the bytes that the state will take after the first step: two numbers for each parameter."""
+def expected_update_bytes(parameters: int, name: str, use_8bit_adam: bool, use_ema: bool) -> int:
+    """Return the bytes that updates will take: the optimizer's state, the running average, and room to work in."""
+    average = 2 * 4 * parameters if use_ema else 0
+    if name == "prodigy":  # two moments, the sum of the gradients, where it began; and one more while it works
+        return 5 * 4 * parameters + average
     # 8-bit state has an fp32 scale for each block of 256.
-    return parameters * 2 * (1 if use_8bit_adam else 4) + (parameters * 2 * 4 // 256 if use_8bit_adam else 0)
+    return parameters * 2 * (1 if use_8bit_adam else 4) + (parameters * 2 * 4 // 256 if use_8bit_adam else 0) + average
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -47,6 +65,28 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for name, value in state.items()
         if torch.is_tensor(value) and name not in tables
     )
+
+
+def make_ema(flat: torch.nn.Parameter, decay: float) -> EMAModel:
+    """Return a running average of the flat parameter, which begins with what it is now.
+
+    Its `step([flat])` follows every update. The decay grows to `decay` as (1 + n) / (10 + n) after n updates.
+    """
+    return EMAModel([flat], decay=decay, foreach=True)
+
+
+@contextmanager
+def averaged(ema: EMAModel | None, flat: torch.nn.Parameter) -> Iterator[None]:
+    """Put the running average in the place of the flat parameter for a while; without one, change nothing."""
+    if ema is None:
+        yield
+        return
+    ema.store([flat])
+    ema.copy_to([flat])
+    try:
+        yield
+    finally:
+        ema.restore([flat])
 
 
 def learning_rate_schedule(

@@ -4,13 +4,14 @@ accelerate's own barrier takes the process's number on its machine for a GPU's, 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from tqdm.auto import tqdm
 
 from rasengan import UserError
@@ -18,6 +19,7 @@ from rasengan.components import weight_dtype
 
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # The variables by which `accelerate launch` hands on what a configuration asks for and training here leaves undone.
 NOT_SUPPORTED = {
@@ -109,6 +111,19 @@ def one_goes_first(is_first: bool) -> Iterator[None]:
     yield
     if is_first:
         wait_for_everyone()
+
+
+def as_on_main(call: Callable[[], T], refusal: type[Exception]) -> T:
+    """Call something on every process, and return what it returned on the main one, or raise a refusal of either."""
+    try:
+        outcome = call()
+    except refusal as error:
+        outcome = error
+    first = broadcast_object_list([outcome])[0]
+    for answer in (outcome, first):
+        if isinstance(answer, refusal):
+            raise answer
+    return first
 
 
 def average(tensor: torch.Tensor) -> None:

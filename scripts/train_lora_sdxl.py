@@ -108,7 +108,8 @@ def make_parser() -> Parser:
     add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step [%(default)s]")
     add("--num_train_epochs", type=count, default=100, help="[%(default)s]")
     add("--max_train_steps", type=count, help="overrides --num_train_epochs")
-    add("--learning_rate", type=amount, default=1e-4, help="[%(default)s]")
+    add("--optimizer", choices=[*optim.LEARNING_RATES], default="adamw", help="prodigy finds its rate [%(default)s]")
+    add("--learning_rate", type=amount, help="[1e-4; for prodigy a factor, 1]")
     add("--scale_lr", action=switch, default=False, help="times GPUs x accumulation x batch size [off]")
     schedules = [kind.value for kind in SchedulerType]
     add("--lr_scheduler", default="constant", choices=schedules, help="[%(default)s]")
@@ -122,6 +123,8 @@ def make_parser() -> Parser:
     add("--adam_weight_decay", type=amount, default=1e-2, help="[%(default)s]")
     add("--adam_epsilon", type=amount, default=1e-8, help="[%(default)s]")
     add("--max_grad_norm", type=number_type(1e-8, float), default=1.0, help="of the gradient [%(default)s]")
+    add("--use_ema", action=switch, default=False, help="what is saved and drawn is a running average [off]")
+    add("--ema_decay", type=amount, default=0.9999, help="of the average, which starts faster [%(default)s]")
     add("--seed", type=number_type(0, most=2**32 - 1), help="equal seeds give equal runs [drawn, and kept]")
 
     add = parser.add_argument_group("objective").add_argument
@@ -134,7 +137,8 @@ def make_parser() -> Parser:
     add("--gradient_checkpointing", action=switch, help="recompute all blocks, or none [as many as the memory needs]")
     add("--vram_budget_gib", type=number_type(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
     add("--plan_only", action=switch, default=False, help="print the memory plan, and stop [off]")
-    add("--base_quantization", choices=["none", "nf4"], default="none", help="4-bit base weights [%(default)s]")
+    quantized = "4-bit base weights; auto: where they do not fit otherwise [%(default)s]"
+    add("--base_quantization", choices=["none", "nf4", "auto"], default="none", help=quantized)
     add("--cuda_graph", action=switch, default=True, help="start a step's kernels together [on]")
     add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
     add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
@@ -174,6 +178,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(words_of_file(args.config, parser) + argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     args.lora_alpha = args.lora_alpha or 2.0 * args.rank
+    if args.learning_rate is None:
+        args.learning_rate = optim.LEARNING_RATES[args.optimizer]
     default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
     args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
     return args
@@ -197,7 +203,10 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
         "num_validation_images": not args.validation_prompt,
         "validation_epochs": not args.validation_prompt,
         "validation_inference_steps": not args.validation_prompt,
+        "ema_decay": not args.use_ema,
+        "use_8bit_adam": args.optimizer != "adamw",
         "vram_budget_gib": not torch.cuda.is_available(),
+        "base_quantization": args.base_quantization == "auto" and not torch.cuda.is_available(),
     }
     default = make_parser().get_default
     return [f"--{name}" for name, is_idle in idle.items() if is_idle and getattr(args, name) != default(name)]
@@ -212,7 +221,7 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--resolution is {args.resolution}. Give a multiple of 8, such as {args.resolution // 8 * 8}."
         )
-    for flag in ("adam_beta1", "adam_beta2", "lora_dropout"):
+    for flag in ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
         if not getattr(args, flag) < 1:
             raise UserError(f"--{flag} is {getattr(args, flag)}. Give a number from 0 to under 1.")
     if args.report_to not in {"tensorboard", "none"} and args.hub_token is not None:
@@ -227,10 +236,17 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--local_rank is {args.local_rank}, but no launcher set up this process. Start it by `accelerate launch`."
         )
-    packages = {"enable_xformers_memory_efficient_attention": "xformers", "use_8bit_adam": "bitsandbytes"}
-    for flag, package in packages.items():
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+    needed = {
+        "xformers": args.enable_xformers_memory_efficient_attention and "enable_xformers_memory_efficient_attention",
+        "bitsandbytes": args.optimizer == "adamw" and args.use_8bit_adam and "use_8bit_adam",
+    }
+    for package, flag in needed.items():
+        if flag and importlib.util.find_spec(package) is None:
             raise UserError(f"--{flag} needs {package}, which is not installed. Install it, or give --no-{flag}.")
+    if args.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
+        raise UserError("--optimizer prodigy needs prodigyopt: `pip install -e '.[prodigy]'`.")
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        logger.warning("--learning_rate is a factor on the rate that prodigy finds: %g is small", args.learning_rate)
     if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU. Drop the flag.")
     if args.enable_npu_flash_attention:
@@ -245,6 +261,10 @@ def validate_args(args: argparse.Namespace) -> None:
         schedule_of(args, args.learning_rate, 1)
     except ValueError as error:
         raise UserError(f"--lr_scheduler {args.lr_scheduler} cannot be used so: {first_line(error)}.") from error
+    try:
+        make_optimizer(args, torch.nn.Parameter(torch.zeros(1)), args.learning_rate)
+    except ValueError as error:  # Prodigy takes no rate of 0, for example
+        raise UserError(f"--optimizer {args.optimizer} cannot be used so: {first_line(error)}.") from error
     check_writable(Path(args.output_dir), "--output_dir")
     check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
 
@@ -253,6 +273,13 @@ def schedule_of(args: argparse.Namespace, learning_rate: float, num_training_ste
     """Return the learning rate's factor as a function of the optimizer steps done."""
     counts = (args.lr_warmup_steps, num_training_steps, args.lr_num_cycles)
     return optim.learning_rate_schedule(args.lr_scheduler, learning_rate, *counts, args.lr_power, args.lr_step_rules)
+
+
+def make_optimizer(args: argparse.Namespace, flat: torch.nn.Parameter, learning_rate: float) -> torch.optim.Optimizer:
+    """Return the optimizer of the flat parameter."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = (learning_rate, betas, args.adam_weight_decay, args.adam_epsilon)
+    return optim.make_optimizer(flat, args.optimizer, args.use_8bit_adam, *options)
 
 
 # --- side stories, before the story ---
@@ -359,6 +386,8 @@ def main(args: argparse.Namespace) -> None:
         args.seed = accelerate.utils.broadcast_object_list([seed])[0]
         logger.info("The seed is %d, since no --seed was given", args.seed)
     if resume_from:
+        if args.base_quantization == "auto":
+            args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
         checkpoint.check_resumable(resume_from, public_settings(args))
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
@@ -407,8 +436,9 @@ def main(args: argparse.Namespace) -> None:
     unet = components.load("unet", folders["unet"], weight_dtype, args.variant)
     if args.base_quantization == "nf4":
         memory.quantize_base(unet, device, weight_dtype)
-    lora.stack_weights(unet, device)
-    unet.to(device)
+    with memory.must_fit(unet):
+        lora.stack_weights(unet, device)
+        unet.to(device)
     make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
     lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
     models = {"unet": unet}
@@ -450,16 +480,15 @@ def main(args: argparse.Namespace) -> None:
     steps_per_epoch = math.ceil(len(pictures) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = accelerator.prepare(
-        optim.make_optimizer(flat, args.use_8bit_adam, learning_rate, betas, args.adam_weight_decay, args.adam_epsilon)
-    )
+    optimizer = accelerator.prepare(make_optimizer(args, flat, learning_rate))
+    ema = optim.make_ema(flat, args.ema_decay) if args.use_ema else None
+    averaged = partial(optim.averaged, ema, flat)
     schedule = schedule_of(args, learning_rate, max_train_steps)
 
     # --- resume ---
     global_step, samples_seen, state = 0, 0, {}
     if resume_from:
-        checkpoint.load_checkpoint(accelerator, resume_from, models)
+        checkpoint.load_checkpoint(accelerator, resume_from, models, flat, ema)
         state = checkpoint.read_state(resume_from)
         global_step, samples_seen = state["global_step"], state["samples_seen"]
         logger.info("Resuming from %s", resume_from)
@@ -498,10 +527,11 @@ def main(args: argparse.Namespace) -> None:
     samples_per_process = global_batch // accelerator.num_processes
     plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
     if device.type == "cuda":
-        state_bytes = optim.expected_state_bytes(flat.numel(), args.use_8bit_adam)
+        state_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
         sharing = math.ceil(processes.machine_share(os.environ)[1] / torch.cuda.device_count())
         budget_gib = memory.limit(args.vram_budget_gib, device, sharing)
-        plan = memory.make_plan(
+        make_plan = partial(
+            memory.make_plan,
             lambda size: train_step.run(next(finish(iter([samples.first_batch(training_set, size)])))),
             recompute,
             flat,
@@ -512,11 +542,14 @@ def main(args: argparse.Namespace) -> None:
             budget_gib,
             state_bytes,
             state.get("memory_plan"),
+            can_quantize=args.base_quantization != "nf4",
         )
-        plan = memory.Plan(*accelerate.utils.broadcast_object_list([tuple(plan)])[0])
+        plan = processes.as_on_main(make_plan, UserError)
         if is_main:
             parts_bytes = memory.parts_bytes(unet, [vae, *text_encoders], flat, state_bytes)
             print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
+    if args.base_quantization == "auto":
+        args.base_quantization = "none"  # it fits
     if args.plan_only:
         return
     recompute(plan.recomputed_blocks)
@@ -557,6 +590,8 @@ def main(args: argparse.Namespace) -> None:
     save = partial(
         checkpoint.save_checkpoint, accelerator, output_dir, models=models, total_limit=args.checkpoints_total_limit
     )
+    if ema is not None:
+        save = partial(save, averaged=averaged)
     logger.info(
         f"{len(pictures)} pictures, {max_train_steps} steps of {global_batch}; {flat.numel():,} trainable parameters"
     )
@@ -588,6 +623,8 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate * schedule(global_step)
         optimizer.step()
         flat.grad.zero_()  # in place: the parameters' gradients are views of it
+        if ema is not None:
+            ema.step([flat])
         global_step, samples_seen = global_step + 1, samples_seen + global_batch
         bar.update()
 
@@ -605,8 +642,8 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.log({"train_loss": train_loss, "grad_norm": norm}, step=offset)
                 step.check_finite(train_loss, offset)
                 skipped_steps += not math.isfinite(norm)  # the gradient scaler left this step out
-            rates = {"lr": group["lr"], "images_per_second": speed, "peak_reserved_gib": peak_gib}
-            rates |= {"host_peak_rss_gib": host_gib, "skipped_steps": skipped_steps}
+            rates = {"lr": group["lr"] * group.get("d", 1.0), "images_per_second": speed}  # d is Prodigy's
+            rates |= {"peak_reserved_gib": peak_gib, "host_peak_rss_gib": host_gib, "skipped_steps": skipped_steps}
             accelerator.log(rates, step=global_step)
             bar.set_postfix(loss=f"{train_loss:.4f}", images_per_s=f"{speed:.2f}")
             history.clear()
@@ -618,7 +655,7 @@ def main(args: argparse.Namespace) -> None:
         due = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and global_step < max_train_steps
         if args.validation_prompt and due:
             train_step.release()
-            with validation.evaluating(adapted):
+            with validation.evaluating(adapted), averaged():
                 show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
         started += time.perf_counter() - pause
     bar.close()
@@ -629,10 +666,11 @@ def main(args: argparse.Namespace) -> None:
 
     # --- save, verify, show ---
     if is_main:
-        export.publish(output_dir, models, checkpoint.last_name(output_dir))
+        with averaged():
+            export.publish(output_dir, models, checkpoint.last_name(output_dir))
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
     if args.validation_prompt:
-        with validation.evaluating(adapted):
+        with validation.evaluating(adapted), averaged():
             show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
     if is_main:
         write_model_card(args, output_dir, global_step, "validation.png" if args.validation_prompt else None)
@@ -641,9 +679,22 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
+def main_in_what_fits(args: argparse.Namespace) -> None:
+    """Train, with a quantized base where that was allowed and the memory needs it."""
+    try:
+        return main(args)
+    except memory.DoesNotFit as error:
+        if args.base_quantization != "auto":
+            raise
+        logger.info("%s: the base is quantized to nf4 now", str(error).split(". ")[0])
+    args.base_quantization = "nf4"
+    memory.give_back(torch.device("cuda"))  # the first try's, which the exception held
+    main(args)
+
+
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main_in_what_fits(parse_args())
     except UserError as error:
         process = int(os.environ.get("RANK", 0))
         print(f"error{f' (process {process})' * (process > 0)}: {error}", file=sys.stderr)

@@ -133,7 +133,7 @@ def test_fp16_is_near_pefts_forward_under_autocast(folder):
 @pytest.mark.parametrize("use_8bit_adam", [True, False])
 def test_the_optimizers_train_the_flat_parameter_between_replays(use_8bit_adam, folder):
     unet, flat, _ = load(folder)
-    optimizer = optim.make_optimizer(flat, use_8bit_adam, 1e-3, (0.9, 0.999), 0.01, 1e-8)
+    optimizer = optim.make_optimizer(flat, "adamw", use_8bit_adam, 1e-3, (0.9, 0.999), 0.01, 1e-8)
     train_step, batch = make_step(unet, flat, True, scale=1.0), make_batch(unet, 2)
     losses = []
     for _ in range(30):

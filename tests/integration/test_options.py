@@ -1,11 +1,13 @@
 """Each option does what it says within a run of a few steps."""
 
+import json
+
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from rasengan import components
+from rasengan import components, memory
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -38,6 +40,7 @@ def plain(train):
         ["--image_interpolation_mode", "nearest"],
         ["--gradient_accumulation_steps", 2],
         ["--no-use_8bit_adam"],
+        ["--optimizer", "prodigy"],
         ["--max_grad_norm", 0.001, "--adam_epsilon", 0.01],
         ["--scale_lr"],
         ["--mixed_precision", "bf16"],
@@ -148,3 +151,28 @@ def test_the_loss_falls_under_that_of_the_untrained_model(train, read_scalars):
     assert trained[0] == untrained[0]
     assert trained[-20:].mean() < 0.98 * untrained[-20:].mean()
     assert (trained[-20:] < untrained[-20:]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("allowed", "tried"), [("auto", ["auto", "nf4"]), ("none", ["none"]), ("nf4", ["nf4"])])
+def test_a_base_is_quantized_where_that_is_allowed_and_needed(allowed, tried, train_script, monkeypatch):
+    seen = []
+
+    def main(args):
+        seen.append(args.base_quantization)
+        if len(seen) == 1:
+            raise memory.DoesNotFit("The smallest plan takes 5 GiB, but the budget is 4 GiB. Buy more.")
+
+    monkeypatch.setattr(train_script, "main", main)
+    args = train_script.parse_args(["--base_quantization", allowed])
+    if allowed == "auto":
+        train_script.main_in_what_fits(args)
+    else:
+        with pytest.raises(memory.DoesNotFit):
+            train_script.main_in_what_fits(args)
+    assert seen == tried
+
+
+def test_a_base_that_fits_is_not_quantized(train, plain):
+    output_dir = train(*SHORT, "--base_quantization", "auto")
+    assert bits(output_dir) == bits(plain)
+    assert json.loads((output_dir / "args.json").read_text())["base_quantization"] == "none"

@@ -22,11 +22,21 @@ def bits(folder) -> dict[str, bytes]:
     [
         [],
         ["--no-use_8bit_adam"],
+        ["--use_ema"],
+        ["--optimizer", "prodigy", "--use_ema"],
         ["--lora_dropout", 0.1],
         ["--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--random_flip"],
         ["--train_text_encoder", "--max_train_samples", 3],
     ],
-    ids=["8-bit AdamW", "AdamW", "dropout", "accumulation, schedule and flips", "text encoders across an epoch"],
+    ids=[
+        "8-bit AdamW",
+        "AdamW",
+        "average",
+        "Prodigy and average",
+        "dropout",
+        "accumulation, schedule and flips",
+        "text encoders across an epoch",
+    ],
 )
 def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_whole(flags, train, read_scalars, tmp_path, caplog):
     whole = train(*flags)
@@ -37,8 +47,18 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_whole(flags, tra
     assert f"Resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
     assert bits(resumed) == bits(whole)
     assert bits(resumed / "checkpoint-4") == bits(whole / "checkpoint-4")
+    if "--use_ema" in flags:
+        assert bits(resumed / "checkpoint-4" / "ema") == bits(whole / "checkpoint-4" / "ema") == bits(whole)
+        assert bits(whole) != bits(whole / "checkpoint-4")
     losses = read_scalars(whole, "train_loss")
     assert read_scalars(resumed, "train_loss") == {step: losses[step] for step in (3, 4)}
+
+
+def test_an_average_that_begins_with_a_resume_begins_with_the_adapter(train, trained, caplog, tmp_path):
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    train("--resume_from_checkpoint", "latest", "--use_ema", output_dir=tmp_path)
+    assert "--use_ema was False, and is True" in caplog.text
+    assert bits(tmp_path) == bits(trained)
 
 
 def test_two_steps_and_two_more_equal_four(train, trained):

@@ -64,8 +64,24 @@ def test_a_plan_recomputes_all_or_nothing_where_that_was_asked_for():
 def test_a_budget_that_is_too_small_is_an_error_with_the_smallest_figure(recompute, needs):
     with pytest.raises(UserError, match=f"takes {needs}") as error:
         choose(5.05, 4, 4, recompute)
+    assert isinstance(error.value, memory.DoesNotFit)
     assert "the budget is 5.05 GiB" in str(error.value)
     assert "--vram_budget_gib" in str(error.value)
+    assert "nf4" in str(error.value)
+
+
+def test_a_quantized_base_is_not_offered_to_one_who_has_it():
+    with pytest.raises(memory.DoesNotFit) as error:
+        memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_quantize=False)
+    assert "nf4" not in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_an_error_with_their_size():
+    with (
+        pytest.raises(memory.DoesNotFit, match="weights alone take 2.00 GiB"),
+        memory.must_fit(torch.nn.Linear(2**15, 2**14, device="meta").requires_grad_(False)),
+    ):
+        raise torch.OutOfMemoryError
 
 
 def test_a_card_that_is_too_small_by_itself_is_an_error_too():

@@ -1,12 +1,13 @@
 import pytest
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
+from prodigyopt import Prodigy
 
 from rasengan import optim
 
 
 LORA_ELEMENTS = 23_224_320  # of the recipe: r=16 on the attention of SDXL's UNet
-ADAM = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-6}
+ADAM = {"name": "adamw", "learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-6}
 
 
 def parameter_of(values):
@@ -25,14 +26,14 @@ def test_the_state_of_8_bit_adamw_takes_a_quarter_of_the_bytes_at_the_size_of_th
     sizes = {}
     for use_8bit_adam in (False, True):
         flat = parameter_of(torch.zeros(LORA_ELEMENTS))
-        optimizer = optim.make_optimizer(flat, use_8bit_adam, **ADAM)
+        optimizer = optim.make_optimizer(flat, use_8bit_adam=use_8bit_adam, **ADAM)
         flat.grad.fill_(1e-3)
         optimizer.step()
         assert flat.abs().min() > 0
         sizes[use_8bit_adam] = bytes_of_all_tensors(optimizer)
         tables = 2 * 256 * 4 if use_8bit_adam else 0  # dynamic quantization, shared by all parameters
         assert optim.state_bytes(optimizer) == sizes[use_8bit_adam] - tables
-        expected = optim.expected_state_bytes(LORA_ELEMENTS, use_8bit_adam)
+        expected = optim.expected_update_bytes(LORA_ELEMENTS, "adamw", use_8bit_adam, use_ema=False)
         assert expected == pytest.approx(optim.state_bytes(optimizer), rel=1e-3)
     assert sizes[False] == 2 * 4 * LORA_ELEMENTS + 4
     assert 0.25 < sizes[True] / sizes[False] <= 0.27
@@ -45,7 +46,7 @@ def gradients(steps, size):
 
 
 def train(flat, use_8bit_adam, grads):
-    optimizer = optim.make_optimizer(flat, use_8bit_adam, **ADAM)
+    optimizer = optim.make_optimizer(flat, use_8bit_adam=use_8bit_adam, **ADAM)
     for grad in grads:
         flat.grad.copy_(grad)
         optimizer.step()
@@ -72,6 +73,60 @@ def test_8_bit_adamw_moves_the_weights_as_adamw_does_within_two_percent():
     exact, quantized = (train(parameter_of(start), use_8bit_adam, grads) - start for use_8bit_adam in (False, True))
     assert not torch.equal(exact, quantized)
     assert (quantized - exact).norm() < 0.02 * exact.norm()
+
+
+PRODIGY = ADAM | {"name": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True}
+
+
+def test_prodigy_over_the_flat_parameter_is_prodigy_over_its_parts():
+    start = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    start[1000:2000] = 0  # as lora_B begins
+    flat = parameter_of(start)
+    parts = [torch.nn.Parameter(part.clone()) for part in start.split(1000)]
+    whole = optim.make_optimizer(flat, **PRODIGY)
+    apart = Prodigy(parts, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-6, use_bias_correction=True)
+    for group in apart.param_groups:
+        group["safeguard_warmup"] = True
+    for grad in gradients(200, len(start)):
+        flat.grad.copy_(grad)
+        for part, part_grad in zip(parts, grad.split(1000), strict=True):
+            part.grad = part_grad.clone()
+        whole.step()
+        apart.step()
+    found, expected = flat.detach() - start, torch.cat([part.detach() for part in parts]) - start
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert whole.param_groups[0]["d"] == pytest.approx(apart.param_groups[0]["d"], rel=1e-3)
+    assert whole.param_groups[0]["d"] > 10 * 1e-6  # it found a rate
+
+
+def test_prodigy_says_nothing_and_takes_the_bytes_that_are_planned(capsys):
+    flat = parameter_of(torch.ones(10000))
+    optimizer = optim.make_optimizer(flat, **PRODIGY)
+    flat.grad.fill_(1e-3)
+    optimizer.step()
+    assert capsys.readouterr().out == ""
+    kept = bytes_of_all_tensors(optimizer)
+    planned = [optim.expected_update_bytes(10000, "prodigy", True, use_ema) for use_ema in (False, True)]
+    assert (planned[0], planned[1]) == (kept + 40000, kept + 40000 + 80000)
+
+
+def test_the_average_follows_its_formula_and_leaves_no_trace():
+    start = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    flat = parameter_of(start)
+    view = flat.data[10:20]
+    ema, expected = optim.make_ema(flat, 0.9), start.double()
+    for step, change in enumerate(gradients(100, len(start)), 1):
+        flat.data += change
+        ema.step([flat])
+        decay = 0.0 if step == 1 else min(0.9, step / (9 + step))
+        expected = decay * expected + (1 - decay) * flat.detach().double()
+    trained = flat.detach().clone()
+    assert (trained - expected).norm() > 1e-3  # it lags behind
+    with optim.averaged(ema, flat):
+        torch.testing.assert_close(view, expected.float()[10:20], rtol=1e-5, atol=1e-6)
+    assert torch.equal(flat, trained)
+    with optim.averaged(None, flat):
+        assert torch.equal(flat, trained)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
