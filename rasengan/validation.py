@@ -22,6 +22,15 @@ from rasengan.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = (
+    "came out with non-finite values, and is shown in grey: the UNet overflows in this precision, or the run "
+    "diverges. Train with --mixed_precision no, or lower --learning_rate"
+)
+DOES_NOT_FIT = (
+    "does not fit into the card's memory, and is shown in grey: lower --resolution, or train without "
+    "--validation_prompt"
+)
+
 
 @contextmanager
 def adapters_disabled(models: list[torch.nn.Module]) -> Iterator[None]:
@@ -79,8 +88,8 @@ def draw_share(
 ) -> list[Image.Image]:
     """Draw each prompt with each seed, prompt by prompt; each process draws its share, so that none waits for long.
 
-    A picture that comes out with non-finite values is grey, and is warned of: the run goes on. The VAE visits the
-    device only for the time of drawing.
+    A picture that comes out with non-finite values, or that does not fit into memory, is grey, and is warned of: the
+    run goes on. The VAE visits the device only for the time of drawing.
 
     Args:
         accelerator: whose processes share the work, and whose precision is used.
@@ -105,14 +114,13 @@ def draw_share(
         try:
             with accelerator.autocast():
                 images = sdxl.draw(unet, vae, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
-        except UserError:  # its one reason; another process may be waiting for this one's share
+        # No further: another process may be waiting for this one's share.
+        except UserError:  # its one reason
             images = [Image.new("RGB", (side_px, side_px), "grey")]
-            logger.warning(
-                "The validation picture of seed %d came out with non-finite values, and is shown in grey: the UNet "
-                "overflows in this precision, or the run diverges. Train with --mixed_precision no, or lower "
-                "--learning_rate",
-                seed,
-            )
+            logger.warning("The validation picture of seed %d %s", seed, NOT_FINITE)
+        except torch.OutOfMemoryError:
+            images = [Image.new("RGB", (side_px, side_px), "grey")]
+            logger.warning("The validation picture of seed %d %s", seed, DOES_NOT_FIT)
         drawn.append((job, images[0]))
     vae.to(home)
     free_memory()

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +88,88 @@ def test_a_budget_that_is_too_small_is_an_error(run_script, train_arguments, tmp
     finished = run_script("train_lora_sdxl", *arguments, "--output_dir", tmp_path)
     assert finished.returncode == 2
     assert "--vram_budget_gib is 500" in finished.stderr
+
+
+# Runs a script, and after some optimizer steps leaves the card no more than what is in use.
+FILL_THE_CARD = """
+import runpy, sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+steps = []
+
+def fill(*_):
+    steps.append(1)
+    if len(steps) == 3:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_allocated() / total)
+
+register_optimizer_step_post_hook(fill)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_a_card_that_fills_up_ends_with_a_checkpoint_that_can_be_resumed(how, run_script, train_arguments, tmp_path):
+    output_dir, filler = tmp_path / "run", tmp_path / "fill.py"
+    filler.write_text(FILL_THE_CARD)
+    arguments = [*map(str, train_arguments), "--mixed_precision", "no", "--checkpointing_steps", "1000"]
+    arguments += ["--max_train_steps", "12", "--output_dir", str(output_dir)]
+    if how == "eager":
+        arguments += ["--no-cuda_graph"]
+    else:  # a graph takes no more memory once it is captured: it is captured anew after the pictures of an epoch
+        arguments += ["--max_train_samples", "8", "--validation_prompt", "a red star"]
+        arguments += ["--validation_inference_steps", "1", "--num_validation_images", "1"]
+    script = Path(__file__).parents[2] / "scripts" / "train_lora_sdxl.py"
+    finished = subprocess.run(
+        [sys.executable, filler, script, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert "error: Out of memory in step" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    (saved,) = output_dir.glob("checkpoint-*")
+    assert str(saved) in finished.stderr
+    step = json.loads((saved / "trainer_state.json").read_text())["global_step"]
+    assert step >= 3
+    resumed = run_script("train_lora_sdxl", *arguments, "--resume_from_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (output_dir / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--use_ema"], ["--optimizer", "prodigy"], ["--base_quantization", "auto"]], ids=" ".join
+)
+def test_options_of_the_update_work_beside_a_graph(flags, run_script, train_arguments, tmp_path):
+    arguments = [*train_arguments, "--mixed_precision", "fp16", *flags, "--max_train_steps", 16]
+    finished = run_script("train_lora_sdxl", *arguments, "--output_dir", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora.up" in name)
+
+
+def test_a_base_that_does_not_fit_is_quantized_where_that_is_allowed(train_arguments, tmp_path):
+    # The tiny base needs no quantization: weights are kept from the card until they are quantized.
+    filler = tmp_path / "refuse.py"
+    filler.write_text(
+        "import runpy, sys, torch\n"
+        "from rasengan import lora, memory\n"
+        "stack = lora.stack_weights\n"
+        "def refuse(unet, device):\n"
+        "    if not getattr(unet, 'is_loaded_in_4bit', False):\n"
+        "        raise torch.OutOfMemoryError\n"
+        "    stack(unet, device)\n"
+        "lora.stack_weights = refuse\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    script = Path(__file__).parents[2] / "scripts" / "train_lora_sdxl.py"
+    arguments = [*map(str, train_arguments), "--mixed_precision", "fp16", "--base_quantization"]
+    for allowed, code in (("none", 2), ("auto", 0)):
+        output = ["--output_dir", str(tmp_path / allowed)]
+        command = [sys.executable, filler, script, *arguments, allowed, *output]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == code, finished.stderr
+        assert "Traceback" not in finished.stderr
+        assert "weights alone take" in finished.stderr
+    assert json.loads((tmp_path / "auto" / "args.json").read_text())["base_quantization"] == "nf4"

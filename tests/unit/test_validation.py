@@ -113,6 +113,26 @@ def test_a_picture_with_non_finite_values_is_grey_and_warned_of(tiny_base, caplo
     assert "--lora_scale" not in record.getMessage()
 
 
+def test_a_picture_that_does_not_fit_is_grey_and_warned_of(tiny_base, caplog):
+    unet, vae, scheduler = (components.load(name, tiny_base / name) for name in ("unet", "vae", "scheduler"))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [(torch.randn(7, 96, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)]
+    calls = []
+
+    def full_at_first(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+
+    unet.register_forward_pre_hook(full_at_first)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    missing, drawn = validation.draw_share(accelerator, unet, vae, scheduler, prompts, [5], 64, 2)
+    assert missing.getextrema() == ((128, 128),) * 3
+    assert drawn.getextrema() != missing.getextrema()
+    (record,) = [record for record in caplog.records if record.name == "rasengan.validation"]
+    assert "seed 5 does not fit into the card's memory" in record.getMessage()
+
+
 # --- grids ---
 
 
