@@ -45,8 +45,8 @@ def samples(unet: torch.nn.Module, number: int, size: int, side: int) -> dict[st
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
-def train(base: Path, way: str, side: int, size: int, steps: int, learning_rate: float) -> dict:
-    """Train, and return the losses and gradient norms of all steps, and what the LoRA became."""
+def build(base: Path, way: str):
+    """Return the UNet with its LoRA, the flat parameter, the step run in one of WAYS, and the gradient scaler."""
     unet = components.load("unet", base / "unet", torch.float16)
     if way == "fused, nf4":
         memory.quantize_base(unet, DEVICE, torch.float16)
@@ -56,7 +56,6 @@ def train(base: Path, way: str, side: int, size: int, steps: int, learning_rate:
     lora.add_lora(unet, lora.lora_config(RANK, ALPHA, list(lora.UNET_TARGETS)))
     unet.train()
     flat = lora.flatten_parameters(lora.flat_order(unet))
-    start = flat.detach().clone()
     is_fused = way.startswith("fused")
     if is_fused:
         fused.FusedUNet(unet, flat, ALPHA / RANK)
@@ -71,7 +70,13 @@ def train(base: Path, way: str, side: int, size: int, steps: int, learning_rate:
         weight_dtype=torch.float16,
         autocast=not is_fused,
     )
-    train_step = step.TrainingStep(compute, lambda loss: scaler.scale(loss).backward(), flat, as_graph=is_fused)
+    return unet, flat, step.TrainingStep(compute, lambda loss: scaler.scale(loss).backward(), flat, True), scaler
+
+
+def train(base: Path, way: str, side: int, size: int, steps: int, learning_rate: float) -> dict:
+    """Train, and return the losses and gradient norms of all steps, and what the LoRA became."""
+    unet, flat, train_step, scaler = build(base, way)
+    start = flat.detach().clone()
     optimizer = optim.make_optimizer(flat, "adamw", True, learning_rate, (0.9, 0.999), 1e-2, 1e-8)
     found = []
     attention = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if way == "noise" else nullcontext()

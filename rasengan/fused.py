@@ -2,7 +2,7 @@
 
 The same arithmetic as theirs, but for the order of rounding, in a third of the kernels and two thirds of the memory:
 
-- all LoRA matrices are cast to the UNet's dtype together, and their gradients come back together;
+- all LoRA matrices are cast to the UNet's dtype together, and their gradients are added where they belong;
 - projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;
 - nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
@@ -81,6 +81,7 @@ class FusedUNet:
         self.projections = [Projection(layers) for layers in lora.all_projections(unet)]
         self.by_layer = {id(layer): projection for projection in self.projections for layer in projection.layers}
         self.with_lora = [projection for projection in self.projections if projection.has_lora]
+        self.ends = self._place_gradients()
         self.text = {}  # keys and values of each block's attention to the text, while the forward runs
         self.recomputed = set()
         unet.to(memory_format=torch.channels_last)
@@ -91,6 +92,17 @@ class FusedUNet:
         self._replace(unet.conv_norm_out, lambda norm, x: _group_norm(x, norm, silu=True)[1])
         self._replace(unet.conv_act, lambda activation, x: x)  # conv_norm_out has done it
         self._replace(unet, self._forward)
+
+    def _place_gradients(self) -> tuple[int, int]:
+        """Give each projection its part of the flat gradient; return where all lora_A end, and all lora_B."""
+        middle = sum(projection.shape_A.numel() for projection in self.with_lora)
+        start_A, start_B = 0, middle
+        for projection in self.with_lora:
+            end_A, end_B = start_A + projection.shape_A.numel(), start_B + projection.shape_B.numel()
+            projection.grad_A = self.flat.grad[start_A:end_A].view(projection.shape_A)
+            projection.grad_B = self.flat.grad[start_B:end_B].view(projection.shape_B)
+            start_A, start_B = end_A, end_B
+        return middle, start_B
 
     def _replace(self, module: nn.Module, forward: Callable) -> None:
         original = type(module).forward
@@ -132,16 +144,16 @@ class FusedUNet:
         finally:
             self.text.clear()
 
+    @torch.no_grad()
     def _cast_lora(self, dtype: torch.dtype) -> None:
-        # The last step's go first: they hold autograd's node of the flat parameter, which remembers its stream.
-        for projection in self.with_lora:
-            projection.lora_A = projection.lora_B = None
-        sizes_A = [projection.shape_A.numel() for projection in self.with_lora]
-        sizes_B = [projection.shape_B.numel() for projection in self.with_lora]
-        parts = nodes.CastLora.apply(self.flat, self.scale, sizes_A, sizes_B, dtype)
-        count = len(self.with_lora)
-        for projection, part_A, part_B in zip(self.with_lora, parts[:count], parts[count:], strict=True):
-            projection.lora_A, projection.lora_B = part_A.view(projection.shape_A), part_B.view(projection.shape_B)
+        """Cast the LoRA matrices of all projections out of the flat parameter, by two kernels."""
+        middle, end = self.ends
+        parts_A = self.flat[:middle].to(dtype).split([p.shape_A.numel() for p in self.with_lora])
+        parts_B = (self.flat[middle:end] * self.scale).to(dtype).split([p.shape_B.numel() for p in self.with_lora])
+        for projection, part_A, part_B in zip(self.with_lora, parts_A, parts_B, strict=True):
+            projection.set_lora(part_A, part_B, self.scale)
+        # Of this forward alone: a leaf that lived on would hold the stream of its first backward pass.
+        self.anchor = torch.empty((), device=self.flat.device, requires_grad=True)
 
     def _project_text(self, encoder_hidden_states: torch.Tensor) -> None:
         """Compute the keys and values of all attentions to the text, stacked ones by one product."""
@@ -193,7 +205,7 @@ class FusedUNet:
         layers = [attn.to_q, attn.to_k, attn.to_v]
         stacked = self.by_layer.get(id(attn.to_q))
         if stacked is not None and len(stacked.layers) == 3:
-            parts = stacked(y).view(pictures, -1, 3, attn.heads, y.shape[-1] // attn.heads).unbind(2)
+            parts = stacked(y, self.anchor).view(pictures, -1, 3, attn.heads, y.shape[-1] // attn.heads).unbind(2)
         else:
             parts = [
                 self._linear(layer, y).view(pictures, -1, attn.heads, y.shape[-1] // attn.heads) for layer in layers
@@ -203,7 +215,7 @@ class FusedUNet:
     def _linear(self, layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         projection = self.by_layer.get(id(layer))
         if projection is not None:
-            return projection(rows)
+            return projection(rows, self.anchor)
         return (
             layer(rows) if type(layer) is nn.Linear else nodes.QuantizedProduct.apply(rows, layer.weight, layer.bias)
         )
@@ -219,16 +231,21 @@ class Projection:
         base = lora.base_of(layers[0])
         self.layers, self.bias, self.has_lora = layers, base.bias, isinstance(layers[0], LoraLayer)
         self.weight = lora.stacked_weight(layers) if len(layers) > 1 else base.weight
-        self.shape_A = self.shape_B = self.lora_A = self.lora_B = None
+        self.lora = self.shape_A = self.shape_B = self.grad_A = self.grad_B = None
         if self.has_lora:
             rank = layers[0].r["default"]
             self.shape_A = torch.Size((len(layers) * rank, base.in_features))
             self.shape_B = torch.Size((len(layers), base.out_features, rank))
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return (T, n E) for rows (T, D)."""
+    def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float) -> None:
+        """Take the LoRA's elements for the steps to come; `scale` is in part_B."""
+        matrices = part_A.view(self.shape_A), part_B.view(self.shape_B)
+        self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale)
+
+    def __call__(self, rows: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        """Return (T, n E) for rows (T, D); `anchor` is as `nodes.LoraProduct` takes it."""
         if self.has_lora:
-            return nodes.LoraProduct.apply(rows, self.lora_A, self.lora_B, self.weight, self.bias)
+            return nodes.LoraProduct.apply(rows, anchor, self.lora, self.weight, self.bias)
         return F.linear(rows, self.weight, self.bias)
 
 

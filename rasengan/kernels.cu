@@ -403,3 +403,146 @@ extern "C" __global__ void add_with_bias(const word* x, const word* h, const wor
     left.at[i] = narrow(widen(left.at[i]) + widen(right.at[i]) + widen(offset.at[i]));
   store(y + pack * 8, left);
 }
+
+// --- gradients of the LoRA's matrices: grad_A += grad_h^T x, and for each layer grad_B += scale * grad_y^T h ---
+//
+// x (rows, width), grad_y (rows, layers * out_width), h and grad_h (rows, layers * rank); grad_A (layers * rank, width)
+// and grad_B (layers, out_width, rank) are fp32. Each is a product of a narrow and a wide matrix over the rows. A block
+// takes WIDE_COLUMNS of the wide one, over `rows_per_block` rows; the last of a column sums what the others found.
+// TILES are of 16 ranks. On tensor cores that a T4 has: it knows no larger product than 16 x 8 x 8.
+
+#if (defined(FP16) && __CUDA_ARCH__ >= 750) || (defined(BF16) && __CUDA_ARCH__ >= 800)
+
+#define WIDE_COLUMNS 128
+#define STAGE_ROWS 64
+#define THREADS 128
+
+#if defined(FP16)
+#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+#else
+#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
+#endif
+
+__device__ void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
+  asm volatile(MMA " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
+// Loads four 8 x 8 matrices, transposed; lanes 8 k to 8 k + 7 point at the rows of the k-th.
+__device__ void load_transposed(unsigned (&to)[4], const word* from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"((unsigned)__cvta_generic_to_shared(from)));
+}
+
+template <int TILES>
+__device__ void lora_gradients(const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial,
+                               unsigned* counters, float* grad_A, float* grad_B, int rows, int width, int layers,
+                               int out_width, int rank, int rows_per_block, float scale) {
+  // 8 words more in each row, so that the rows of a matrix lie in different banks.
+  __shared__ alignas(16) word wide[STAGE_ROWS][WIDE_COLUMNS + 8];
+  __shared__ alignas(16) word small[STAGE_ROWS][TILES * 16 + 8];
+  int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  int tiles_A = (width + WIDE_COLUMNS - 1) / WIDE_COLUMNS, tiles_B = (out_width + WIDE_COLUMNS - 1) / WIDE_COLUMNS;
+  bool is_A = blockIdx.x < tiles_A;
+  int layer = is_A ? 0 : (blockIdx.x - tiles_A) / tiles_B;
+  int first = (is_A ? blockIdx.x : (blockIdx.x - tiles_A) % tiles_B) * WIDE_COLUMNS;
+  int columns = is_A ? width : out_width, stride = is_A ? width : layers * out_width;
+  int ranks = is_A ? layers * rank : rank;
+  const word* from_wide = is_A ? x : grad_y + (long long)layer * out_width;
+  const word* from_small = is_A ? grad_h : h + layer * rank;
+  int start = blockIdx.y * rows_per_block, end = min(rows, start + rows_per_block);
+
+  Pack next_wide[8], next_small[TILES];
+  auto fetch = [&](int row) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int at = row + i * 8 + thread / 16, column = first + thread % 16 * 8;
+      next_wide[i] = at < end && column < columns ? load(from_wide + (long long)at * stride + column) : Pack{};
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      int pack = i * THREADS + thread, at = row + pack / (2 * TILES), column = pack % (2 * TILES) * 8;
+      next_small[i] = at < end && column < ranks ? load(from_small + (long long)at * layers * rank + column) : Pack{};
+    }
+  };
+
+  float sums[TILES][4][4] = {};  // of 16 ranks and 8 columns each; a warp has 32 columns
+  fetch(start);
+  for (int row = start; row < end; row += STAGE_ROWS) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store(&wide[i * 8 + thread / 16][thread % 16 * 8], next_wide[i]);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      int pack = i * THREADS + thread;
+      store(&small[pack / (2 * TILES)][pack % (2 * TILES) * 8], next_small[i]);
+    }
+    __syncthreads();
+    if (row + STAGE_ROWS < end) fetch(row + STAGE_ROWS);
+#pragma unroll
+    for (int k = 0; k < STAGE_ROWS; k += 16) {
+      unsigned b[2][4];  // for 16 columns each: rows 0 to 7 and 8 to 15 of the first 8 columns, then of the others
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_transposed(b[half], &wide[k + lane % 16][warp * 32 + half * 16 + lane / 16 * 8]);
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) {
+        unsigned a[4];  // ranks 0 to 7 and 8 to 15 of rows 0 to 7, then of the others
+        load_transposed(a, &small[k + lane / 16 * 8 + lane % 8][tile * 16 + lane / 8 % 2 * 8]);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          multiply_add(sums[tile][n], a[0], a[1], b[n / 2][n % 2 * 2]);
+          multiply_add(sums[tile][n], a[2], a[3], b[n / 2][n % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  const int size = TILES * 16 * WIDE_COLUMNS;
+  float* all = partial + (long long)blockIdx.x * gridDim.y * size;
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int r = tile * 16 + lane / 4 + i / 2 * 8, column = warp * 32 + n * 8 + lane % 4 * 2 + i % 2;
+        all[(long long)blockIdx.y * size + r * WIDE_COLUMNS + column] = sums[tile][n][i];
+      }
+  __threadfence();
+  __syncthreads();
+  __shared__ bool is_last;
+  if (thread == 0) is_last = atomicAdd(&counters[blockIdx.x], 1u) == gridDim.y - 1;
+  __syncthreads();
+  if (!is_last) return;
+  if (thread == 0) counters[blockIdx.x] = 0;  // ready for the next launch
+  __threadfence();
+  for (int i = thread; i < ranks * WIDE_COLUMNS; i += THREADS) {
+    int r = i / WIDE_COLUMNS, column = first + i % WIDE_COLUMNS;
+    if (column >= columns) continue;
+    float total = 0.f;
+    for (int block = 0; block < gridDim.y; ++block) total += __ldcg(all + (long long)block * size + i);
+    if (is_A)
+      grad_A[(long long)r * width + column] += total;
+    else
+      grad_B[((long long)layer * out_width + column) * rank + r] += scale * total;
+  }
+}
+
+#define LORA_GRADIENTS(TILES)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS) lora_gradients_##TILES(                                        \
+      const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial, unsigned* counters,        \
+      float* grad_A, float* grad_B, int rows, int width, int layers, int out_width, int rank, int rows_per_block,      \
+      float scale) {                                                                                                   \
+    lora_gradients<TILES>(x, grad_h, grad_y, h, partial, counters, grad_A, grad_B, rows, width, layers, out_width,     \
+                          rank, rows_per_block, scale);                                                                \
+  }
+
+LORA_GRADIENTS(1)
+LORA_GRADIENTS(2)
+LORA_GRADIENTS(3)
+LORA_GRADIENTS(4)
+
+#endif

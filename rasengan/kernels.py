@@ -1,4 +1,4 @@
-"""The elementwise and normalizing passes of the training step: `kernels.cu` on CUDA, PyTorch's operators elsewhere.
+"""The small passes of the training step: `kernels.cu` on CUDA, PyTorch's operators elsewhere.
 
 PyTorch runs these as several kernels each, converts between layouts around them, and keeps more tensors for the
 backward pass. The kernels are compiled at run time by NVRTC, which PyTorch brings along: no compiler, toolkit or
@@ -21,8 +21,14 @@ import torch.nn.functional as F
 logger = logging.getLogger(__name__)
 
 MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
-# A pass over pictures is split into about so many blocks: some for each multiprocessor of a large card.
+# A pass is split into about so many blocks: some for each multiprocessor of a large card.
 BLOCKS = 264
+# Compute capability from which the tensor cores have the product that `lora_gradients` is made of.
+LORA_GRADIENTS_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+# What `lora_gradients` takes: columns of a block, rows of a stage, and ranks at most.
+WIDE_COLUMNS, STAGE_ROWS, MOST_RANKS = 128, 64, 64
+# Each of its blocks leaves sums for the last one, which adds those of so many at most.
+MOST_SPLITS = 8
 
 
 # --- compiling and launching ---
@@ -70,7 +76,9 @@ class _Kernels:
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         nvrtc, self.driver = _libraries()
-        code = compile_kernels(dtype, torch.cuda.get_device_capability(device), nvrtc)
+        capability = torch.cuda.get_device_capability(device)
+        code = compile_kernels(dtype, capability, nvrtc)
+        self.has_lora_gradients = dtype in LORA_GRADIENTS_SINCE and capability >= LORA_GRADIENTS_SINCE[dtype]
         self.context = ctypes.c_void_p()
         _check(
             self.driver.cuDevicePrimaryCtxRetain(ctypes.byref(self.context), device.index), "cuDevicePrimaryCtxRetain"
@@ -316,3 +324,50 @@ def add_with_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch
     grid, block, packs = _packs(x.numel())
     kernels.launch("add_with_bias", grid, block, x, h, bias, y, packs, x.shape[1])
     return y
+
+
+# --- gradients of the LoRA's matrices ---
+
+
+def by_layer(rows: torch.Tensor, layers: int) -> torch.Tensor:
+    """Return rows (T, n E) of n layers side by side as (n, T, E), without a copy."""
+    return rows.view(len(rows), layers, -1).transpose(0, 1)
+
+
+def add_lora_gradients(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    grad_y: torch.Tensor,
+    grad_h: torch.Tensor,
+    grad_A: torch.Tensor,
+    grad_B: torch.Tensor,
+    scale: float,
+) -> None:
+    """Add the gradients of n layers' LoRA matrices to what is there already, all rows at once.
+
+    Args:
+        x: (T, D).
+        h: x A^T, (T, n r).
+        grad_y: (T, n E).
+        grad_h: (T, n r).
+        grad_A: (n r, D), gains grad_h^T x.
+        grad_B: (n, E, r), gains scale * grad_y^T h of each layer.
+        scale: of the LoRA, which h's product has, and lora_B has not.
+    """
+    layers, out_width, rank = grad_B.shape
+    rows, width = x.shape
+    kernels = _kernels_for(x, width, 2**20)
+    fits = rank % 16 == 0 and layers * rank <= MOST_RANKS and out_width % 8 == 0 and grad_A.dtype == torch.float32
+    if kernels is None or not kernels.has_lora_gradients or not fits:
+        grad_A += grad_h.t() @ x
+        grad_B.add_(torch.bmm(by_layer(grad_y, layers).transpose(1, 2), by_layer(h, layers)), alpha=scale)
+        return
+    x, h, grad_y, grad_h = (t.contiguous() for t in (x, h, grad_y, grad_h))
+    tiles = -(-width // WIDE_COLUMNS) + layers * -(-out_width // WIDE_COLUMNS)
+    splits = max(1, min(-(-rows // STAGE_ROWS), BLOCKS // tiles, MOST_SPLITS))
+    each = -(-rows // (splits * STAGE_ROWS)) * STAGE_ROWS
+    grid = (tiles, -(-rows // each))
+    partial = x.new_empty(*grid, layers * rank, WIDE_COLUMNS, dtype=torch.float32)
+    arguments = (x, grad_h, grad_y, h, partial, kernels.counters, grad_A, grad_B)
+    arguments += (rows, width, layers, out_width, rank, each, float(scale))
+    kernels.launch(f"lora_gradients_{layers * rank // 16}", grid, (128, 1), *arguments)

@@ -4,53 +4,66 @@ Shapes: T rows (a picture's pixels, or a prompt's tokens, times the batch), D an
 side; pictures are (N, C, H, W) in channels_last. Weights and biases that are not a LoRA's are frozen.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from rasengan import kernels
+from rasengan.kernels import by_layer
+
+
+class LoraMatrices(NamedTuple):
+    """The LoRA matrices of n layers side by side in the UNet's dtype, and where their gradients are added to.
+
+    lora_A (n r, D), and lora_B (n, E, r) with the LoRA's scale in it; grad_A and grad_B, of the same shapes, are parts
+    of the flat parameter's gradient, and of it without the scale.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    grad_A: torch.Tensor
+    grad_B: torch.Tensor
+    scale: float
 
 
 class LoraProduct(torch.autograd.Function):
     """y = x W^T + bias + (x A^T) B^T, for n layers of one input side by side.
 
-    x (T, D), lora_A (n r, D), lora_B (n, E, r) with the LoRA's scale in it, weight (n E, D), bias (n E,) or None: y is
-    (T, n E). The base's product accumulates onto the LoRA's, so that this takes no pass of its own over y. Keeps x and
-    x A^T. The weight may be one that bitsandbytes quantized.
+    x (T, D), weight (n E, D), bias (n E,) or None: y is (T, n E). The base's product accumulates onto the LoRA's, so
+    that this takes no pass of its own over y. Keeps x and x A^T. The weight may be one that bitsandbytes quantized.
+
+    The backward pass adds the LoRA's gradients where `lora` says, past autograd, which would gather and copy them.
+    `anchor` requires a gradient and gets none: it makes autograd come here also where x requires none.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, weight, bias):
-        layers, width, _ = lora_B.shape
-        h = x @ lora_A.t()  # (T, n r)
+    def forward(ctx, x, anchor, lora, weight, bias):
+        layers, width, _ = lora.lora_B.shape
+        h = x @ lora.lora_A.t()  # (T, n r)
         if layers == 1:
-            y = h @ lora_B[0].t() if bias is None else torch.addmm(bias, h, lora_B[0].t())
+            y = h @ lora.lora_B[0].t() if bias is None else torch.addmm(bias, h, lora.lora_B[0].t())
         else:
             y = x.new_empty(len(x), layers * width)
-            torch.bmm(_by_layer(h, layers), lora_B.transpose(1, 2), out=_by_layer(y, layers))
+            torch.bmm(by_layer(h, layers), lora.lora_B.transpose(1, 2), out=by_layer(y, layers))
             if bias is not None:
                 y += bias
-        ctx.save_for_backward(x, h, lora_A, lora_B)
-        ctx.weight = weight
+        ctx.save_for_backward(x, h)
+        ctx.lora, ctx.weight = lora, weight
         return y.addmm_(x, dense(weight, x.dtype).t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, h, lora_A, lora_B = ctx.saved_tensors
-        layers, grad_y, grad_x = len(lora_B), grad_y.contiguous(), None
+        (x, h), lora = ctx.saved_tensors, ctx.lora
+        layers, grad_y, grad_x = len(lora.lora_B), grad_y.contiguous(), None
         grad_h = torch.empty_like(h)
-        torch.bmm(_by_layer(grad_y, layers), lora_B, out=_by_layer(grad_h, layers))
+        torch.bmm(by_layer(grad_y, layers), lora.lora_B, out=by_layer(grad_h, layers))
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_h @ lora_A).addmm_(grad_y, dense(ctx.weight, x.dtype))
-        grad_A = grad_h.t() @ x
-        grad_B = torch.bmm(_by_layer(grad_y, layers).transpose(1, 2), _by_layer(h, layers))
-        return grad_x, grad_A, grad_B, None, None
-
-
-def _by_layer(rows: torch.Tensor, layers: int) -> torch.Tensor:
-    """Return rows (T, n E) as (n, T, E), without a copy."""
-    return rows.view(len(rows), layers, -1).transpose(0, 1)
+            grad_x = (grad_h @ lora.lora_A).addmm_(grad_y, dense(ctx.weight, x.dtype))
+        kernels.add_lora_gradients(x, h, grad_y, grad_h, lora.grad_A, lora.grad_B, lora.scale)
+        return grad_x, None, None, None, None
 
 
 def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -74,30 +87,6 @@ class QuantizedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         return grad_y @ dense(ctx.weight, grad_y.dtype), None, None
-
-
-class CastLora(torch.autograd.Function):
-    """The LoRA matrices of all projections in the UNet's dtype, cast out of the flat parameter by two kernels.
-
-    flat holds all lora_A and then all lora_B; returned are the former in parts of `sizes_A`, then the latter, times
-    the scale, in parts of `sizes_B`. The backward pass adds straight into `flat.grad`, which must exist.
-    """
-
-    @staticmethod
-    def forward(ctx, flat, scale, sizes_A, sizes_B, dtype):
-        ctx.flat, ctx.scale, ctx.ends = flat, scale, (sum(sizes_A), sum(sizes_A) + sum(sizes_B))
-        cast_A = flat[: ctx.ends[0]].to(dtype)
-        cast_B = (flat[ctx.ends[0] : ctx.ends[1]] * scale).to(dtype)
-        return *cast_A.split(sizes_A), *cast_B.split(sizes_B)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        grad = torch.cat([part.reshape(-1) for part in grads])
-        middle, end = ctx.ends
-        ctx.flat.grad[:middle] += grad[:middle]
-        ctx.flat.grad[middle:end].add_(grad[middle:], alpha=ctx.scale)
-        return None, None, None, None, None
 
 
 class AddLayerNorm(torch.autograd.Function):

@@ -101,6 +101,36 @@ def test_add_with_bias(dtype):
     assert_close(kernels.add_with_bias(*on_gpu(x, h, bias)), kernels.add_with_bias(*exact(x, h, bias)), dtype)
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "out_width"), [(1, 8, 8), (77, 136, 264), (256, 1280, 1280), (4097, 640, 320)]
+)
+@pytest.mark.parametrize(("layers", "rank"), [(1, 16), (3, 16), (1, 32), (2, 32), (1, 4), (3, 32)])
+def test_lora_gradients_are_added(dtype, rows, width, out_width, layers, rank):
+    x, grad_y = random(rows, width, dtype=dtype), random(rows, layers * out_width, dtype=dtype, like=2)
+    h, grad_h = random(rows, layers * rank, dtype=dtype), random(rows, layers * rank, dtype=dtype, like=0.5)
+    grads = [random(layers * rank, width, dtype=torch.float32), random(layers, out_width, rank, dtype=torch.float32)]
+    found, expected = on_gpu(*grads), exact(*grads)
+    for _ in range(2):  # the second time, the counters must have been left at zero
+        kernels.add_lora_gradients(*on_gpu(x, h, grad_y, grad_h), *found, 1.5)
+        kernels.add_lora_gradients(*exact(x, h, grad_y, grad_h), *expected, 1.5)
+    for one, other in zip(found, expected, strict=True):
+        # Without the kernel, the products are rounded to the dtype before they are added.
+        by_kernel = dtype != torch.float32 and rank % 16 == 0 and layers * rank <= 64
+        error = (one.cpu().double() - other).norm() / other.norm()
+        assert error < (1e-5 if by_kernel else max(1e-5, DTYPES[dtype])), f"relative error {error:.2e}"
+
+
+def test_lora_gradients_are_the_same_bits_every_time(dtype):
+    x, grad_y = on_gpu(random(1000, 640, dtype=dtype), random(1000, 3 * 640, dtype=dtype))
+    h, grad_h = on_gpu(random(1000, 48, dtype=dtype), random(1000, 48, dtype=dtype, like=2))
+    results = []
+    for _ in range(20):
+        grads = torch.zeros(48, 640, device=DEVICE), torch.zeros(3, 640, 16, device=DEVICE)
+        kernels.add_lora_gradients(x, h, grad_y, grad_h, *grads, 2.0)
+        results.append(torch.cat([grad.flatten() for grad in grads]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_a_thread_without_a_context_can_launch(dtype):
     from concurrent.futures import ThreadPoolExecutor
 
