@@ -17,7 +17,7 @@ import full_size
 import torch
 from accelerate import Accelerator
 from measure import ROOT, Results
-from parity import DEVICE, SIZES, build, samples
+from parity import SIZES, build, samples
 from programs import exit_cleanly
 
 from rasengan import UserError, optim
