@@ -407,15 +407,14 @@ extern "C" __global__ void add_with_bias(const word* x, const word* h, const wor
 // --- gradients of the LoRA's matrices: grad_A += grad_h^T x, and for each layer grad_B += scale * grad_y^T h ---
 //
 // x (rows, width), grad_y (rows, layers * out_width), h and grad_h (rows, layers * rank); grad_A (layers * rank, width)
-// and grad_B (layers, out_width, rank) are fp32. Each is a product of a narrow and a wide matrix over the rows. A block
-// takes WIDE_COLUMNS of the wide one, over `rows_per_block` rows; the last of a column sums what the others found.
-// TILES are of 16 ranks. On tensor cores that a T4 has: it knows no larger product than 16 x 8 x 8.
+// and grad_B (layers, out_width, rank) are fp32. Each is the product of a narrow and a wide matrix over the rows, split
+// into TILES of 16 ranks and strips of STRIP columns of the wide one. First every block finds the sums of a strip over
+// `rows_per_block` rows, then they are added up. On tensor cores, by the largest product that a T4's have: 16 x 8 x 8.
 
 #if (defined(FP16) && __CUDA_ARCH__ >= 750) || (defined(BF16) && __CUDA_ARCH__ >= 800)
 
-#define WIDE_COLUMNS 128
+#define STRIP 128
 #define STAGE_ROWS 64
-#define THREADS 128
 
 #if defined(FP16)
 #define MMA "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
@@ -436,35 +435,46 @@ __device__ void load_transposed(unsigned (&to)[4], const word* from) {
                : "r"((unsigned)__cvta_generic_to_shared(from)));
 }
 
+// Which strip of which product blockIdx.x is: those of grad_A first, then those of each layer's grad_B.
+struct Strip {
+  bool is_A;
+  int layer, first, columns, ranks;
+  __device__ Strip(int width, int layers, int out_width, int rank) {
+    int strips_A = (width + STRIP - 1) / STRIP, strips_B = (out_width + STRIP - 1) / STRIP, of_B = blockIdx.x - strips_A;
+    is_A = of_B < 0;
+    layer = is_A ? 0 : of_B / strips_B;
+    first = (is_A ? blockIdx.x : of_B % strips_B) * STRIP;
+    columns = is_A ? width : out_width;
+    ranks = is_A ? layers * rank : rank;
+  }
+};
+
+// partial (strips, gridDim.y, TILES * 16, STRIP)
 template <int TILES>
-__device__ void lora_gradients(const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial,
-                               unsigned* counters, float* grad_A, float* grad_B, int rows, int width, int layers,
-                               int out_width, int rank, int rows_per_block, float scale) {
+__device__ void lora_gradient_sums(const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial,
+                                   int rows, int width, int layers, int out_width, int rank, int rows_per_block) {
   // 8 words more in each row, so that the rows of a matrix lie in different banks.
-  __shared__ alignas(16) word wide[STAGE_ROWS][WIDE_COLUMNS + 8];
+  __shared__ alignas(16) word wide[STAGE_ROWS][STRIP + 8];
   __shared__ alignas(16) word small[STAGE_ROWS][TILES * 16 + 8];
   int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  int tiles_A = (width + WIDE_COLUMNS - 1) / WIDE_COLUMNS, tiles_B = (out_width + WIDE_COLUMNS - 1) / WIDE_COLUMNS;
-  bool is_A = blockIdx.x < tiles_A;
-  int layer = is_A ? 0 : (blockIdx.x - tiles_A) / tiles_B;
-  int first = (is_A ? blockIdx.x : (blockIdx.x - tiles_A) % tiles_B) * WIDE_COLUMNS;
-  int columns = is_A ? width : out_width, stride = is_A ? width : layers * out_width;
-  int ranks = is_A ? layers * rank : rank;
-  const word* from_wide = is_A ? x : grad_y + (long long)layer * out_width;
-  const word* from_small = is_A ? grad_h : h + layer * rank;
+  Strip strip(width, layers, out_width, rank);
+  int stride = strip.is_A ? width : layers * out_width;
+  const word* from_wide = strip.is_A ? x : grad_y + (long long)strip.layer * out_width;
+  const word* from_small = strip.is_A ? grad_h : h + strip.layer * rank;
   int start = blockIdx.y * rows_per_block, end = min(rows, start + rows_per_block);
 
   Pack next_wide[8], next_small[TILES];
   auto fetch = [&](int row) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      int at = row + i * 8 + thread / 16, column = first + thread % 16 * 8;
-      next_wide[i] = at < end && column < columns ? load(from_wide + (long long)at * stride + column) : Pack{};
+      int at = row + i * 8 + thread / 16, column = strip.first + thread % 16 * 8;
+      next_wide[i] = at < end && column < strip.columns ? load(from_wide + (long long)at * stride + column) : Pack{};
     }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-      int pack = i * THREADS + thread, at = row + pack / (2 * TILES), column = pack % (2 * TILES) * 8;
-      next_small[i] = at < end && column < ranks ? load(from_small + (long long)at * layers * rank + column) : Pack{};
+      int pack = i * 128 + thread, at = row + pack / (2 * TILES), column = pack % (2 * TILES) * 8;
+      bool there = at < end && column < strip.ranks;
+      next_small[i] = there ? load(from_small + (long long)at * layers * rank + column) : Pack{};
     }
   };
 
@@ -476,7 +486,7 @@ __device__ void lora_gradients(const word* x, const word* grad_h, const word* gr
     for (int i = 0; i < 8; ++i) store(&wide[i * 8 + thread / 16][thread % 16 * 8], next_wide[i]);
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-      int pack = i * THREADS + thread;
+      int pack = i * 128 + thread;
       store(&small[pack / (2 * TILES)][pack % (2 * TILES) * 8], next_small[i]);
     }
     __syncthreads();
@@ -499,50 +509,45 @@ __device__ void lora_gradients(const word* x, const word* grad_h, const word* gr
       }
     }
   }
-
-  const int size = TILES * 16 * WIDE_COLUMNS;
-  float* all = partial + (long long)blockIdx.x * gridDim.y * size;
+  float* to = partial + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * TILES * 16 * STRIP;
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int r = tile * 16 + lane / 4 + i / 2 * 8, column = warp * 32 + n * 8 + lane % 4 * 2 + i % 2;
-        all[(long long)blockIdx.y * size + r * WIDE_COLUMNS + column] = sums[tile][n][i];
+      for (int i = 0; i < 4; i += 2) {
+        int r = tile * 16 + lane / 4 + i * 4, column = warp * 32 + n * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(to + r * STRIP + column) = make_float2(sums[tile][n][i], sums[tile][n][i + 1]);
       }
-  __threadfence();
-  __syncthreads();
-  __shared__ bool is_last;
-  if (thread == 0) is_last = atomicAdd(&counters[blockIdx.x], 1u) == gridDim.y - 1;
-  __syncthreads();
-  if (!is_last) return;
-  if (thread == 0) counters[blockIdx.x] = 0;  // ready for the next launch
-  __threadfence();
-  for (int i = thread; i < ranks * WIDE_COLUMNS; i += THREADS) {
-    int r = i / WIDE_COLUMNS, column = first + i % WIDE_COLUMNS;
-    if (column >= columns) continue;
-    float total = 0.f;
-    for (int block = 0; block < gridDim.y; ++block) total += __ldcg(all + (long long)block * size + i);
-    if (is_A)
-      grad_A[(long long)r * width + column] += total;
-    else
-      grad_B[((long long)layer * out_width + column) * rank + r] += scale * total;
-  }
 }
 
-#define LORA_GRADIENTS(TILES)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) lora_gradients_##TILES(                                        \
-      const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial, unsigned* counters,        \
-      float* grad_A, float* grad_B, int rows, int width, int layers, int out_width, int rank, int rows_per_block,      \
-      float scale) {                                                                                                   \
-    lora_gradients<TILES>(x, grad_h, grad_y, h, partial, counters, grad_A, grad_B, rows, width, layers, out_width,     \
-                          rank, rows_per_block, scale);                                                                \
+#define LORA_GRADIENT_SUMS(TILES)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(128) lora_gradient_sums_##TILES(                                        \
+      const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial, int rows, int width,       \
+      int layers, int out_width, int rank, int rows_per_block) {                                                       \
+    lora_gradient_sums<TILES>(x, grad_h, grad_y, h, partial, rows, width, layers, out_width, rank, rows_per_block);    \
   }
 
-LORA_GRADIENTS(1)
-LORA_GRADIENTS(2)
-LORA_GRADIENTS(3)
-LORA_GRADIENTS(4)
+LORA_GRADIENT_SUMS(1)
+LORA_GRADIENT_SUMS(2)
+LORA_GRADIENT_SUMS(3)
+LORA_GRADIENT_SUMS(4)
+
+// A block is the STRIP columns of the rank blockIdx.y; partial is (strips, blocks, most_ranks, STRIP).
+extern "C" __global__ void add_lora_gradients(const float* partial, float* grad_A, float* grad_B, int blocks,
+                                              int most_ranks, int width, int layers, int out_width, int rank,
+                                              float scale) {
+  Strip strip(width, layers, out_width, rank);
+  int r = blockIdx.y, column = strip.first + threadIdx.x;
+  if (r >= strip.ranks || column >= strip.columns) return;
+  const float* from = partial + ((long long)blockIdx.x * blocks * most_ranks + r) * STRIP + threadIdx.x;
+  float total = 0.f;
+#pragma unroll 8
+  for (int block = 0; block < blocks; ++block) total += from[(long long)block * most_ranks * STRIP];
+  if (strip.is_A)
+    grad_A[(long long)r * width + column] += total;
+  else
+    grad_B[((long long)strip.layer * out_width + column) * rank + r] += scale * total;
+}
 
 #endif

@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 # A pass is split into about so many blocks: some for each multiprocessor of a large card.
 BLOCKS = 264
-# Compute capability from which the tensor cores have the product that `lora_gradients` is made of.
+# Compute capability from which the tensor cores have the product that `lora_gradient_sums` is made of.
 LORA_GRADIENTS_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
-# What `lora_gradients` takes: columns of a block, rows of a stage, and ranks at most.
-WIDE_COLUMNS, STAGE_ROWS, MOST_RANKS = 128, 64, 64
-# Each of its blocks leaves sums for the last one, which adds those of so many at most.
-MOST_SPLITS = 8
+# What `lora_gradient_sums` takes: columns of a block, rows of a stage, and ranks at most.
+STRIP, STAGE_ROWS, MOST_RANKS = 128, 64, 64
+# Its rows are split into no more parts than this, since the sums of each are written, read and added.
+MOST_SPLITS = 32
 
 
 # --- compiling and launching ---
@@ -357,17 +357,18 @@ def add_lora_gradients(
     layers, out_width, rank = grad_B.shape
     rows, width = x.shape
     kernels = _kernels_for(x, width, 2**20)
-    fits = rank % 16 == 0 and layers * rank <= MOST_RANKS and out_width % 8 == 0 and grad_A.dtype == torch.float32
+    fits = rank % 8 == 0 and layers * rank <= MOST_RANKS and out_width % 8 == 0 and grad_A.dtype == torch.float32
     if kernels is None or not kernels.has_lora_gradients or not fits:
         grad_A += grad_h.t() @ x
         grad_B.add_(torch.bmm(by_layer(grad_y, layers).transpose(1, 2), by_layer(h, layers)), alpha=scale)
         return
     x, h, grad_y, grad_h = (t.contiguous() for t in (x, h, grad_y, grad_h))
-    tiles = -(-width // WIDE_COLUMNS) + layers * -(-out_width // WIDE_COLUMNS)
-    splits = max(1, min(-(-rows // STAGE_ROWS), BLOCKS // tiles, MOST_SPLITS))
+    strips = -(-width // STRIP) + layers * -(-out_width // STRIP)
+    splits = max(1, min(-(-rows // STAGE_ROWS), 2 * BLOCKS // strips, MOST_SPLITS))
     each = -(-rows // (splits * STAGE_ROWS)) * STAGE_ROWS
-    grid = (tiles, -(-rows // each))
-    partial = x.new_empty(*grid, layers * rank, WIDE_COLUMNS, dtype=torch.float32)
-    arguments = (x, grad_h, grad_y, h, partial, kernels.counters, grad_A, grad_B)
-    arguments += (rows, width, layers, out_width, rank, each, float(scale))
-    kernels.launch(f"lora_gradients_{layers * rank // 16}", grid, (128, 1), *arguments)
+    splits, tiles, sizes = -(-rows // each), -(-layers * rank // 16), (width, layers, out_width, rank)
+    partial = x.new_empty(strips, splits, tiles * 16, STRIP, dtype=torch.float32)
+    arguments = (x, grad_h, grad_y, h, partial, rows, *sizes, each)
+    kernels.launch(f"lora_gradient_sums_{tiles}", (strips, splits), (128, 1), *arguments)
+    arguments = (partial, grad_A, grad_B, splits, tiles * 16, *sizes, float(scale))
+    kernels.launch("add_lora_gradients", (strips, layers * rank), (STRIP, 1), *arguments)
