@@ -28,7 +28,7 @@ CASES = {
 VARIANTS = {
     "512px b1": {
         "ours": {"default": []},
-        "diffusers": {"checkpointing": ["--gradient_checkpointing"]},
+        "diffusers": {"the report's recipe": ["--gradient_checkpointing"]},
         "sd-scripts": {
             "checkpointing": ["--gradient_checkpointing"],
             "no checkpointing": [],
@@ -37,7 +37,7 @@ VARIANTS = {
     },
     "512px b8": {
         "ours": {"default": []},
-        "diffusers": {"checkpointing": ["--gradient_checkpointing"]},
+        "diffusers": {"the report's recipe": ["--gradient_checkpointing"]},
         "sd-scripts": {"no checkpointing": [], "no checkpointing, full fp16": ["--full_fp16"]},
     },
     "1024px b4": {"ours": {"default": []}},
