@@ -34,7 +34,14 @@ def ratio(peer: dict, ours: list[dict], read) -> str:
 
 
 def wall_ms(run: dict) -> float | None:
+    """Return the wall time of a step, which only the difference of two whole runs gives."""
     return run.get("wall_ms_per_step")
+
+
+def inside_ms(run: dict) -> float | None:
+    """Return the median step of the longest run that has one."""
+    medians = [run.get(name, {}).get("step_ms_median") for name in ("long", "short", "profile")]
+    return next((median for median in medians if median is not None), None)
 
 
 def busy_ms(run: dict) -> float | None:
@@ -55,7 +62,9 @@ def step_table(runs: list[dict]) -> str:
     for (case, program, variant), group in groups.items():
         ours = [] if program == "ours" else [r for key, g in groups.items() if key[:2] == (case, "ours") for r in g]
         walled, busied = newest(group, wall_ms), newest(group, busy_ms)
-        long = newest(group, lambda run: "step_ms_median" in run.get("long", {})).get("long", {})
+        timed = newest(group, lambda run: inside_ms(run) is not None)
+        parts = [part for part in timed.values() if isinstance(part, dict)]
+        reserved_gib = max((part["peak_reserved_gib"] for part in parts if "peak_reserved_gib" in part), default=None)
         errors = [part["error"] for part in group[-1].values() if isinstance(part, dict) and "error" in part]
         rows.append(
             [
@@ -63,14 +72,24 @@ def step_table(runs: list[dict]) -> str:
                 number(wall_ms(walled)),
                 ratio(walled, ours, wall_ms),
                 number(walled.get("wall_ms_per_image")),
-                number(long.get("step_ms_median")),
+                number(inside_ms(timed)),
+                ratio(timed, ours, inside_ms),
                 number(busy_ms(busied)),
                 ratio(busied, ours, busy_ms),
                 number(busied.get("profile", {}).get("kernels"), 0),
-                number(long.get("peak_reserved_gib"), 2),
+                number(reserved_gib, 2),
             ]
         )
-    head = ["case", "wall ms/step", "to ours", "wall ms/image", "inside, median ms", "GPU busy ms", "to ours"]
+    head = [
+        "case",
+        "wall ms/step",
+        "to ours",
+        "wall ms/image",
+        "inside, median ms",
+        "to ours",
+        "GPU busy ms",
+        "to ours",
+    ]
     return markdown([*head, "kernels", "peak reserved GiB"], rows)
 
 
@@ -103,7 +122,7 @@ def memory_table(runs: list[dict]) -> str:
 
 
 def plot(results: list[dict], file: Path) -> None:
-    """Draw the wall time of an image, case by case, as PNG or SVG.
+    """Draw the time of a step, of the latest command that compared programs in each case, as PNG or SVG.
 
     Raises:
         UserError: matplotlib is missing, or nothing was timed.
@@ -115,21 +134,28 @@ def plot(results: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = [run for result in results for run in result["runs"] if wall_ms(run)]
-    groups = grouped(runs, "case", "program", "variant")
-    if not groups:
-        raise UserError("--plot has nothing to draw: no result holds a wall time.")
-    cases = list(dict.fromkeys(case for case, *_ in groups))
+    runs = [run for result in results for run in result["runs"] if "case" in run and inside_ms(run) is not None]
+    cases = {}
+    for (case, _), group in grouped(runs, "case", "invocation").items():
+        if len({run["program"] for run in group}) > 1 or case not in cases:
+            cases[case] = group
+    if not cases:
+        raise UserError("--plot has nothing to draw: no result holds a step's time.")
     colors = {"ours": "#e4572e", "diffusers": "#8d99ae", "sd-scripts": "#5c6b84"}
-    figure, axes = pyplot.subplots(len(cases), squeeze=False, figsize=(8, 0.8 + 0.45 * len(groups)), layout="tight")
-    for axis, case in zip(axes[:, 0], cases, strict=True):
-        bars = [(key, group[-1]) for key, group in groups.items() if key[0] == case]
-        bars.sort(key=lambda bar: bar[1]["wall_ms_per_image"], reverse=True)
-        labels = [f"{program}, {variant}" for (_, program, variant), _ in bars]
-        values = [run["wall_ms_per_image"] for _, run in bars]
-        drawn = axis.barh(labels, values, color=[colors[key[1]] for key, _ in bars])
-        axis.bar_label(drawn, fmt="%.4g", padding=3)
-        axis.set_title(f"{case}: wall ms per image, {results[0]['device']}", loc="left", fontsize=10)
+    rows = sum(map(len, cases.values()))
+    figure, axes = pyplot.subplots(
+        len(cases),
+        squeeze=False,
+        figsize=(8, 0.9 * len(cases) + 0.4 * rows),
+        layout="constrained",
+        height_ratios=[len(group) + 1 for group in cases.values()],
+    )
+    for axis, (case, group) in zip(axes[:, 0], cases.items(), strict=True):
+        group = sorted(group, key=inside_ms, reverse=True)
+        labels = [f"{run['program']}: {run['variant']}" for run in group]
+        drawn = axis.barh(labels, [inside_ms(run) for run in group], color=[colors[run["program"]] for run in group])
+        axis.bar_label(drawn, fmt="{:,.0f}", padding=3)
+        axis.set_title(f"{case}: ms for a step on one {results[0]['device']}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
     figure.savefig(file, dpi=150)

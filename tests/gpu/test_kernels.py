@@ -115,17 +115,17 @@ def test_lora_gradients_are_added(dtype, rows, width, out_width, layers, rank):
         kernels.add_lora_gradients(*exact(x, h, grad_y, grad_h), *expected, 1.5)
     for one, other in zip(found, expected, strict=True):
         # Without the kernel, the products are rounded to the dtype before they are added.
-        by_kernel = dtype != torch.float32 and rank % 8 == 0 and layers * rank <= 64
+        by_kernel = dtype != torch.float32 and rank % 8 == 0 and layers == 1
         error = (one.cpu().double() - other).norm() / other.norm()
         assert error < (1e-5 if by_kernel else max(1e-5, DTYPES[dtype])), f"relative error {error:.2e}"
 
 
 def test_lora_gradients_are_the_same_bits_every_time(dtype):
-    x, grad_y = on_gpu(random(1000, 640, dtype=dtype), random(1000, 3 * 640, dtype=dtype))
+    x, grad_y = on_gpu(random(1000, 640, dtype=dtype), random(1000, 640, dtype=dtype))
     h, grad_h = on_gpu(random(1000, 48, dtype=dtype), random(1000, 48, dtype=dtype, like=2))
     results = []
     for _ in range(20):
-        grads = torch.zeros(48, 640, device=DEVICE), torch.zeros(3, 640, 16, device=DEVICE)
+        grads = torch.zeros(48, 640, device=DEVICE), torch.zeros(1, 640, 48, device=DEVICE)
         kernels.add_lora_gradients(x, h, grad_y, grad_h, *grads, 2.0)
         results.append(torch.cat([grad.flatten() for grad in grads]))
     assert all(torch.equal(result, results[0]) for result in results)
