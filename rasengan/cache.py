@@ -9,7 +9,9 @@ picture depend on the size of its batch.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, data, sdxl
+from rasengan import UserError, components, data, locks, sdxl
 from rasengan.files import read_memory, write_atomically
-from rasengan.processes import wait_for_everyone
+from rasengan.processes import is_first, wait_for_everyone
 
 
-FORMAT = 1
+FORMAT = 2
 ITEMS_PER_SHARD = 64
 
 
@@ -38,7 +40,7 @@ class ShardedCache:
     """
 
     def __init__(self, directory: Path, settings: dict, items: Iterable[str]):
-        self.items = list(dict.fromkeys(items))
+        self.directory, self.items = directory, list(dict.fromkeys(items))
         self._positions = {item: position for position, item in enumerate(self.items)}
         self._paths = [
             directory / f"{_digest([settings, self.items[start : start + ITEMS_PER_SHARD]])}.safetensors"
@@ -47,8 +49,8 @@ class ShardedCache:
         self._open = {}
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that are not there, or are damaged."""
-        return [number for number, path in enumerate(self._paths) if not _is_readable(path)]
+        """Return the numbers of the shards that are not there, or are damaged; reads all that are there."""
+        return [number for number, path in enumerate(self._paths) if not _is_whole(path)]
 
     def items_in(self, shards: list[int]) -> list[str]:
         """Return the items of some shards, in order."""
@@ -77,7 +79,15 @@ class ShardedCache:
                 batches.append({name: rows.cpu() for name, rows in batch.items()})
                 on_items(len(items[start : start + batch_size]))
             tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
-            write_atomically(self._paths[number], save(tensors))
+            content = save(tensors, metadata={"crc32": str(_checksum(tensors))})
+            try:
+                write_atomically(self._paths[number], content)
+            except OSError as error:
+                raise UserError(
+                    f"{self.directory} cannot be written: {error.strerror}. All {len(self._paths)} files of this "
+                    f"cache take {len(self._paths) * len(content) / 1024**2:,.0f} MiB. Make room, or give another "
+                    "--conditioning_cache_dir."
+                ) from error
 
     def __getitem__(self, item: str) -> dict[str, torch.Tensor]:
         number, row = divmod(self._positions[item], ITEMS_PER_SHARD)
@@ -95,11 +105,19 @@ def _digest(content) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _is_readable(path: Path) -> bool:
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), total)
+    return total
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
+        with safe_open(path, framework="pt") as shard:
+            expected = shard.metadata()["crc32"]
+            return str(_checksum({name: shard.get_tensor(name) for name in shard.keys()})) == expected
+    except (OSError, SafetensorError, TypeError, KeyError):
         return False
 
 
@@ -243,9 +261,10 @@ def fill(
     load_encoder: Callable[[], Callable],
     make_bar: Callable[[int], tqdm],
 ) -> None:
-    """Build what is missing, each process on a machine its share; the encoder is loaded only where it is needed.
+    """Build what is missing or damaged, each process on a machine its share; the encoder is loaded only if needed.
 
-    Machines do not share the work: their disks may be their own. The encoder leaves memory at the end.
+    Another run that builds in the same folder is waited for. Machines do not share the work: their disks may be their
+    own. The encoder leaves memory at the end.
 
     Args:
         share: this process's number on its machine, and how many there are on it.
@@ -255,14 +274,17 @@ def fill(
         make_bar: returns a progress bar for a number of items.
     """
     number, processes = share
-    shares = [shards.missing()[number::processes] for shards in caches]
-    wait_for_everyone()  # all have seen what is missing before anyone builds
-    if any(shares):
-        encode = load_encoder()
-        total = sum(len(shards.items_in(share)) for shards, share in zip(caches, shares, strict=True))
-        with make_bar(total) as bar:
-            for shards, share in zip(caches, shares, strict=True):
-                shards.build(share, encode, batch_size, bar.update)
-        del encode
-        components.free_memory()
-    wait_for_everyone()
+    # Held by one process alone, since machines of a run may share a folder.
+    with locks.only_builder(caches[0].directory) if is_first() else nullcontext():
+        wait_for_everyone()  # the others come once it is held
+        shares = [shards.missing()[number::processes] for shards in caches]
+        wait_for_everyone()  # all have seen what is missing before anyone builds
+        if any(shares):
+            encode = load_encoder()
+            total = sum(len(shards.items_in(share)) for shards, share in zip(caches, shares, strict=True))
+            with make_bar(total) as bar:
+                for shards, share in zip(caches, shares, strict=True):
+                    shards.build(share, encode, batch_size, bar.update)
+            del encode
+            components.free_memory()
+        wait_for_everyone()

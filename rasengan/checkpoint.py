@@ -1,55 +1,68 @@
-"""Checkpoints: written whole under another name, then renamed, and only then are old ones removed."""
+"""Checkpoints: written whole under another name, verified, renamed, and only then are old ones removed.
 
+A `checkpoint-N` holds
+
+    optimizer.bin, scaler.pt              as accelerate's `save_state` writes them
+    pytorch_lora_weights.safetensors      the adapter; in ema/ its running average, where there is one
+    trainer_state.json                    where the run was, and its settings
+    manifest.json                         the size and digest of each of these
+"""
+
+import hashlib
+import io
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import OPTIMIZER_NAME, SCALER_NAME
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from torch.utils._pytree import tree_map
 
 from rasengan import UserError, export, first_line
-from rasengan.files import give_default_mode, sync, write_atomically
-from rasengan.processes import wait_for_everyone
+from rasengan.files import give_default_mode, sync, sync_folder, write_atomically
 
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+MANIFEST_FILE = "manifest.json"
 EMA_FOLDER = "ema"
 # What the weights and the optimizer's state mean hangs on these.
-BOUND_SETTINGS = (
-    "rank",
-    "lora_alpha",
-    "lora_target_modules",
-    "train_text_encoder",
-    "optimizer",
-    "use_8bit_adam",
-    "mixed_precision",
-    "prediction_type",
-    "resolution",
-    "seed",
-    "data_digest",
-)
-# A resume may change these, and then goes on as another run.
-FREE_SETTINGS = (
-    *("pretrained_model_name_or_path", "pretrained_unet_name_or_path", "center_crop", "random_flip"),
-    *("image_interpolation_mode", "lora_dropout", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps"),
-    *("lr_num_cycles", "lr_power", "lr_step_rules", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
-    *("max_grad_norm", "snr_gamma", "noise_offset", "base_quantization", "use_ema", "ema_decay"),
-)
+BOUND_SETTINGS = {
+    *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "optimizer", "use_8bit_adam"),
+    *("mixed_precision", "prediction_type", "resolution", "seed", "data_digest"),
+}
+# What is trained does not hang on these: where things are, how long and how a run is split, what it shows and keeps.
+FREE_SETTINGS = {
+    *("output_dir", "logging_dir", "cache_dir", "conditioning_cache_dir", "config", "local_rank", "plan_only"),
+    *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples"),
+    *("skip_bad_images", "max_train_steps", "num_train_epochs", "max_train_minutes", "train_batch_size"),
+    *("gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing", "vram_budget_gib"),
+    *("cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs", "validation_inference_steps"),
+    *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint"),
+    *("resume_with_changes", "logging_steps", "report_to", "debug_loss", "push_to_hub", "hub_token", "hub_model_id"),
+}
+RUN_LENGTH = ("max_train_steps", "num_train_epochs")
+CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
+
+
+# --- finding ---
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the `checkpoint-N` folders, the oldest first."""
+    """Return the `checkpoint-N` folders that this program wrote, whole or not, the oldest first."""
     if not output_dir.is_dir():
         return []
     named = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    found = [path for path in named if (path / STATE_FILE).is_file()]  # diffusers' own scripts leave others
+    # diffusers' own scripts leave others
+    found = [path for path in named if any((path / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
@@ -58,15 +71,36 @@ def last_name(output_dir: Path) -> str:
     return next((path.name for path in reversed(list_checkpoints(output_dir))), "")
 
 
+def find_damage(path: Path) -> str | None:
+    """Say what a checkpoint lacks of what its manifest says, after reading all of it; None if it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for name, (size, digest) in manifest.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if _digest(path / name) != digest:
+                return f"{name} has other content than was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(path)} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
+    except (AttributeError, TypeError, ValueError):
+        return f"{MANIFEST_FILE} is damaged"
+    return None
+
+
 def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     """Return the checkpoint to resume from; None for a fresh run, and for "latest" where there is none.
 
     Args:
         output_dir: the run's.
-        name: "latest", or the name or path of one in `output_dir`; None for a fresh run.
+        name: "latest", which is the newest that is whole; or the name or path of one in `output_dir`; None for a
+            fresh run.
 
     Raises:
-        UserError: the named one is not there, or not whole; or a fresh run would mix its checkpoints with others.
+        UserError: the named one, or every one, is not there or not whole; or a fresh run would mix its checkpoints
+            with others.
     """
     checkpoints = list_checkpoints(output_dir)
     if name is None:
@@ -78,15 +112,27 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
             )
         return None
     if name == "latest":
-        return checkpoints[-1] if checkpoints else None
+        for path in reversed(checkpoints):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            logger.warning("%s is left out, since it is damaged: %s", path, damage)
+        if checkpoints:
+            raise UserError(
+                f"Every checkpoint in {output_dir} is damaged ({', '.join(path.name for path in checkpoints)}). "
+                "Remove them, or give another --output_dir, to start afresh."
+            )
+        return None
     path = output_dir / Path(name).name
-    if not (path / STATE_FILE).is_file():
+    if path not in checkpoints:
         there = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
         raise UserError(
             f"--resume_from_checkpoint {name}: there is no such checkpoint in {output_dir}; there are: {there}. "
             "Name one of these, or 'latest'."
         )
-    if checkpoints and path != checkpoints[-1]:
+    if damage := find_damage(path):
+        raise _damaged(path, damage)
+    if path != checkpoints[-1]:
         logger.warning(
             "%s is not the last one: %s is there too. Remove those after it, or a later 'latest' takes them",
             path,
@@ -95,60 +141,162 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     return path
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    global_step: int,
-    models: dict[str, torch.nn.Module],
-    state: dict,
-    total_limit: int | None = None,
-    averaged: Callable[[], AbstractContextManager] | None = None,
-) -> Path:
-    """Write `checkpoint-N` on all processes together, then remove the oldest over the limit, and return its path.
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged: {reason}. Remove it, and resume from the checkpoint before it.")
 
-    It holds what accelerate saves (optimizer, gradient scaler), the adapter as `pytorch_lora_weights.safetensors`,
-    its running average as the same in `ema/`, where there is one, and `trainer_state.json`.
 
-    Args:
-        accelerator: which optimizers were prepared with.
-        output_dir: the run's.
-        global_step: N, the optimizer steps done.
-        models: the adapted components by name.
-        state: JSON values that a resume needs.
-        total_limit: how many to keep; None keeps all.
-        averaged: puts the running average in the adapter's place for a while; None where there is none.
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
-    Raises:
-        UserError: the adapter is not finite; nothing is written or removed.
+
+# --- writing ---
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one after the other, in a thread of its own.
+
+    The loop waits only while its state is copied to the host. A write that fails is told at the next call.
     """
-    export.check_finite(models, last_name(output_dir))
-    # A run that dies here leaves a folder that nothing takes for a checkpoint.
-    unfinished = output_dir / f".saving-{global_step}"
-    if accelerator.is_main_process:
-        for left_behind in output_dir.glob(".saving-*"):
-            shutil.rmtree(left_behind)
-        unfinished.mkdir(parents=True)
-    wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    wait_for_everyone()
-    path = output_dir / f"checkpoint-{global_step}"
-    if accelerator.is_main_process:
-        export.save_diffusers(unfinished, models)
-        if averaged is not None:
-            with averaged():
-                export.save_diffusers(unfinished / EMA_FOLDER, models)
-        state = {"global_step": global_step} | state
-        write_atomically(unfinished / STATE_FILE, json.dumps(state, indent=2).encode())
-        for file in [path for path in unfinished.rglob("*") if path.is_file()]:
-            give_default_mode(file)
-            sync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        others = [other for other in list_checkpoints(output_dir) if other != path]
-        for old in others[: max(0, len(others) + 1 - total_limit) if total_limit else 0]:
-            shutil.rmtree(old)
-    wait_for_everyone()
-    return path
+
+    def __init__(self, output_dir: Path, total_limit: int | None):
+        """Take the run's folder, and how many checkpoints to keep there; None keeps all."""
+        self.output_dir, self.total_limit = output_dir, total_limit
+        self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+
+    def save(
+        self,
+        global_step: int,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+        models: dict[str, torch.nn.Module],
+        flat: torch.nn.Parameter,
+        ema: EMAModel | None,
+        state: dict,
+    ) -> Path:
+        """Begin to write `checkpoint-N`, and return its path; the one before it is finished first.
+
+        Args:
+            global_step: N, the optimizer steps done.
+            optimizer: of the flat parameter.
+            scaler: of the gradients, or None.
+            models: the adapted components by name, whose adapters are views of the flat parameter.
+            flat: the parameter.
+            ema: its running average, or None.
+            state: JSON values that a resume needs.
+
+        Raises:
+            UserError: the adapter is not finite, and nothing is written; or the last write failed.
+        """
+        self.wait()
+        path = self.output_dir / f"checkpoint-{global_step}"
+        if path in list_checkpoints(self.output_dir) and find_damage(path) is None:
+            return path  # a run that ends where it began
+        export.check_finite(models, last_name(self.output_dir))
+        states = {f"{OPTIMIZER_NAME}.bin": optimizer.state_dict()}
+        if scaler is not None:
+            states[SCALER_NAME] = scaler.state_dict()
+        adapters = {".": export.host_copy(models, flat, flat)}
+        if ema is not None:
+            adapters[EMA_FOLDER] = export.host_copy(models, flat, ema.shadow_params[0])
+        content = json.dumps({"global_step": global_step} | state, indent=2).encode()
+        self.pending = self.pool.submit(self._write, path, _on_host(states), adapters, content)
+        return path
+
+    def check(self) -> None:
+        """Raise what kept the last write from ending well, if it has ended."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last write has ended.
+
+        Raises:
+            UserError: it failed.
+        """
+        pending, self.pending = self.pending, None
+        if isinstance(pending, Future):
+            pending.result()
+
+    def _write(self, path: Path, states: dict, adapters: dict[str, export.Adapter], state: bytes) -> None:
+        # A run that dies here leaves a folder that nothing takes for a checkpoint.
+        unfinished = path.with_name(f".saving-{path.name.split('-')[1]}")
+        try:
+            for left_behind in [*path.parent.glob(".saving-*"), *path.parent.glob(".removing-*")]:
+                shutil.rmtree(left_behind, ignore_errors=True)
+            unfinished.mkdir()  # not its parents: where a mount went, they would be another disk's
+            for name, value in states.items():
+                content = io.BytesIO()
+                torch.save(value, content)
+                (unfinished / name).write_bytes(content.getbuffer())
+            for folder, adapter in adapters.items():
+                export.write_diffusers(unfinished / folder, adapter)
+            (unfinished / STATE_FILE).write_bytes(state)
+            write_manifest(unfinished)
+            if damage := find_damage(unfinished):
+                raise OSError(0, f"what was written reads otherwise: {damage}")
+            if path.exists():
+                _remove(path)
+            unfinished.rename(path)
+            sync_folder(path.parent)
+            self._remove_old(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(_not_written(path, error, states, adapters)) from error
+
+    def _remove_old(self, path: Path) -> None:
+        others = [other for other in list_checkpoints(self.output_dir) if other != path]
+        for old in others[: max(0, len(others) + 1 - self.total_limit) if self.total_limit else 0]:
+            _remove(old)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and digest of each file into `manifest.json`, with all of them on the disk before it."""
+    manifest = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        give_default_mode(file)
+        manifest[str(file.relative_to(folder))] = [file.stat().st_size, _digest(file)]
+        sync(file)
+        _forget_content(file)
+    write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
+
+
+def _forget_content(file: Path) -> None:
+    # So that reading it back reads the disk, not the kernel's memory of what was written.
+    if hasattr(os, "posix_fadvise"):
+        with open(file, "rb") as content:
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _remove(path: Path) -> None:
+    # Under another name first: half a checkpoint must not be taken for one.
+    removed = path.rename(path.with_name(f".removing-{path.name.split('-')[1]}"))
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _on_host(states: dict) -> dict:
+    return tree_map(lambda value: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value, states)
+
+
+def _not_written(path: Path, error: Exception, states: dict, adapters: dict[str, export.Adapter]) -> str:
+    tensors = []
+    tree_map(lambda value: tensors.append(value) if torch.is_tensor(value) else None, states)
+    tensors += [t for adapter in adapters.values() for weights in adapter.weights.values() for t in weights.values()]
+    needed_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1024**2
+    try:
+        there = f"{shutil.disk_usage(path.parent).free / 1024**2:,.0f} MiB are free there"
+    except OSError:
+        there = f"{path.parent} cannot be looked at"
+    last = last_name(path.parent)
+    reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+    return (
+        f"{path} cannot be written: {reason}. It takes {needed_mib:,.0f} MiB, and {there}. Make room, or mend the "
+        f"folder, and go on from {last or 'the start'} with --resume_from_checkpoint latest."
+    )
+
+
+# --- reading ---
 
 
 def read_state(path: Path) -> dict:
@@ -162,40 +310,43 @@ def read_state(path: Path) -> dict:
         if not {"global_step", "samples_seen", "seed"} <= state.keys():
             raise ValueError("it does not say where the run was")
     except (AttributeError, OSError, ValueError) as error:
-        raise _damaged(path / STATE_FILE, error) from error
+        raise _damaged(path, f"{STATE_FILE}: {first_line(error)}") from error
     return state
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{file} is damaged: {first_line(error)}. Remove {file.parent}, and resume from the checkpoint before it."
-    )
-
-
-def check_resumable(path: Path, settings: dict) -> None:
-    """Check that the settings that a checkpoint's weights and optimizer hang on are those it was written with.
-
-    Other settings that have changed are warned of.
+def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> None:
+    """Check that a checkpoint is gone on with by the settings that it was written with, but for `FREE_SETTINGS`.
 
     Args:
         path: the checkpoint.
         settings: all of a run's, or only those that are known by now; None stands for one that is not known.
+        allow_changes: warn of changed settings, but for `BOUND_SETTINGS`.
 
     Raises:
-        UserError: some are not; they are listed.
+        UserError: some have changed; they are listed.
     """
     state = read_state(path)
-    bound = [name for name in BOUND_SETTINGS if None not in {_plain(state.get(name)), _plain(settings.get(name))}]
-    changed = [_change(name, state, settings) for name in bound if _plain(state[name]) != _plain(settings[name])]
-    if changed:
+    names = [name for name in settings if name in state and name not in FREE_SETTINGS]
+    unknown = {n for n in names if n in BOUND_SETTINGS and None in {_plain(state[n]), _plain(settings[n])}}
+    changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
+    bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
+    if bound:
         raise UserError(
-            f"{path} cannot be resumed with other settings: {'; '.join(changed)}. Give the former, or start afresh in "
-            "another --output_dir."
+            f"{path} cannot be resumed with other settings: {bound}. Give the former, or start afresh in another "
+            "--output_dir."
         )
-    free = [name for name in FREE_SETTINGS if name in state and name in settings]
-    changed = [_change(name, state, settings) for name in free if state[name] != settings[name]]
-    if changed:
-        logger.warning("%s was written with other settings: %s", path, "; ".join(changed))
+    others = "; ".join(_change(name, state, settings) for name in changed)
+    if others and not allow_changes:
+        raise UserError(
+            f"{path} was written with other settings: {others}. Give the former, or --resume_with_changes to go on "
+            "as another run would."
+        )
+    if others:
+        logger.warning("%s was written with other settings: %s", path, others)
+    length = [n for n in RUN_LENGTH if n in state and settings.get(n) is not None and state[n] != settings[n]]
+    if length and settings.get("lr_scheduler", "constant") not in CONSTANT_SCHEDULES:
+        listed = "; ".join(_change(name, state, settings) for name in length)
+        logger.warning("%s: --lr_scheduler %s goes on over the new length", listed, settings["lr_scheduler"])
 
 
 def _plain(value):
@@ -206,6 +357,11 @@ def _plain(value):
 def _change(name: str, state: dict, settings: dict) -> str:
     if name == "data_digest":
         return "the pictures or captions are not those that it saw (some were added, removed, changed or reordered)"
+    if name == "global_batch":
+        return (
+            f"a step took {state[name]} samples, and takes {settings[name]} (--train_batch_size x "
+            "--gradient_accumulation_steps x processes)"
+        )
     return f"--{name} was {state[name]}, and is {settings[name]}"
 
 
@@ -234,11 +390,11 @@ def load_checkpoint(
         ema.optimization_step = read_state(path)["global_step"]
     _load_adapter(path, models)
     try:
-        accelerator.load_state(str(path))
+        accelerator.load_state(str(path))  # weights only: nothing that it unpickles can run
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for a file that was cut
-        raise _damaged(path / "optimizer.bin", error) from error
+    except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
+        raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {first_line(error)}") from error
 
 
 @torch.no_grad()

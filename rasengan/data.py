@@ -152,6 +152,35 @@ def read_captions(column: list, pictures: list[Picture] | None = None) -> list[l
     return captions
 
 
+def warn_of_long_captions(captions: list[list[str]], pictures: list[Picture], tokenizer) -> int:
+    """Say how many captions are longer than the text encoders see, with examples, and return the number.
+
+    Args:
+        captions: of each picture.
+        pictures: likewise, for the names.
+        tokenizer: the first; SDXL's two split a text alike.
+    """
+    texts = [(text, picture.name) for several, picture in zip(captions, pictures, strict=True) for text in several]
+    limit, found = tokenizer.model_max_length, []
+    tokenized = tokenizer([text for text, _ in texts], verbose=False)["input_ids"]
+    for (_text, name), tokens in zip(texts, tokenized, strict=True):
+        if len(tokens) > limit:
+            # Without its begin and end, and with their room for them.
+            unseen = tokenizer.decode(tokens[limit - 1 : -1]).strip()
+            found.append((len(tokens), f"{Path(name).name} ({len(tokens)} tokens, unseen: {_shortened(unseen)!r})"))
+    if found:
+        longest = ", ".join(words for _, words in sorted(found, reverse=True)[:3])
+        logger.warning(
+            "%d of %d captions are longer than the %d tokens that the text encoders see: %s",
+            *(len(found), len(texts), limit, longest),
+        )
+    return len(found)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 # --- checking and decoding pictures ---
 
 

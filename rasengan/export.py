@@ -59,22 +59,55 @@ def fit_names(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[
     return {f"text_model.{key}": tensor for key, tensor in bare.items()} if hasattr(model, "text_model") else bare
 
 
+def live_adapter(models: dict[str, torch.nn.Module]) -> Adapter:
+    """Return the adapters of some components by name, the weights by their names in diffusers' files.
+
+    The weights share the memory of the live ones.
+    """
+    weights, configs = {}, {}
+    for name, model in models.items():
+        # Other programs know the text encoders' modules under text_model., as older transformers named them.
+        prefix = "" if name == "unet" or hasattr(model, "text_model") else "text_model."
+        weights[name] = {prefix + key: tensor.detach() for key, tensor in adapter_weights(model).items()}
+        configs[name] = _config_of(model)
+    return Adapter(weights, configs)
+
+
+def host_copy(models: dict[str, torch.nn.Module], flat: torch.nn.Parameter, values: torch.Tensor) -> Adapter:
+    """Return the adapters of some components with other values, copied to the host at once.
+
+    Args:
+        models: the adapted components by name.
+        flat: of which their adapters' weights are views.
+        values: in its place; itself, or its running average.
+    """
+    copy_of_values, adapter = values.detach().to("cpu", copy=True), live_adapter(models)
+    for weights in adapter.weights.values():
+        for name, weight in weights.items():
+            start = (weight.data_ptr() - flat.data_ptr()) // flat.element_size()
+            weights[name] = copy_of_values[start : start + weight.numel()].view(weight.shape)
+    return adapter
+
+
 def save_diffusers(directory: Path, models: dict[str, torch.nn.Module]) -> None:
+    """Write `pytorch_lora_weights.safetensors` of the adapted components by name, as `write_diffusers` does."""
+    write_diffusers(directory, live_adapter(models))
+
+
+def write_diffusers(directory: Path, adapter: Adapter) -> None:
     """Write `pytorch_lora_weights.safetensors` as diffusers lays it out, with each LoRA's alpha in its metadata.
 
     Without the metadata a reload would run at alpha = rank. Equal weights give a byte-identical file.
 
     Args:
         directory: made if missing.
-        models: the adapted components by name, "unet" and perhaps the text encoders.
+        adapter: of the unet and perhaps the text encoders, as `live_adapter` returns it.
     """
     options = {}
-    for name, model in models.items():
-        # Other programs know the text encoders' modules under text_model., as older transformers named them.
-        prefix = "" if name == "unet" or hasattr(model, "text_model") else "text_model."
-        weights = {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in adapter_weights(model).items()}
+    for name, weights in adapter.weights.items():
+        weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
         options[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(weights)
-        options[f"{name}_lora_adapter_metadata"] = _config_of(model).to_dict()
+        options[f"{name}_lora_adapter_metadata"] = adapter.configs[name].to_dict()
     StableDiffusionXLPipeline.save_lora_weights(directory, **options)
     file = directory / DIFFUSERS_FILE
     file.write_bytes(_with_sorted_metadata(file.read_bytes()))

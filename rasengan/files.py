@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import contextlib
 import json
 import os
 import uuid
@@ -12,6 +13,16 @@ def sync(path: Path) -> None:
     """Wait until a file's content is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's list of files is on the disk, where the file system can be asked for that."""
+    with contextlib.suppress(OSError):  # FUSE and Windows have no such call
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def give_default_mode(path: Path) -> None:

@@ -75,6 +75,18 @@ def make_ema(flat: torch.nn.Parameter, decay: float) -> EMAModel:
     return EMAModel([flat], decay=decay, foreach=True)
 
 
+def step_if_finite(optimizer, grad_norm: torch.Tensor, scaler: torch.amp.GradScaler | None) -> None:
+    """Update, but where the gradient is not finite.
+
+    Args:
+        optimizer: that accelerate prepared.
+        grad_norm: of the gradient, which is finite if and only if all of it is.
+        scaler: the gradient's, which makes that sure by itself; without one the host waits for the norm.
+    """
+    if scaler is not None or torch.isfinite(grad_norm):
+        optimizer.step()
+
+
 @contextmanager
 def averaged(ema: EMAModel | None, flat: torch.nn.Parameter) -> Iterator[None]:
     """Put the running average in the place of the flat parameter for a while; without one, change nothing."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from tqdm.auto import tqdm
 
-from rasengan import UserError
+from rasengan import UserError, first_line
 from rasengan.components import weight_dtype
 
 
@@ -126,8 +126,23 @@ def as_on_main(call: Callable[[], T], refusal: type[Exception]) -> T:
     return first
 
 
+def is_first() -> bool:
+    """Say whether this is the first process of the run, over all machines."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def average(tensor: torch.Tensor) -> None:
-    """Replace the tensor by its mean over all processes, in place."""
+    """Replace the tensor by its mean over all processes, in place.
+
+    Raises:
+        UserError: another process has ended.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(tensor)
+        try:
+            torch.distributed.all_reduce(tensor)
+        except RuntimeError as error:
+            raise UserError(
+                f"Another process of this run has ended: {first_line(error)} Its own error stands above or below "
+                "this; go on with --resume_from_checkpoint latest."
+            ) from error
         tensor /= torch.distributed.get_world_size()

@@ -9,11 +9,12 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import torch
 
-from rasengan import sdxl
+from rasengan import first_line, sdxl
 from rasengan.data import Picture, center_crop_top_left, crop_pixels, decode, read_bytes, resized_size
 
 
@@ -146,6 +147,19 @@ def collate(samples: list[dict]) -> dict:
 def first_batch(training_set: TrainingSamples, size: int) -> dict:
     """Return a batch of the first pictures, as large as is asked for, to try a step on."""
     return collate([training_set[0, index % len(training_set)] for index in range(size)])
+
+
+def is_worker_death(error: Exception) -> bool:
+    """Say whether an error is the DataLoader's for a process that loads samples and was killed."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def worker_death(error: Exception, resume_from: Path | None) -> str:
+    """Return what to say of it; `resume_from` is the last checkpoint, or None."""
+    return (
+        f"A process that loads samples ended: {first_line(error)} {resume_from or 'The start'} is where to resume. If "
+        "the host's memory ran out, lower --dataloader_num_workers."
+    )
 
 
 def prefetched(batches: Iterator[dict], depth: int = 2) -> Iterator[dict]:

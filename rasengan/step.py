@@ -1,12 +1,11 @@
 """One training step: the loss of a micro-batch and its gradient, run eagerly or replayed as a CUDA graph."""
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from rasengan import UserError, memory, objective
+from rasengan import memory, objective
 from rasengan.samples import derive_seed
 
 
@@ -130,16 +129,3 @@ class TrainingStep:
         self.graphs.clear()
         self.pool = None
         memory.give_back(self.flat.device)
-
-
-def check_finite(train_loss: float, global_step: int) -> None:
-    """Stop a run that diverged.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
-    if not math.isfinite(train_loss):
-        raise UserError(
-            f"The loss of step {global_step} is {train_loss}: the run diverged. Lower --learning_rate, and go on "
-            "from an earlier checkpoint."
-        )

@@ -11,6 +11,7 @@ Eight GPUs: the same with `--config_file accelerate_configs/multi_gpu.yaml`. No 
 """
 
 import argparse
+import errno
 import importlib.util
 import json
 import logging
@@ -42,11 +43,13 @@ from rasengan import (
     checkpoint,
     components,
     data,
+    diagnosis,
     export,
     first_line,
     fused,
     hub,
     kernels,
+    locks,
     lora,
     memory,
     objective,
@@ -54,14 +57,18 @@ from rasengan import (
     processes,
     samples,
     step,
+    stopping,
     validation,
 )
 from rasengan.command_line import Parser, number_type, path_type, words_of_file
 from rasengan.files import check_writable, write_atomically
 from rasengan.processes import progress_bar
+from rasengan.progress import Progress
 
 
 logger = logging.getLogger(__name__)
+# What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
+LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENOENT}
 
 
 # --- the command line ---
@@ -140,6 +147,7 @@ def make_parser() -> Parser:
     quantized = "4-bit base weights; auto: where they do not fit otherwise [%(default)s]"
     add("--base_quantization", choices=["none", "nf4", "auto"], default="none", help=quantized)
     add("--cuda_graph", action=switch, default=True, help="start a step's kernels together [on]")
+    add("--deterministic", action=switch, default=False, help="equal runs on one GPU give equal bits, slower [off]")
     add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
     add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
     add("--enable_npu_flash_attention", action=switch, default=False, help="needs an Ascend NPU [off]")
@@ -154,8 +162,11 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--output_dir", type=path_type, default="sd-model-finetuned-lora", help="[%(default)s]")
     add("--checkpointing_steps", type=count, default=500, help="save every so many steps [%(default)s]")
+    add("--checkpointing_minutes", type=amount, help="and every so many minutes [none]")
     add("--checkpoints_total_limit", type=count, help="keep only so many [all]")
     add("--resume_from_checkpoint", type=path_type, help="'latest', or the name of a checkpoint in --output_dir")
+    add("--resume_with_changes", action=switch, default=False, help="with other settings, as another run [off]")
+    add("--max_train_minutes", type=amount, help="then end with a checkpoint, as by Ctrl-C [none]")
     add("--logging_dir", type=path_type, default="logs", help="inside --output_dir [%(default)s]")
     add("--logging_steps", type=count, default=10, help="steps between two readings of the loss [%(default)s]")
     add("--report_to", default="tensorboard", help="a tracker of accelerate, all or none [%(default)s]")
@@ -368,11 +379,10 @@ def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: in
 # --- the story ---
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train, and leave the adapter in --output_dir."""
-    set_up_logging()
-    validate_args(args)
-    output_dir = Path(args.output_dir)
+def train(args: argparse.Namespace) -> int:
+    """Train, leave the adapter in --output_dir, and return the exit code."""
+    began_s, output_dir = time.monotonic(), Path(args.output_dir)
+    resume_command = stopping.resume_command()  # now: later the launcher may be gone
     resume_from = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
 
     # --- processes, precision, seed ---
@@ -380,6 +390,7 @@ def main(args: argparse.Namespace) -> None:
     is_main = accelerator.is_main_process
     device = torch.empty(0, device=accelerator.device).device  # cuda:0 rather than cuda, and cpu rather than cpu:0
     args.mixed_precision = accelerator.mixed_precision
+    args.global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     weight_dtype = components.weight_dtype(args.mixed_precision, device)
     if args.seed is None:
         seed = checkpoint.read_state(resume_from)["seed"] if resume_from else random.randrange(2**31)
@@ -388,7 +399,10 @@ def main(args: argparse.Namespace) -> None:
     if resume_from:
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
-        checkpoint.check_resumable(resume_from, public_settings(args))
+        checkpoint.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
     if args.allow_tf32 and not has_tf32:
@@ -407,6 +421,7 @@ def main(args: argparse.Namespace) -> None:
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    data.warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
     if args.push_to_hub and is_main:
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
     scheduler = components.load("scheduler", folders["scheduler"])
@@ -473,13 +488,14 @@ def main(args: argparse.Namespace) -> None:
         weight_dtype=weight_dtype,
         autocast=slow_because is not None and weight_dtype != torch.float32,
     )
+    # In evaluation mode the modules run as PEFT wrote them, which needs autocast.
+    explain_losses = partial(compute_losses, autocast=weight_dtype != torch.float32)
     train_step = step.TrainingStep(compute_losses, accelerator.backward, flat, as_graph)
 
     # --- the optimizer and its schedule, both over optimizer steps ---
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = math.ceil(len(pictures) / global_batch)
+    steps_per_epoch = math.ceil(len(pictures) / args.global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
+    learning_rate = args.learning_rate * (args.global_batch if args.scale_lr else 1)
     optimizer = accelerator.prepare(make_optimizer(args, flat, learning_rate))
     ema = optim.make_ema(flat, args.ema_decay) if args.use_ema else None
     averaged = partial(optim.averaged, ema, flat)
@@ -524,7 +540,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
-    samples_per_process = global_batch // accelerator.num_processes
+    samples_per_process = args.global_batch // accelerator.num_processes
     plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
     if device.type == "cuda":
         state_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
@@ -551,7 +567,7 @@ def main(args: argparse.Namespace) -> None:
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:
-        return
+        return 0
     recompute(plan.recomputed_blocks)
     train_step.accumulation_steps = accumulation_steps = samples_per_process // plan.micro_batch_size
 
@@ -586,83 +602,92 @@ def main(args: argparse.Namespace) -> None:
         with validation.evaluating(adapted), validation.adapters_disabled(adapted):
             base_images = draw(prompts=embed())
 
+    writer = checkpoint.CheckpointWriter(output_dir, args.checkpoints_total_limit)
+    parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
+    save = partial(writer.save, **parts)
     state = public_settings(args) | {"memory_plan": list(plan)}
-    save = partial(
-        checkpoint.save_checkpoint, accelerator, output_dir, models=models, total_limit=args.checkpoints_total_limit
-    )
-    if ema is not None:
-        save = partial(save, averaged=averaged)
-    logger.info(
-        f"{len(pictures)} pictures, {max_train_steps} steps of {global_batch}; {flat.numel():,} trainable parameters"
-    )
+    counts = f"{len(pictures)} pictures, {max_train_steps} steps of {args.global_batch}"
+    logger.info(f"{counts}; {flat.numel():,} trainable parameters")
 
     # --- the loop ---
     memory.reset_peak(device)
-    history, skipped_steps, first_step, started = [], 0, global_step, time.perf_counter()
+    stopper = stopping.Stopper(args.max_train_minutes, began_s)
+    progress = Progress(global_step, args.global_batch, device)
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
-    while global_step < max_train_steps:
+    first_step, saved_s, path = global_step, time.monotonic(), resume_from
+    while global_step < max_train_steps and not progress.is_asked_to_stop:
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss = torch.zeros((), device=device)
-        for _ in range(accumulation_steps):
-            batch = next(batches)
-            try:
+        try:
+            for _ in range(accumulation_steps):
+                batch = next(batches)
                 losses = train_step(batch)
-            except torch.OutOfMemoryError as error:
-                train_step.release()
-                saved = None
-                if accelerator.num_processes == 1:  # other processes would not come to save theirs
-                    saved = save(global_step, state=state | {"samples_seen": samples_seen, "memory_plan": None})
-                raise UserError(memory.out_of_memory(plan, global_step, saved)) from error
-            step_loss += losses.mean() / accumulation_steps
-            if args.debug_loss:
-                named = zip(batch["name"], losses.tolist(), strict=True)
-                accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
+                step_loss += losses.mean() / accumulation_steps
+                if args.debug_loss:
+                    named = zip(batch["name"], losses.tolist(), strict=True)
+                    accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not samples.is_worker_death(error):
+                raise
+            train_step.release()
+            if is_main:
+                path = save(global_step, state=state | {"samples_seen": samples_seen, "memory_plan": None})
+                writer.wait()
+            if samples.is_worker_death(error):
+                raise UserError(samples.worker_death(error, path)) from error
+            raise UserError(memory.out_of_memory(plan, global_step, path)) from error
         processes.average(flat.grad)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(global_step)
-        optimizer.step()
+        optim.step_if_finite(optimizer, grad_norm, accelerator.scaler)
         flat.grad.zero_()  # in place: the parameters' gradients are views of it
         if ema is not None:
             ema.step([flat])
-        global_step, samples_seen = global_step + 1, samples_seen + global_batch
+        global_step, samples_seen = global_step + 1, samples_seen + args.global_batch
         bar.update()
+        writer.check()
 
-        # Reading a loss waits for the card, so they are read together.
-        history.append(torch.stack([step_loss, grad_norm]))
-        if len(history) == args.logging_steps or global_step == max_train_steps:
-            losses_and_norms = torch.stack(history)
-            processes.average(losses_and_norms)
-            losses_and_norms, now = losses_and_norms.tolist(), time.perf_counter()
-            speed, started = len(history) * global_batch / (now - started), now
-            peak_gib, host_gib = memory.peak_reserved_gib(device), memory.host_peak_rss_gib()
-            if plan.predicted_bytes and global_step - first_step == len(history):
-                logger.info("Measured peak: %.2f GiB", peak_gib)
-            for offset, (train_loss, norm) in enumerate(losses_and_norms, global_step - len(history) + 1):
-                accelerator.log({"train_loss": train_loss, "grad_norm": norm}, step=offset)
-                step.check_finite(train_loss, offset)
-                skipped_steps += not math.isfinite(norm)  # the gradient scaler left this step out
-            rates = {"lr": group["lr"] * group.get("d", 1.0), "images_per_second": speed}  # d is Prodigy's
-            rates |= {"peak_reserved_gib": peak_gib, "host_peak_rss_gib": host_gib, "skipped_steps": skipped_steps}
-            accelerator.log(rates, step=global_step)
-            bar.set_postfix(loss=f"{train_loss:.4f}", images_per_s=f"{speed:.2f}")
-            history.clear()
-        pause = time.perf_counter()
-
-        if global_step % args.checkpointing_steps == 0:
-            logger.info("Saved %s", save(global_step, state=state | {"samples_seen": samples_seen}))
+        # Reading a loss waits for the card, so they are read together; processes that share a run, at the same steps.
+        is_last, minutes = global_step == max_train_steps, (time.monotonic() - saved_s) / 60
+        is_due = global_step % args.checkpointing_steps == 0
+        is_late = args.checkpointing_minutes is not None and minutes >= args.checkpointing_minutes
+        wants_now = accelerator.num_processes == 1 and (stopper.due() or is_late)
+        if progress.add(step_loss, grad_norm) >= args.logging_steps or is_last or is_due or wants_now:
+            is_first_reading = progress.step == first_step
+            for at_step, values in progress.read(stopper.due()).items():
+                accelerator.log(values, step=at_step)
+            accelerator.log({"lr": group["lr"] * group.get("d", 1.0)}, step=global_step)  # d is Prodigy's
+            bar.set_postfix(loss=f"{progress.train_loss:.4f}", images_per_s=f"{progress.images_per_second:.2f}")
+            if plan.predicted_bytes and is_first_reading:
+                logger.info("Measured peak: %.2f GiB", memory.peak_reserved_gib(device))
+            is_broken = not math.isfinite(progress.train_loss)
+            if progress.skipped_in_a_row >= diagnosis.MOST_SKIPPED or (is_broken and is_last):
+                rows = (global_step, progress.skipped_in_a_row, checkpoint.last_name(output_dir))
+                raise UserError(diagnosis.explain(unet, flat, batch, explain_losses, weight_dtype, *rows))
+            if is_main and not is_broken and (is_due or is_late or progress.is_asked_to_stop):
+                with progress.paused():
+                    path, saved_s = save(global_step, state=state | {"samples_seen": samples_seen}), time.monotonic()
+                    logger.info("Saving %s", path)
         epoch, rest = divmod(global_step, steps_per_epoch)
-        due = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and global_step < max_train_steps
-        if args.validation_prompt and due:
-            train_step.release()
-            with validation.evaluating(adapted), averaged():
+        shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not is_last
+        if args.validation_prompt and shows and not progress.is_asked_to_stop:
+            with progress.paused(), validation.evaluating(adapted), averaged():
+                train_step.release()
                 show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
-        started += time.perf_counter() - pause
     bar.close()
     train_step.release()
-    if skipped_steps:
+    writer.wait()
+    stopper.release()
+    if progress.skipped_steps:
         # A few are how the gradient scaler finds its scale; many are a run that did not learn.
-        logger.warning("%d steps were skipped, because their gradients overflowed in fp16", skipped_steps)
+        logger.warning("%d steps were skipped, because their gradients were not finite", progress.skipped_steps)
+    if global_step < max_train_steps:
+        accelerator.end_training()
+        if is_main:
+            print(f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}. Go on with:")
+            print(f"  {resume_command}", flush=True)
+        return stopper.exit_code()
 
     # --- save, verify, show ---
     if is_main:
@@ -677,25 +702,44 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:
             hub.upload(hub_model_id, args.hub_token, output_dir)
     accelerator.end_training()
+    return 0
 
 
-def main_in_what_fits(args: argparse.Namespace) -> None:
-    """Train, with a quantized base where that was allowed and the memory needs it."""
+def train_in_what_fits(args: argparse.Namespace) -> int:
+    """Train, with a quantized base where that was allowed and the memory needs it, and return the exit code."""
     try:
-        return main(args)
+        return train(args)
     except memory.DoesNotFit as error:
         if args.base_quantization != "auto":
             raise
         logger.info("%s: the base is quantized to nf4 now", str(error).split(". ")[0])
     args.base_quantization = "nf4"
     memory.give_back(torch.device("cuda"))  # the first try's, which the exception held
-    main(args)
+    return train(args)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check the arguments, train alone in --output_dir, and return the exit code."""
+    set_up_logging()
+    validate_args(args)
+    stopping.end_with_launcher(os.environ)
+    with locks.only_run(Path(args.output_dir), is_first=os.environ.get("RANK", "0") == "0"):
+        return train_in_what_fits(args)
 
 
 if __name__ == "__main__":
+    process = int(os.environ.get("RANK", 0))
     try:
-        main_in_what_fits(parse_args())
+        sys.exit(main(parse_args()))
     except UserError as error:
-        process = int(os.environ.get("RANK", 0))
         print(f"error{f' (process {process})' * (process > 0)}: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in LOST_PLACES:
+            raise
+        place = error.filename or f"--output_dir {parse_args().output_dir} or --conditioning_cache_dir"
+        print(f"error: {place} cannot be written or read: {error.strerror}. Make room, or mend it.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nEnded by Ctrl-C before the first step.", file=sys.stderr)
+        sys.exit(130)

@@ -165,7 +165,7 @@ def test_a_second_run_with_the_same_cache_encodes_nothing(train, train_arguments
     assert len(shards) >= 2
     output_dir = train()
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
-    assert sorted(loaded) == ["scheduler", "unet"]
+    assert sorted(loaded) == ["scheduler", "tokenizer", "unet"]
     assert bits(output_dir) == bits(trained)
 
 

@@ -1,13 +1,18 @@
 import json
 import logging
+import time
 
 import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file
 
-from rasengan import UserError, checkpoint
+from rasengan import UserError, checkpoint, lora
 
 
 STATE = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 16, "lora_target_modules": ["to_q", "to_k"]}
 STATE |= {"prediction_type": None, "data_digest": "a", "noise_offset": 0.0, "snr_gamma": None, "output_dir": "here"}
+STATE |= {"global_batch": 4, "max_train_steps": 4, "validation_epochs": 1}
 
 
 @pytest.fixture
@@ -16,6 +21,7 @@ def saved(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(json.dumps(STATE))
+        checkpoint.write_manifest(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-500").mkdir()
     return tmp_path
 
@@ -44,9 +50,44 @@ def test_an_earlier_checkpoint_by_name_warns_of_the_later_ones(saved, caplog):
 def test_a_damaged_state_is_an_error_with_the_remedy(saved, content):
     file = saved / "checkpoint-10" / checkpoint.STATE_FILE
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=rf"{file} is damaged: .*Remove {file.parent}, and resume from") as error:
+    with pytest.raises(UserError, match=rf"{file.parent} is damaged: {file.name}: .*Remove it, and resume") as error:
         checkpoint.read_state(file.parent)
     assert "\n" not in str(error.value)
+
+
+def cut(folder):
+    file = folder / checkpoint.STATE_FILE
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def change(folder):
+    file = folder / checkpoint.STATE_FILE
+    file.write_text(file.read_text().replace("16", "17"))
+
+
+DAMAGE = {
+    "trainer_state.json has": cut,
+    "trainer_state.json has other content than was written": change,
+    "trainer_state.json is missing": lambda folder: (folder / checkpoint.STATE_FILE).unlink(),
+    "manifest.json is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).unlink(),
+    "manifest.json is damaged": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_latest_leaves_out_what_is_damaged_and_says_why(saved, words, caplog):
+    DAMAGE[words](saved / "checkpoint-10")
+    assert checkpoint.find_checkpoint(saved, "latest") == saved / "checkpoint-2"
+    assert f"checkpoint-10 is left out, since it is damaged: {words}" in caplog.text
+    with pytest.raises(UserError, match=f"checkpoint-10 is damaged: {words}.*the checkpoint before it"):
+        checkpoint.find_checkpoint(saved, "checkpoint-10")
+
+
+def test_where_all_are_damaged_nothing_starts_afresh(saved):
+    for step in (2, 10):
+        cut(saved / f"checkpoint-{step}")
+    with pytest.raises(UserError, match=r"Every checkpoint .* is damaged \(checkpoint-2, checkpoint-10\)"):
+        checkpoint.find_checkpoint(saved, "latest")
 
 
 def test_what_the_weights_hang_on_must_be_the_same(saved):
@@ -62,11 +103,113 @@ def test_what_the_weights_hang_on_must_be_the_same(saved):
             checkpoint.check_resumable(path, STATE | changes)
 
 
-def test_other_changed_settings_are_warned_of_once(saved, caplog):
+def test_other_changed_settings_need_a_flag_and_are_listed(saved, caplog):
     path = saved / "checkpoint-2"
-    checkpoint.check_resumable(path, STATE | {"output_dir": "there"})
+    checkpoint.check_resumable(path, STATE | {"output_dir": "there", "max_train_steps": 9, "validation_epochs": 3})
     assert caplog.records == []
-    checkpoint.check_resumable(path, STATE | {"noise_offset": 0.1, "snr_gamma": 5.0})
+    changed = STATE | {"noise_offset": 0.1, "snr_gamma": 5.0, "global_batch": 8}
+    listed = "--noise_offset was 0.0, and is 0.1; --snr_gamma was None, and is 5.0; a step took 4 samples, and takes 8"
+    with pytest.raises(UserError, match=f"{listed}.*--resume_with_changes"):
+        checkpoint.check_resumable(path, changed)
+    checkpoint.check_resumable(path, changed, allow_changes=True)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "--snr_gamma was None, and is 5.0; --noise_offset was 0.0, and is 0.1" in record.getMessage()
+    assert listed in record.getMessage()
+    with pytest.raises(UserError, match="--rank was 16, and is 4"):
+        checkpoint.check_resumable(path, STATE | {"rank": 4}, allow_changes=True)
+
+
+@pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])
+def test_a_longer_run_is_listed_where_its_schedule_decays(saved, caplog, schedule, listed):
+    settings = STATE | {"max_train_steps": 200, "lr_scheduler": schedule}
+    state = STATE | {"max_train_steps": 100, "lr_scheduler": schedule}
+    (saved / "checkpoint-2" / checkpoint.STATE_FILE).write_text(json.dumps(state))
+    checkpoint.check_resumable(saved / "checkpoint-2", settings)
+    assert ("--max_train_steps was 100, and is 200" in caplog.text) == listed
+
+
+def test_a_setting_that_nobody_classed_needs_the_flag(saved):
+    (saved / "checkpoint-2" / checkpoint.STATE_FILE).write_text(json.dumps(STATE | {"new": 1}))
+    with pytest.raises(UserError, match="--new was 1, and is 2"):
+        checkpoint.check_resumable(saved / "checkpoint-2", STATE | {"new": 2})
+
+
+# --- writing ---
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a run gives to be saved, by the names of the arguments."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=["0"]), model)
+    model.peft_config = {"default": LoraConfig(r=2, lora_alpha=4, target_modules=["0"])}
+    flat = lora.flatten_parameters([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([flat])
+    flat.grad.fill_(1.0)
+    optimizer.step()
+    parts = {"optimizer": optimizer, "scaler": None, "models": {"unet": model}, "flat": flat, "ema": None}
+    return parts | {"state": {"samples_seen": 4, "seed": 0}}
+
+
+def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path, None)
+    weights = run["flat"].detach().clone()
+    path = writer.save(1, **run)
+    with torch.no_grad():
+        run["flat"].add_(1.0)  # the next step, while it is written
+    run["optimizer"].step()
+    writer.wait()
+    assert checkpoint.find_damage(path) is None
+    saved = load_file(path / "pytorch_lora_weights.safetensors")
+    assert torch.equal(torch.cat([tensor.flatten() for tensor in saved.values()]), weights)
+    optimizer = torch.load(path / "optimizer.bin", weights_only=True)
+    assert optimizer["state"][0]["step"] == 1
+
+
+def test_only_so_many_are_kept_and_the_newest_ones(run, tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path, 2)
+    for step in (1, 2, 10):
+        writer.save(step, **run)
+    writer.wait()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
+
+
+def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
+    writer.save(1, **run)
+    writer.wait()
+    (tmp_path / ".saving-2").write_text("in the way")  # as a disk that takes no folder
+    writer.save(2, **run)
+    while not writer.pending.done():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: .*It takes .* MiB, and .* MiB are free"):
+        writer.check()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert checkpoint.find_damage(tmp_path / "checkpoint-1") is None
+    writer.check()  # told once
+
+
+def test_a_folder_that_vanished_is_not_made_again(run, tmp_path):
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    writer = checkpoint.CheckpointWriter(folder, None)
+    folder.rmdir()
+    writer.save(1, **run)
+    with pytest.raises(UserError, match="checkpoint-1 cannot be written: No such file or directory"):
+        writer.wait()
+    assert not folder.exists()
+
+
+def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(run, tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path, None)
+    path = writer.save(1, **run)
+    writer.wait()
+    before = (path / "optimizer.bin").stat().st_mtime_ns
+    writer.save(1, **run)
+    writer.wait()
+    assert (path / "optimizer.bin").stat().st_mtime_ns == before
+    (path / "optimizer.bin").write_bytes(b"damaged")
+    writer.save(1, **run)
+    writer.wait()
+    assert checkpoint.find_damage(path) is None

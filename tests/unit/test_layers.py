@@ -7,10 +7,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
-    {"__init__", "command_line", "files"},
-    {"components", "kernels", "memory", "objective", "optim", "sdxl"},
+    {"__init__", "command_line", "files", "stopping"},
+    {"components", "diagnosis", "kernels", "locks", "memory", "objective", "optim", "sdxl"},
     {"processes", "data", "demo", "export", "lora", "nodes", "validation"},
-    {"cache", "checkpoint", "fused", "hub", "merging", "samples"},
+    {"cache", "checkpoint", "fused", "hub", "merging", "progress", "samples"},
     {"step"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,276 @@
+"""Is nothing lost? Kill a run at random moments, fill its disk, resume it, and compare what it leaves bit for bit.
+
+    python benchmarks/faults.py [--kills 200] [--processes 1 2] [--disk_sizes 40]
+
+The tiny SDXL on the CPU, 12 steps, a checkpoint every second step, two kept. A run is killed (SIGKILL) up to four
+times, at moments drawn over its whole length, cache and export included, and resumed each time; of two processes
+sometimes one alone is killed. Then the adapter and the last checkpoint must be those of a run that nobody disturbed,
+and the newest checkpoint must have been whole after every kill. Filling the disk needs root, to mount a small file
+system.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import ROOT, Results
+from programs import exit_cleanly
+
+
+STEPS = 12
+MOST_KILLS = 4  # of one run
+# When one of a run's processes has ended badly, `accelerate launch` ends the others, so patiently.
+TERMINATE_AFTER_S, KILL_AFTER_S = 5, 35
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+@dataclass
+class Faults:
+    """Runs of the training script that are forked from this process, which has imported everything already."""
+
+    work: Path
+    script: object
+    processes: int
+
+    # --- runs ---
+
+    def start(self, output_dir: Path, cache_dir: Path, log: Path) -> list[int]:
+        """Start a run, fresh or resumed, and return the numbers of its processes."""
+        words = [
+            "--pretrained_model_name_or_path",
+            str(self.work / "base"),
+            "--train_data_dir",
+            str(self.work / "set"),
+        ]
+        words += ["--resolution", "64", "--train_batch_size", str(4 // self.processes), "--learning_rate", "1e-3"]
+        words += ["--seed", "0", "--max_train_steps", str(STEPS), "--checkpointing_steps", "2"]
+        words += ["--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--logging_steps", "3"]
+        words += ["--output_dir", str(output_dir), "--conditioning_cache_dir", str(cache_dir)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [self._fork(words, rank, port, log) for rank in range(self.processes)]
+
+    def _fork(self, words: list[str], rank: int, port: int, log: Path) -> int:
+        child = os.fork()
+        if child:
+            return child
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        if self.processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.processes)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+        code = 1
+        try:
+            code = self.script.run(words)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def finish(self, pids: list[int], limit_s: float = 120) -> list[int]:
+        """Wait for the processes as a launcher does, and return how each ended.
+
+        Raises:
+            RuntimeError: they did not end in time.
+        """
+        codes, until_s, failed_s = {}, time.monotonic() + limit_s, None
+        while len(codes) < len(pids):
+            for pid in set(pids) - codes.keys():
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            now_s = time.monotonic()
+            if any(codes.values()):
+                failed_s = failed_s or now_s
+                if now_s - failed_s > TERMINATE_AFTER_S:
+                    late = now_s - failed_s > KILL_AFTER_S
+                    self.send(signal.SIGKILL if late else signal.SIGTERM, set(pids) - codes.keys())
+            if now_s > until_s:
+                self.send(signal.SIGKILL, set(pids) - codes.keys())
+                raise RuntimeError(f"processes {pids} did not end within {limit_s} s")
+            time.sleep(0.01)
+        return [codes[pid] for pid in pids]
+
+    def send(self, number: signal.Signals, pids: Iterable[int]) -> None:
+        """Send a signal to those of the processes that are still there."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    # --- trials ---
+
+    def where(self, output_dir: Path, cache_dir: Path) -> str:
+        """Return what a run is at, from what it has on the disk."""
+        found = {path.name.split("-")[0] for path in output_dir.glob(".*")} if output_dir.is_dir() else set()
+        for name, phase in ((".removing", "rotation"), (".saving", "writing a checkpoint"), (".export", "export")):
+            if name in found:
+                return phase
+        if (output_dir / "args.json").is_file():
+            return "loop or the end"
+        cached = sum(1 for _ in cache_dir.rglob("*.safetensors")) if cache_dir.is_dir() else 0
+        return "building the cache" if 0 < cached < 2 else "before the loop"
+
+    def trial(self, folder: Path, draw: random.Random, length_s: float, fresh_cache: bool) -> tuple[Counter, Path]:
+        """Run until the end through several kills, and return where they hit, and the run's folder."""
+        output_dir, log = folder / "run", folder / "log"
+        cache_dir = folder / "cache" if fresh_cache else self.work / "cache"
+        hit = Counter()
+        while True:
+            pids = self.start(output_dir, cache_dir, log)
+            if sum(hit.values()) < MOST_KILLS:
+                time.sleep(draw.uniform(0, length_s))
+                phase = self.where(output_dir, cache_dir)
+                alone = self.processes > 1 and draw.random() < 0.5
+                self.send(signal.SIGKILL, [draw.choice(pids)] if alone else pids)
+                codes = self.finish(pids)
+                if -signal.SIGKILL in codes:
+                    hit[phase + (", one of two" if alone else "")] += 1
+                    self.check_newest(output_dir)
+                    continue
+            else:
+                codes = self.finish(pids)
+            if codes != [0] * self.processes:
+                raise RuntimeError(f"a run ended with {codes}; its log is {log}")
+            return hit, output_dir
+
+    def check_newest(self, output_dir: Path) -> None:
+        """Check that the newest checkpoint is whole: a kill loses nothing but the steps after it."""
+        for path in self.script.checkpoint.list_checkpoints(output_dir)[-1:]:
+            if damage := self.script.checkpoint.find_damage(path):
+                raise RuntimeError(f"{path} is not whole after a kill: {damage}")
+
+
+def contents(output_dir: Path) -> dict[str, bytes]:
+    """Return what must be equal: the adapter, and the last checkpoint's adapter and optimizer, as their bytes."""
+    last = output_dir / f"checkpoint-{STEPS}"
+    optimizer = torch.load(last / "optimizer.bin", weights_only=True)
+    tensors = {n: t.numpy().tobytes() for n, t in optimizer["state"][0].items() if torch.is_tensor(t)}
+    return tensors | {"adapter": (output_dir / ADAPTER).read_bytes(), "last": (last / ADAPTER).read_bytes()}
+
+
+def load_script():
+    """Return scripts/train_lora_sdxl.py, imported, with a `run` that is its command line."""
+    import importlib.util
+
+    file = ROOT / "scripts" / "train_lora_sdxl.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(words: list[str]) -> int:
+        try:
+            return script.main(script.parse_args(words))
+        except script.UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    script.run = run
+    return script
+
+
+def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> None:
+    """Kill runs so often, and keep what came of it.
+
+    Raises:
+        RuntimeError: something was lost.
+    """
+    reference = faults.work / f"reference-{faults.processes}"
+    shutil.rmtree(reference, ignore_errors=True)
+    began_s = time.monotonic()
+    pids = faults.start(reference / "run", faults.work / "cache", reference.with_suffix(".log"))
+    codes = faults.finish(pids)
+    length_s = time.monotonic() - began_s
+    if any(codes):
+        raise RuntimeError(f"the undisturbed run ended with {codes}; its log is {reference.with_suffix('.log')}")
+    expected, draw, hits, runs = contents(reference / "run"), random.Random(seed), Counter(), 0
+    while sum(hits.values()) < kills:
+        folder = faults.work / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        hit, output_dir = faults.trial(folder, draw, length_s, fresh_cache=runs % 3 == 0)
+        found = contents(output_dir)
+        if different := [name for name in expected if found[name] != expected[name]]:
+            raise RuntimeError(f"after kills at {dict(hit)}, {', '.join(different)} differ; see {folder}")
+        hits, runs = hits + hit, runs + 1
+        print(f"{sum(hits.values())} kills, {runs} runs, all equal to the undisturbed one", flush=True)
+    names = {"fault": "SIGKILL", "processes": faults.processes}
+    results.keep(names, {"kills": sum(hits.values()), "runs": runs, "equal": runs, "where": dict(hits.most_common())})
+
+
+def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
+    """Run on file systems of growing size, and keep what came of it.
+
+    Raises:
+        RuntimeError: a run ended otherwise than by saying what is full, or a checkpoint under its name is not whole.
+    """
+    reference = faults.work / f"reference-{faults.processes}" / "run"
+    largest = 1.2 * sum(file.stat().st_size for file in reference.rglob("*") if file.is_file())
+    said = Counter()
+    for number in range(1, sizes + 1):
+        mount, log = faults.work / "disk", faults.work / "disk.log"
+        mount.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        size = int(largest * number / sizes) // 4096 * 4096
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
+        try:
+            (code,) = faults.finish(faults.start(mount / "run", faults.work / "cache", log))
+            text = log.read_text(errors="replace")
+            if code not in {0, 2} or "Traceback" in text:
+                raise RuntimeError(f"on a disk of {size} bytes a run ended with {code}; its log is {log}")
+            if code == 2 and "No space left on device" not in text:
+                raise RuntimeError(f"on a disk of {size} bytes a run did not say that it is full; its log is {log}")
+            there = faults.script.checkpoint.list_checkpoints(mount / "run")
+            for path in there:
+                if damage := faults.script.checkpoint.find_damage(path):
+                    raise RuntimeError(f"{path} on a full disk is not whole: {damage}")
+            said[f"{'finished' if code == 0 else 'said that it is full'}, {len(there)} checkpoints whole"] += 1
+        finally:
+            subprocess.run(["umount", str(mount)], check=True)
+    results.keep({"fault": "a full disk", "processes": 1}, {"sizes": sizes, "ended": dict(said.most_common())})
+    print(json.dumps(dict(said)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--kills", type=int, default=200, help="for each number of processes, at least [%(default)s]")
+    add("--processes", type=int, nargs="+", choices=[1, 2], default=[1, 2], help="of a run [1 and 2]")
+    add("--disk_sizes", type=int, default=40, help="file systems to fill; 0 for none [%(default)s]")
+    add("--seed", type=int, default=0, help="of the moments [%(default)s]")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json", help="added to [%(default)s]")
+    add("--commit", help="of this project, where there is no git")
+    args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # a process that has started threads cannot be forked
+    script, results = load_script(), Results(args.out, args.commit, {})
+    with tempfile.TemporaryDirectory() as work:
+        build = "from pathlib import Path; from rasengan import demo; import sys; work = Path(sys.argv[1]); "
+        build += "demo.build_tiny_sdxl(work / 'base'); demo.draw_picture_set(work / 'set')"
+        subprocess.run([sys.executable, "-c", build, work], check=True, capture_output=True)
+        for processes in args.processes:
+            faults = Faults(Path(work), script, processes)
+            if args.kills:
+                kill_at_random(faults, args.kills, args.seed, results)
+            if args.disk_sizes and processes == 1:
+                fill_the_disk(faults, args.disk_sizes, results)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,84 @@
+"""Why a run's numbers stopped being finite: which step, samples and module, and what mends it."""
+
+from collections.abc import Callable
+
+import torch
+
+
+# In fp16 the gradient scaler may have to halve its scale this often before the first step that counts.
+MOST_SKIPPED = 25
+
+
+@torch.no_grad()
+def first_non_finite_module(model: torch.nn.Module, run: Callable[[], object]) -> str | None:
+    """Return the name of the first module whose output is not finite while something runs the model; None for none.
+
+    The model runs in evaluation mode, so that its modules run as they were written.
+    """
+    found, handles = [], []
+
+    def look(name):
+        def hook(_module, _inputs, output):
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(t)]
+            if not found and not all(torch.isfinite(tensor).all() for tensor in tensors):
+                found.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_hook(look(name or type(model).__name__)))
+    was_training = model.training
+    model.eval()
+    try:
+        run()
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def explain(
+    unet: torch.nn.Module,
+    flat: torch.nn.Parameter,
+    batch: dict,
+    compute_losses: Callable[[dict], torch.Tensor],
+    weight_dtype: torch.dtype,
+    global_step: int,
+    in_a_row: int,
+    last_good: str,
+) -> str:
+    """Return the error for a run that stands still, because its loss or gradient is not finite any more.
+
+    Args:
+        unet: with its LoRA.
+        flat: the trained parameter.
+        batch: the last one, on the device, with the files' names as `name`.
+        compute_losses: of a batch, with the UNet in evaluation mode.
+        weight_dtype: of the frozen UNet.
+        global_step: optimizer steps done.
+        in_a_row: how many of the last steps were skipped.
+        last_good: name of the last checkpoint; empty for none.
+    """
+    precision = " or --mixed_precision no (bf16 on newer cards)" if weight_dtype == torch.float16 else ""
+    tensors = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not torch.isfinite(flat).all():
+        where, cause = "the LoRA's weights are not finite", "the run diverged: lower --learning_rate"
+    elif "latents" in broken:
+        where, cause = "the latents are not finite", "the VAE is damaged: give another by its flag"
+    elif broken:
+        where = f"{broken[0]} is not finite"
+        cause = f"the text encoders overflow or are damaged: give others by their flags,{precision or ' or retry'}"
+    elif module := first_non_finite_module(unet, lambda: compute_losses(tensors)):
+        where = f"{module} is the first of the UNet's modules whose output is not finite"
+        cause = f"it overflows: lower --learning_rate{precision}"
+    else:
+        where = "the forward pass is finite, and its gradient is not"
+        cause = f"the gradient overflows: lower --learning_rate{precision}"
+    names = ", ".join(map(str, batch.get("name", [])))
+    go_on = f"go on from {last_good}, the last good checkpoint" if last_good else "start again"
+    return (
+        f"{in_a_row} steps in a row had no finite gradient, up to step {global_step} with {names}, and were skipped; "
+        f"{where}. Likely {cause}, and {go_on}."
+    )

@@ -1,0 +1,150 @@
+"""One run to an output folder, one builder to a cache."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rasengan import UserError
+from rasengan.files import read_memory
+
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+# The lock of a run on another machine, of which nothing else is known, is renewed so often, and stale after so long.
+RENEWED_S, STALE_S = 60, 600
+
+
+def _process_start(pid: int) -> str | None:
+    """Return when a process of this machine started, in the kernel's ticks; None if it is not there."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+class RunLock:
+    """Keeps other runs out of an output folder, also on a mounted Drive, where the kernel's locks do not reach.
+
+    The lock is a file that names the process. One that was killed leaves it behind: on the same machine that is seen
+    from the process, on another one from the file's age.
+    """
+
+    def __init__(self, output_dir: Path):
+        """Lock a folder, which is made if it is missing.
+
+        Raises:
+            UserError: another run has it.
+        """
+        self.file, self.made = output_dir / LOCK_FILE, []
+        for folder in (output_dir, *output_dir.parents):
+            if folder.exists():
+                break
+            self.made.append(folder)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.owner = {
+            **{"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()},
+            **{"started": _process_start(os.getpid()), "token": uuid.uuid4().hex},
+        }
+        for _ in range(3):
+            try:
+                with open(self.file, "x") as file:
+                    json.dump(self.owner, file)
+                break
+            except FileExistsError:
+                self._remove_if_stale()
+        else:
+            raise UserError(f"{self.file} is made by another run again and again. Give another --output_dir.")
+        self.ended = threading.Event()
+        threading.Thread(target=self._renew, daemon=True, name="run lock").start()
+
+    def _remove_if_stale(self) -> None:
+        owner = read_memory(self.file)
+        if owner.get("boot") == _boot() and "pid" in owner:
+            alive = _process_start(owner["pid"]) == owner.get("started") is not None
+        else:
+            alive = self._age_s() < STALE_S
+        if alive:
+            raise UserError(
+                f"{self.file.parent} is in use by another run (process {owner.get('pid')} on {owner.get('host')}). "
+                "Wait for its end, or give another --output_dir."
+            )
+        # Under another name first: another run may be quicker, and its lock must not be what is removed.
+        taken = self.file.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
+        with contextlib.suppress(FileNotFoundError):
+            self.file.rename(taken)
+            if read_memory(taken).get("token") != owner.get("token"):
+                taken.rename(self.file)
+                return
+            taken.unlink()
+            logger.warning("%s was left behind by a run that ended without warning, and is removed", self.file)
+
+    def _age_s(self) -> float:
+        # Both times are the file system's, whatever this machine's clock says.
+        probe = self.file.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime - self.file.stat().st_mtime
+        except FileNotFoundError:
+            return STALE_S
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self.ended.wait(RENEWED_S):
+            with contextlib.suppress(OSError):  # a folder that vanished is told of when it is next needed
+                os.utime(self.file)
+
+    def release(self) -> None:
+        """Let others have the folder; one that was made for nothing is removed again."""
+        self.ended.set()
+        with contextlib.suppress(OSError):
+            if read_memory(self.file).get("token") == self.owner["token"]:
+                self.file.unlink(missing_ok=True)
+            for folder in self.made:
+                folder.rmdir()  # fails where something is in it
+
+
+@contextmanager
+def only_run(output_dir: Path, is_first: bool) -> Iterator[None]:
+    """Hold the lock of a run's output folder; of its processes only the first one does."""
+    lock = RunLock(output_dir) if is_first else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextmanager
+def only_builder(directory: Path) -> Iterator[None]:
+    """Let one run at a time build in a cache folder, and wait for one that does; readers need no lock.
+
+    The kernel frees the lock of a process that ends, however it ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".build.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("Another run builds in %s: waiting for it", directory)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,66 @@
+"""What a run's steps did: read from the card for several of them together, since each reading waits for it."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rasengan import memory
+from rasengan.processes import average
+
+
+class Progress:
+    """The losses, gradient norms and speed of the steps since the last reading, averaged over the processes."""
+
+    def __init__(self, first_step: int, global_batch: int, device: torch.device):
+        """Begin after `first_step` optimizer steps, each of `global_batch` samples."""
+        self.step, self.global_batch, self.device = first_step, global_batch, device
+        self.unread, self.started_s = [], time.perf_counter()
+        self.train_loss, self.images_per_second = math.nan, 0.0
+        self.skipped_steps, self.skipped_in_a_row = 0, 0
+        self.is_asked_to_stop = False
+
+    def add(self, step_loss: torch.Tensor, grad_norm: torch.Tensor) -> int:
+        """Take what a step did, both scalars on the device, without waiting for it; return how many wait."""
+        self.unread.append(torch.stack([step_loss, grad_norm]))
+        return len(self.unread)
+
+    def read(self, wants_to_stop: bool) -> dict[int, dict[str, float]]:
+        """Return what the steps since the last reading did, by step, for the trackers.
+
+        All processes read after the same step. Whether one of them wants to stop is asked along the way, and is
+        `is_asked_to_stop` after it.
+        """
+        asked = torch.full((1, 2), float(wants_to_stop), device=self.device)
+        rows = torch.cat([torch.stack(self.unread), asked.to(self.unread[0].dtype)])
+        average(rows)
+        *rows, asked = rows.tolist()
+        now_s = time.perf_counter()
+        self.images_per_second = len(rows) * self.global_batch / (now_s - self.started_s)
+        self.is_asked_to_stop, self.started_s = asked[0] > 0, now_s
+        self.unread.clear()
+        found = {}
+        for self.train_loss, grad_norm in rows:
+            self.step += 1
+            found[self.step] = {"train_loss": self.train_loss, "grad_norm": grad_norm}
+            was_skipped = not math.isfinite(grad_norm)  # the weights were left as they were
+            self.skipped_steps += was_skipped
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+        found[self.step] |= {
+            "images_per_second": self.images_per_second,
+            "peak_reserved_gib": memory.peak_reserved_gib(self.device),
+            "host_peak_rss_gib": memory.host_peak_rss_gib(),
+            "skipped_steps": self.skipped_steps,
+        }
+        return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is no training, and does not count for the speed."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started_s += time.perf_counter() - began_s

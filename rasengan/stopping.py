@@ -1,0 +1,87 @@
+"""Ending a run early without losing it: signals, a deadline, and the death of the launcher."""
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Stopper:
+    """Knows whether a run should end after this step, and why."""
+
+    def __init__(self, minutes: float | None, began_s: float):
+        """Begin to watch for SIGTERM, Ctrl-C, and the end of some minutes since `began_s`; None sets no deadline.
+
+        The first of them asks for an end, a second Ctrl-C ends the process at once. Times are of the monotonic clock,
+        which nothing sets forth or back.
+        """
+        self.deadline_s = None if minutes is None else began_s + 60 * minutes
+        self.signal_number, self.interrupts = None, 0
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # The handler of PyTorch's DataLoader raises in the middle of anything. It sees a dead worker by itself too.
+        self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal_number = self.signal_number or number
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
+            os._exit(128 + number)
+        name = signal.Signals(number).name
+        text = (
+            f"\n{name}: ending after this step, with a checkpoint. Ctrl-C{' again' * self.interrupts} ends at once.\n"
+        )
+        os.write(sys.stderr.fileno(), text.encode())  # print is not safe here: it may be what was interrupted
+
+    def due(self) -> bool:
+        """Say whether the run should end."""
+        past = self.deadline_s is not None and time.monotonic() >= self.deadline_s
+        return past or self.signal_number is not None
+
+    def reason(self) -> str:
+        """Return why the run ends."""
+        if self.signal_number is not None:
+            return f"{signal.Signals(self.signal_number).name} was received"
+        return "--max_train_minutes is over" if self.due() else "another process was asked to end"
+
+    def exit_code(self) -> int:
+        """Return what the process should end with: 0 after a deadline, as a shell counts signals otherwise."""
+        return 0 if self.signal_number is None else 128 + self.signal_number
+
+    def release(self) -> None:
+        """Give the signals back to who had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def end_with_launcher(environment: Mapping[str, str]) -> None:
+    """Ask the kernel for a SIGTERM when `accelerate launch` dies, which hands none on; does nothing without it.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in environment and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def resume_command() -> str:
+    """Return the command line that goes on with this run, its launcher included, without any token."""
+    words = list(sys.argv)
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    launched = parent.read_text(errors="replace").split("\0")[:-1] if parent.is_file() else []
+    if "launch" in launched and any(Path(word).name == Path(words[0]).name for word in launched):
+        words = ["accelerate", *launched[launched.index("launch") :]]
+    else:
+        words = ["python", *words]
+    kept, skip = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        if not skip and name not in {"--resume_from_checkpoint", "--hub_token"}:
+            kept.append(word)
+        skip = not skip and name == word and name in {"--resume_from_checkpoint", "--hub_token"}
+    return shlex.join([*kept, "--resume_from_checkpoint", "latest"])

@@ -1,0 +1,229 @@
+"""Runs that are asked to end, killed, crowded out or starved: nothing is lost, and the error says what happened."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rasengan import UserError, checkpoint, demo
+from rasengan.locks import LOCK_FILE
+
+
+ROOT = Path(__file__).parents[2]
+ADAPTER = "pytorch_lora_weights.safetensors"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+ONE = [*LAUNCH, "--cpu", "--mixed_precision", "no"]
+TWO = [*LAUNCH, "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+TWO += ["--main_process_port", "0", "--num_processes", "2"]
+LONG = ["--max_train_steps", 100000, "--checkpointing_steps", 100000, "--logging_steps", 2, "--report_to", "none"]
+
+
+def bits(folder) -> dict[str, bytes]:
+    return {key: tensor.numpy().tobytes() for key, tensor in load_file(folder / ADAPTER).items()}
+
+
+@pytest.fixture
+def start(train_arguments, tmp_path):
+    """Function that starts a long run in a process group of its own, and waits until it has made some steps."""
+    started = []
+
+    def run(*flags, launch=(sys.executable,), output_dir=tmp_path / "run"):
+        words = [*launch, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG, *flags]
+        log = open(tmp_path / "log", "w+")
+        process = subprocess.Popen(
+            [*map(str, words), "--output_dir", str(output_dir)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RUN_OF_TEST": str(tmp_path)},
+            start_new_session=True,
+        )
+        process.name = str(tmp_path)
+        started.append(process)
+        text = lambda: (tmp_path / "log").read_text(errors="replace")  # noqa: E731
+        wait_for(lambda: re.search(r"[1-9]\d*/100000", text()) or process.poll() is not None, text)
+        assert process.poll() is None, text()
+        return process, text
+
+    yield run
+    for process in started:
+        for pid in processes_of(process):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition, text=lambda: "", limit_s=90):
+    until_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until_s, text()
+        time.sleep(0.05)
+
+
+def processes_of(run: subprocess.Popen) -> dict[int, dict[str, str]]:
+    """Return the processes of a run that have not ended, each with its environment; a launcher moves them apart."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        environment = dict(word.decode(errors="replace").split("=", 1) for word in words if b"=" in word)
+        if environment.get("RUN_OF_TEST") == run.name:
+            found[int(folder.name)] = environment
+    return found
+
+
+# --- asked to end ---
+
+
+@pytest.mark.parametrize(
+    ("number", "launch", "to_group"),
+    [
+        (signal.SIGTERM, (sys.executable,), False),
+        (signal.SIGINT, (sys.executable,), False),
+        (signal.SIGTERM, ONE, False),
+        (signal.SIGINT, ONE, True),
+        (signal.SIGTERM, TWO, False),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to accelerate launch", "Ctrl-C under accelerate launch", "SIGTERM, two"],
+)
+def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, to_group, start, tmp_path):
+    process, text = start(launch=launch)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    process.wait(timeout=60)
+    wait_for(lambda: not processes_of(process), text)  # no orphan is left
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert checkpoint.find_damage(saved) is None
+    step = int(saved.name.split("-")[1])
+    assert re.search(
+        rf"Ended after {step} of 100000 steps, since .*Go on with:\n  .*--resume_from_checkpoint latest", text()
+    )
+    if len(launch) > 1:
+        assert re.search(r"\n  accelerate launch .*train_lora_sdxl\.py", text())
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+    assert process.returncode != 0
+
+
+def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(train, trained, capsys, tmp_path):
+    train("--max_train_minutes", 0, output_dir=tmp_path)
+    (saved,) = checkpoint.list_checkpoints(tmp_path)
+    assert saved.name == "checkpoint-1"
+    assert "Ended after 1 of 4 steps, since --max_train_minutes is over" in capsys.readouterr().out
+    assert not (tmp_path / ADAPTER).exists()
+    train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert bits(tmp_path) == bits(trained)
+
+
+def test_checkpoints_by_the_clock(train, trained, tmp_path):
+    train("--checkpointing_minutes", 0, "--checkpointing_steps", 1000, output_dir=tmp_path)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+    assert bits(tmp_path) == bits(trained)
+
+
+# --- killed, in parts ---
+
+
+def test_where_one_process_is_killed_the_others_end_and_it_is_named(start, tmp_path):
+    process, text = start(launch=TWO)
+    ranks = {environment.get("RANK"): pid for pid, environment in processes_of(process).items()}
+    os.kill(ranks["1"], signal.SIGKILL)
+    process.wait(timeout=60)
+    wait_for(lambda: not processes_of(process), text)
+    assert process.returncode != 0
+    assert re.search(r"Another process of this run has ended|local_rank: 1|rank +: 1", text())
+    assert "Signal 9 (SIGKILL)" in text() or "exitcode  : -9" in text()
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_a_checkpoint(start, tmp_path):
+    process, text = start("--dataloader_num_workers", 1)
+    workers = [pid for pid in processes_of(process) if pid != process.pid]
+    worker = max(workers)  # the newest process; multiprocessing's helpers are older
+    os.kill(worker, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert process.returncode == 2, text()
+    assert re.search(
+        r"error: A process that loads samples ended: DataLoader worker .*--dataloader_num_workers", text()
+    )
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert f"{saved} is where to resume" in text()
+    assert checkpoint.find_damage(saved) is None
+
+
+# --- two at once ---
+
+
+def test_a_second_run_in_the_same_folder_is_refused(start, train, loaded, tmp_path):
+    process, _ = start()
+    with pytest.raises(UserError, match=rf"{tmp_path / 'run'} is in use by another run \(process {process.pid} on "):
+        train(output_dir=tmp_path / "run")
+    assert loaded == []
+    process.kill()
+    process.wait()
+    train("--max_train_steps", 1, "--report_to", "none", output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / ADAPTER).is_file()
+
+
+# --- the cache ---
+
+
+def test_a_shard_that_was_damaged_on_the_disk_is_built_again(train, trained, tmp_path):
+    cache = ["--conditioning_cache_dir", tmp_path / "cache"]
+    train(*cache, "--max_train_steps", 1, "--report_to", "none")
+    shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    before = {shard: shard.read_bytes() for shard in shards}
+    for shard, content in before.items():
+        middle = len(content) // 2
+        shard.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert bits(train(*cache)) == bits(trained)
+    assert {shard: shard.read_bytes() for shard in shards} == before
+
+
+# --- numbers gone wrong ---
+
+
+def test_a_run_that_stands_still_stops_and_names_step_samples_and_module(train, tmp_path):
+    run = ["--max_train_steps", 60, "--checkpointing_steps", 1, "--logging_steps", 7, "--no-use_8bit_adam"]
+    with pytest.raises(UserError) as caught:
+        train(*run, "--learning_rate", 1e30, "--max_train_samples", 4, output_dir=tmp_path)
+    message = str(caught.value)
+    assert re.match(r"25 steps in a row had no finite gradient, up to step 26 with .*\.(png|jpg|webp)", message), (
+        message
+    )
+    assert re.search(r"\w+ is the first of the UNet's modules whose output is not finite", message), message
+    assert "lower --learning_rate" in message
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+# --- captions ---
+
+
+def test_captions_that_are_too_long_are_counted_with_examples(train, caplog, tmp_path):
+    demo.draw_picture_set(tmp_path, count=4)
+    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    lines[1]["text"] = "red " * 90 + "the end of it"
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train("--train_data_dir", tmp_path, "--max_train_steps", 1, "--report_to", "none")
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "rasengan.data"]
+    assert message.startswith(
+        f"1 of 4 captions are longer than the 77 tokens that the text encoders see: {lines[1]['file_name']}"
+    )
+    assert re.search(r"\(\d+ tokens, unseen: '.*red red", message)
+
+
+# --- the harness ---
+
+
+def test_kills_at_random_moments_change_no_bit(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "faults.py", "--kills", "6", "--processes", "1"]
+    command += ["--disk_sizes", "0", "--out", tmp_path / "faults.json", "--seed", "7"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    (run,) = json.loads((tmp_path / "faults.json").read_text())["runs"]
+    assert run["kills"] >= 6
+    assert run["equal"] == run["runs"]
