@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Faults:
         code = 1
         try:
             code = self.script.run(words)
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -147,7 +150,7 @@ class Faults:
             else:
                 codes = self.finish(pids)
             if codes != [0] * self.processes:
-                raise RuntimeError(f"a run ended with {codes}; its log is {log}")
+                raise RuntimeError(f"a run ended with {codes}: {log.read_text()[-3000:]}")
             return hit, output_dir
 
     def check_newest(self, output_dir: Path) -> None:
@@ -166,7 +169,7 @@ def contents(output_dir: Path) -> dict[str, bytes]:
 
 
 def load_script():
-    """Return scripts/train_lora_sdxl.py, imported, with a `run` that is its command line."""
+    """Return scripts/train_lora_sdxl.py, imported."""
     import importlib.util
 
     file = ROOT / "scripts" / "train_lora_sdxl.py"
@@ -174,14 +177,6 @@ def load_script():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    def run(words: list[str]) -> int:
-        try:
-            return script.main(script.parse_args(words))
-        except script.UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-    script.run = run
     return script
 
 
@@ -198,7 +193,9 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
     codes = faults.finish(pids)
     length_s = time.monotonic() - began_s
     if any(codes):
-        raise RuntimeError(f"the undisturbed run ended with {codes}; its log is {reference.with_suffix('.log')}")
+        raise RuntimeError(
+            f"the undisturbed run ended with {codes}: {reference.with_suffix('.log').read_text()[-3000:]}"
+        )
     expected, draw, hits, runs = contents(reference / "run"), random.Random(seed), Counter(), 0
     while sum(hits.values()) < kills:
         folder = faults.work / "trial"
@@ -233,9 +230,9 @@ def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
             (code,) = faults.finish(faults.start(mount / "run", faults.work / "cache", log))
             text = log.read_text(errors="replace")
             if code not in {0, 2} or "Traceback" in text:
-                raise RuntimeError(f"on a disk of {size} bytes a run ended with {code}; its log is {log}")
+                raise RuntimeError(f"on a disk of {size} bytes a run ended with {code}: {text[-3000:]}")
             if code == 2 and "No space left on device" not in text:
-                raise RuntimeError(f"on a disk of {size} bytes a run did not say that it is full; its log is {log}")
+                raise RuntimeError(f"on a disk of {size} bytes a run did not say that it is full: {text[-3000:]}")
             there = faults.script.checkpoint.list_checkpoints(mount / "run")
             for path in there:
                 if damage := faults.script.checkpoint.find_damage(path):

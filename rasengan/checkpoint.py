@@ -307,7 +307,7 @@ def read_state(path: Path) -> dict:
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        if not {"global_step", "samples_seen", "seed"} <= state.keys():
+        if not all(isinstance(state.get(name), int) for name in ("global_step", "samples_seen", "seed")):
             raise ValueError("it does not say where the run was")
     except (AttributeError, OSError, ValueError) as error:
         raise _damaged(path, f"{STATE_FILE}: {first_line(error)}") from error
@@ -327,7 +327,7 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> 
     """
     state = read_state(path)
     names = [name for name in settings if name in state and name not in FREE_SETTINGS]
-    unknown = {n for n in names if n in BOUND_SETTINGS and None in {_plain(state[n]), _plain(settings[n])}}
+    unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
     changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
     bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
     if bound:
@@ -351,7 +351,7 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> 
 
 def _plain(value):
     # The order of a list of modules means nothing.
-    return tuple(sorted(value)) if isinstance(value, list) else value
+    return sorted(value, key=str) if isinstance(value, list) else value
 
 
 def _change(name: str, state: dict, settings: dict) -> str:

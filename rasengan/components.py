@@ -316,12 +316,13 @@ def load(component: str, folder: Path, dtype: torch.dtype = torch.float32, varia
     Raises:
         UserError: the weights are damaged or do not fit their configuration.
     """
-    if component == "scheduler":
-        return _scheduler_class(folder).from_pretrained(str(folder))
     options = {"variant": variant, "use_safetensors": True, "low_cpu_mem_usage": True, "output_loading_info": True}
     options["dtype" if component in TEXT_ENCODERS else "torch_dtype"] = torch.float32 if component == "vae" else dtype
     absent = []
+    scheduler_class = _scheduler_class(folder) if component == "scheduler" else None
     try:
+        if scheduler_class is not None:
+            return scheduler_class.from_pretrained(str(folder))
         if component in TOKENIZERS:
             return CLIPTokenizer.from_pretrained(str(folder))
         model, report = MODELS[component].from_pretrained(str(folder), **options)

@@ -33,6 +33,7 @@ from rasengan.files import give_default_mode, sync
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
 # What a merge reads of a LoRA's settings, beside r and lora_alpha.
 SETTINGS = {"target_modules": str | list, "exclude_modules": str | list, "rank_pattern": dict, "alpha_pattern": dict}
@@ -178,10 +179,24 @@ def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str 
         last_good: the name of the last checkpoint, for the error; empty where there is none.
 
     Raises:
-        UserError: the adapter is not finite.
+        UserError: the adapter is not finite, or the folder cannot be written.
         RuntimeError: reading back gave other weights.
     """
     check_finite(models, last_good)
+    try:
+        _publish(directory, models)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        kept = f"{last_good} holds the weights" if last_good else "the weights are lost"
+        raise UserError(
+            f"The adapter cannot be written to {directory}: {reason}. Make room; {kept}, and "
+            "--resume_from_checkpoint latest writes them again."
+        ) from error
+    verify_saved(directory / DIFFUSERS_FILE, models)
+    verify_saved(directory / "peft", models)
+
+
+def _publish(directory: Path, models: dict[str, torch.nn.Module]) -> None:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as unfinished:
         save_diffusers(Path(unfinished), models)
         save_peft(Path(unfinished) / "peft", models)
@@ -191,8 +206,6 @@ def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str 
             give_default_mode(file)
             sync(file)
             file.replace(final)
-    verify_saved(directory / DIFFUSERS_FILE, models)
-    verify_saved(directory / "peft", models)
 
 
 def verify_saved(path: Path, models: dict[str, torch.nn.Module]) -> None:
@@ -216,18 +229,19 @@ def verify_saved(path: Path, models: dict[str, torch.nn.Module]) -> None:
 # --- reading ---
 
 
-def read_adapter(path: Path, lora_alpha: float | None = None) -> Adapter:
+def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool = False) -> Adapter:
     """Read an adapter from a safetensors file, a PEFT folder, or a folder with `pytorch_lora_weights.safetensors`.
 
     Args:
         path: a folder with an `adapter_config.json` is read as PEFT's; every `checkpoint-N` is one of the last kind.
         lora_alpha: what alpha was in training, for a file that does not say.
+        allow_pickle: read a `.bin`, `.ckpt`, `.pt` or `.pth` too, tensors alone.
 
     Raises:
-        UserError: there is no adapter, it is damaged, of another layout, without alpha, or with another than
+        UserError: there is no adapter, it is a pickle, damaged, of another layout, without alpha, or with another than
             `lora_alpha`.
     """
-    adapter = _read_adapter(path, lora_alpha)
+    adapter = _read_adapter(path, lora_alpha, allow_pickle)
     if not any(adapter.weights.values()):
         raise _without_weights(path)
     for name, config in adapter.configs.items():
@@ -243,18 +257,18 @@ def _without_weights(path: Path) -> UserError:
     return UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
 
 
-def _read_adapter(path: Path, lora_alpha: float | None) -> Adapter:
+def _read_adapter(path: Path, lora_alpha: float | None, allow_pickle: bool) -> Adapter:
     if (path / "adapter_config.json").is_file():
         folders = {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
         weights, configs = {}, {}
         for name, folder in folders.items():
-            weights[name], _ = _read_file(folder / PEFT_FILE)
+            weights[name], _ = _read_file(_there(folder / PEFT_FILE), allow_pickle)
             weights[name] = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights[name].items()}
             configs[name] = _completed(_read_peft_config(folder), weights[name])
         return Adapter(weights, configs)
 
-    file = path / DIFFUSERS_FILE if path.is_dir() else path
-    tensors, metadata = _read_file(file)
+    file = _there(path / DIFFUSERS_FILE) if path.is_dir() else path
+    tensors, metadata = _read_file(file, allow_pickle)
     weights = {name: {} for name in ADAPTABLE}
     strangers = []
     for key, tensor in tensors.items():
@@ -287,7 +301,30 @@ def _peft_names(component: str, weights: dict[str, torch.Tensor]) -> dict[str, t
     return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
 
 
-def _read_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _there(file: Path) -> Path:
+    """Return the file, or the pickle that stands in its place."""
+    pickles = [file.with_suffix(suffix) for suffix in sorted(PICKLES)]
+    return next((path for path in (file, *pickles) if path.is_file()), file)
+
+
+def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
+    if not allow_pickle:
+        raise UserError(
+            f"{file} is a pickle, which can run what a stranger wrote into it. Give the adapter as safetensors, or "
+            "--allow_pickle, which reads tensors alone from it."
+        )
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors by name")
+    except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
+        raise UserError(f"{file} cannot be read: {first_line(error)}. Give the adapter as safetensors.") from error
+    return tensors
+
+
+def _read_file(file: Path, allow_pickle: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if file.is_file() and file.suffix in PICKLES:
+        return _read_pickle(file, allow_pickle), {}
     if not file.is_file():
         raise UserError(
             f"There is no adapter at {file}. Give --lora_weights a .safetensors file, a PEFT folder, or a folder with "

@@ -16,8 +16,15 @@ logger = logging.getLogger(__name__)
 TITLE = "# A LoRA for "
 RECIPE = (
     *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "resolution", "optimizer_steps"),
-    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_8bit_adam"),
-    *("prediction_type", "snr_gamma", "noise_offset", "mixed_precision", "seed"),
+    *(
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler",
+        "optimizer",
+        "use_8bit_adam",
+    ),
+    *("use_ema", "prediction_type", "snr_gamma", "noise_offset", "mixed_precision", "base_quantization", "seed"),
 )
 
 

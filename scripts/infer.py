@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--lora_scale", type=number_type(kind=float), help="on the whole change; 0 is the base [1]")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+    add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
     add("--save_merged", type=path_type, metavar="DIR", help="write the tuned model as a complete pipeline folder")
 
     add = parser.add_argument_group("pictures").add_argument
@@ -202,7 +203,9 @@ def main(args: argparse.Namespace) -> None:
     )
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
-    adapter = export.read_adapter(Path(args.lora_weights), args.lora_alpha) if args.lora_weights else None
+    adapter = None
+    if args.lora_weights:
+        adapter = export.read_adapter(Path(args.lora_weights), args.lora_alpha, args.allow_pickle)
     for name, weights in adapter.weights.items() if adapter else ():
         merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}

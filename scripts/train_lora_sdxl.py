@@ -727,19 +727,23 @@ def main(args: argparse.Namespace) -> int:
         return train_in_what_fits(args)
 
 
-if __name__ == "__main__":
+def run(argv: list[str] | None = None) -> int:
+    """Train by a command line, say in one line what is wrong, and return the exit code."""
     process = int(os.environ.get("RANK", 0))
     try:
-        sys.exit(main(parse_args()))
+        return main(parse_args(argv))
     except UserError as error:
         print(f"error{f' (process {process})' * (process > 0)}: {error}", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
         if error.errno not in LOST_PLACES:
             raise
-        place = error.filename or f"--output_dir {parse_args().output_dir} or --conditioning_cache_dir"
+        place = error.filename or "--output_dir or --conditioning_cache_dir"
         print(f"error: {place} cannot be written or read: {error.strerror}. Make room, or mend it.", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\nEnded by Ctrl-C before the first step.", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError
+from rasengan import UserError, checkpoint
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -116,3 +116,56 @@ def test_an_adapter_that_does_not_name_its_targets_is_merged_by_its_keys(layout,
     prompt = ["--prompt", "a star"]
     expected, found = (draw("--lora_weights", place, *prompt) for place in (trained, tmp_path))
     assert [image.tobytes() for image in found.values()] == [image.tobytes() for image in expected.values()]
+
+
+# --- pickles ---
+
+
+class Runs:
+    """What a stranger may write into a pickle."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth"])
+def test_a_pickled_adapter_is_refused_unless_it_is_allowed_and_holds_tensors_alone(
+    suffix, trained, infer_script, draw, refused, tmp_path
+):
+    file, mark = tmp_path / f"adapter{suffix}", tmp_path / "it-ran"
+    torch.save(load_file(trained / ADAPTER), file)
+    infer = ["--prompt", "a red star", "--lora_alpha", 32, "--lora_weights", file]
+    refused(rf"{file} is a pickle, which can run.*safetensors, or --allow_pickle", draw, *infer)
+    torch.save({"unet.a": torch.zeros(1), "b": Runs(mark)}, file)
+    refused("adapter.* cannot be read: .*Give the adapter as safetensors", draw, *infer, "--allow_pickle")
+    torch.save([torch.zeros(1)], file)
+    refused("adapter.* cannot be read: it holds more than tensors", draw, *infer, "--allow_pickle")
+    assert not mark.exists()
+    torch.save(load_file(trained / ADAPTER), file)
+    allowed = draw(*infer, "--allow_pickle")
+    plain = draw("--prompt", "a red star", "--lora_weights", trained)
+    assert [image.tobytes() for image in allowed.values()] == [image.tobytes() for image in plain.values()]
+
+
+def test_a_folder_with_a_pickle_in_the_adapters_place_is_refused(trained, draw, refused, tmp_path):
+    torch.save(load_file(trained / ADAPTER), tmp_path / "pytorch_lora_weights.bin")
+    refused("pytorch_lora_weights.bin is a pickle", draw, "--prompt", "a", "--lora_weights", tmp_path)
+    folder = tmp_path / "peft"
+    shutil.copytree(trained / "peft", folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    refused("adapter_model.bin is a pickle", draw, "--prompt", "a", "--lora_weights", folder)
+
+
+def test_a_checkpoint_whose_optimizer_runs_something_is_refused(train, trained, tmp_path):
+    folder, mark = tmp_path / "checkpoint-2", tmp_path / "it-ran"
+    shutil.copytree(trained / "checkpoint-2", folder)
+    torch.save({"state": Runs(mark)}, folder / "optimizer.bin")
+    (folder / "manifest.json").unlink()
+    checkpoint.write_manifest(folder)  # as a stranger would
+    with pytest.raises(UserError, match=r"checkpoint-2 is damaged: optimizer\.bin: "):
+        train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert not mark.exists()
