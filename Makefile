@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test_gpu test_peers quality style clean
+.PHONY: demo test test_gpu test_peers fuzz quality style clean
 
 # The virtual environment, made once and again when the requirements change.
 $(READY): setup.cfg constraints.txt
@@ -28,6 +28,13 @@ test_gpu: $(READY)
 # Compares with checkouts of the peers: make test_peers DIFFUSERS=path/to/diffusers
 test_peers: $(READY)
 	DIFFUSERS="$(DIFFUSERS)" $(BIN)/python -m pytest -rs tests/peers
+
+# Half of the time with hypothesis, half with atheris.
+MINUTES ?= 10
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	for engine in hypothesis atheris; do \
+	  $(BIN)/python tests/fuzz/fuzz.py --engine $$engine --minutes $$(($(MINUTES) / 2)) || exit 1; done
 
 quality: $(READY)
 	$(BIN)/ruff check .

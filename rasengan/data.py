@@ -33,6 +33,8 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
 }
+# Where Pillow begins to warn of a decompression bomb: 9,400 px square.
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS
 ARCHIVES = {".zip", ".tar", ".tgz", ".gz"}
 
 
@@ -153,7 +155,7 @@ def read_captions(column: list, pictures: list[Picture] | None = None) -> list[l
 
 
 def warn_of_long_captions(captions: list[list[str]], pictures: list[Picture], tokenizer) -> int:
-    """Say how many captions are longer than the text encoders see, with examples, and return the number.
+    """Say how many captions are longer than the text encoders see, or empty; return how many are longer.
 
     Args:
         captions: of each picture.
@@ -168,6 +170,8 @@ def warn_of_long_captions(captions: list[list[str]], pictures: list[Picture], to
             # Without its begin and end, and with their room for them.
             unseen = tokenizer.decode(tokens[limit - 1 : -1]).strip()
             found.append((len(tokens), f"{Path(name).name} ({len(tokens)} tokens, unseen: {_shortened(unseen)!r})"))
+    if blank := [Path(name).name for text, name in texts if not text.strip()]:
+        logger.warning("%d of %d captions are empty, such as that of %s", len(blank), len(texts), blank[0])
     if found:
         longest = ", ".join(words for _, words in sorted(found, reverse=True)[:3])
         logger.warning(
@@ -190,9 +194,22 @@ def read_bytes(record: dict) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Return a picture upright, in RGB, transparency over white and 16 bits scaled to 8; decodes it wholly."""
-    image = Image.open(io.BytesIO(content))
-    image.load()
+    """Return a picture upright, in RGB, transparency over white and 16 bits scaled to 8; decodes it wholly.
+
+    Of an animated one that is the first picture.
+
+    Raises:
+        ValueError: it has more than `MOST_PIXELS`. Pillow's plugins raise others for a broken file.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            megapixels = f"{image.width * image.height / 1e6:,.0f} megapixels, over the {MOST_PIXELS / 1e6:.0f}"
+            raise ValueError(f"it has {megapixels} that are read at most")
+        image.load()
+        return _plain(image)
+
+
+def _plain(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
