@@ -41,11 +41,12 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 
 @dataclass
 class Faults:
-    """Runs of the training script that are forked from this process, which has imported everything already."""
+    """Runs of the training script, forked from this process on a CPU, since it has imported everything already."""
 
     work: Path
     script: object
     processes: int
+    on_gpu: bool = False
 
     # --- runs ---
 
@@ -57,10 +58,14 @@ class Faults:
             "--train_data_dir",
             str(self.work / "set"),
         ]
-        words += ["--resolution", "64", "--train_batch_size", str(4 // self.processes), "--learning_rate", "1e-3"]
-        words += ["--seed", "0", "--max_train_steps", str(STEPS), "--checkpointing_steps", "2"]
-        words += ["--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--logging_steps", "3"]
+        words += ["--seed", "0", "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", "--logging_steps", "3"]
+        words += ["--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--learning_rate", "1e-3"]
         words += ["--output_dir", str(output_dir), "--conditioning_cache_dir", str(cache_dir)]
+        if self.on_gpu:
+            words += ["--resolution", "512", "--train_batch_size", "1", "--mixed_precision", "fp16", "--deterministic"]
+            with open(log, "a") as out:
+                return [subprocess.Popen([sys.executable, self.script.__file__, *words], stdout=out, stderr=out).pid]
+        words += ["--resolution", "64", "--train_batch_size", str(4 // self.processes)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -207,7 +212,7 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
             raise RuntimeError(f"after kills at {dict(hit)}, {', '.join(different)} differ; see {folder}")
         hits, runs = hits + hit, runs + 1
         print(f"{sum(hits.values())} kills, {runs} runs, all equal to the undisturbed one", flush=True)
-    names = {"fault": "SIGKILL", "processes": faults.processes}
+    names = {"fault": "SIGKILL", "processes": faults.processes, "size": "full" if faults.on_gpu else "tiny"}
     results.keep(names, {"kills": sum(hits.values()), "runs": runs, "equal": runs, "where": dict(hits.most_common())})
 
 
@@ -249,18 +254,30 @@ def main() -> None:
     add = parser.add_argument
     add("--kills", type=int, default=200, help="for each number of processes, at least [%(default)s]")
     add("--processes", type=int, nargs="+", choices=[1, 2], default=[1, 2], help="of a run [1 and 2]")
+    add("--gpu", action="store_true", help="the full size instead, 512 px, fp16, --deterministic, one process")
     add("--disk_sizes", type=int, default=40, help="file systems to fill; 0 for none [%(default)s]")
     add("--seed", type=int, default=0, help="of the moments [%(default)s]")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json", help="added to [%(default)s]")
     add("--commit", help="of this project, where there is no git")
     args = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not args.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)  # a process that has started threads cannot be forked
     script, results = load_script(), Results(args.out, args.commit, {})
     with tempfile.TemporaryDirectory() as work:
-        build = "from pathlib import Path; from rasengan import demo; import sys; work = Path(sys.argv[1]); "
-        build += "demo.build_tiny_sdxl(work / 'base'); demo.draw_picture_set(work / 'set')"
-        subprocess.run([sys.executable, "-c", build, work], check=True, capture_output=True)
+        # In a process of its own, which may start threads, and keeps no memory of the card.
+        build = "import sys; from pathlib import Path; from rasengan import demo; work = Path(sys.argv[1]); "
+        build += (
+            "import full_size; full_size.build(work / 'base'); "
+            if args.gpu
+            else "demo.build_tiny_sdxl(work / 'base'); "
+        )
+        build += "demo.draw_picture_set(work / 'set')"
+        command = [sys.executable, "-c", build, work]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent)
+        if args.gpu:
+            kill_at_random(Faults(Path(work), script, 1, on_gpu=True), args.kills, args.seed, results)
+            return
         for processes in args.processes:
             faults = Faults(Path(work), script, processes)
             if args.kills:

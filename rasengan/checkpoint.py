@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils.constants import OPTIMIZER_NAME, SCALER_NAME
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rasengan import UserError, export, first_line
 from rasengan.files import give_default_mode, sync, sync_folder, write_atomically
@@ -159,31 +159,38 @@ class CheckpointWriter:
     The loop waits only while its state is copied to the host. A write that fails is told at the next call.
     """
 
-    def __init__(self, output_dir: Path, total_limit: int | None):
-        """Take the run's folder, and how many checkpoints to keep there; None keeps all."""
-        self.output_dir, self.total_limit = output_dir, total_limit
-        self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
-
-    def save(
+    def __init__(
         self,
-        global_step: int,
+        output_dir: Path,
+        total_limit: int | None,
         *,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None,
         models: dict[str, torch.nn.Module],
         flat: torch.nn.Parameter,
         ema: EMAModel | None,
-        state: dict,
-    ) -> Path:
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+    ):
+        """Take what is saved, and where.
+
+        Args:
+            output_dir: the run's.
+            total_limit: how many checkpoints to keep there; None keeps all.
+            models: the adapted components by name, whose adapters are views of the flat parameter.
+            flat: the parameter.
+            ema: its running average, or None.
+            optimizer: of the flat parameter.
+            scaler: of the gradients, or None.
+        """
+        self.output_dir, self.total_limit = output_dir, total_limit
+        self.models, self.flat, self.ema, self.optimizer, self.scaler = models, flat, ema, optimizer, scaler
+        self.layout, self.buffers = export.AdapterLayout.of(models, flat), []
+        self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+
+    def save(self, global_step: int, state: dict) -> Path:
         """Begin to write `checkpoint-N`, and return its path; the one before it is finished first.
 
         Args:
             global_step: N, the optimizer steps done.
-            optimizer: of the flat parameter.
-            scaler: of the gradients, or None.
-            models: the adapted components by name, whose adapters are views of the flat parameter.
-            flat: the parameter.
-            ema: its running average, or None.
             state: JSON values that a resume needs.
 
         Raises:
@@ -193,16 +200,35 @@ class CheckpointWriter:
         path = self.output_dir / f"checkpoint-{global_step}"
         if path in list_checkpoints(self.output_dir) and find_damage(path) is None:
             return path  # a run that ends where it began
-        export.check_finite(models, last_name(self.output_dir))
-        states = {f"{OPTIMIZER_NAME}.bin": optimizer.state_dict()}
-        if scaler is not None:
-            states[SCALER_NAME] = scaler.state_dict()
-        adapters = {".": export.host_copy(models, flat, flat)}
-        if ema is not None:
-            adapters[EMA_FOLDER] = export.host_copy(models, flat, ema.shadow_params[0])
+        if not torch.isfinite(self.flat).all():
+            export.check_finite(self.models, last_name(self.output_dir))
+        parts = {"optimizer": self.optimizer.state_dict(), "flat": self.flat}
+        if self.scaler is not None:
+            parts["scaler"] = self.scaler.state_dict()
+        if self.ema is not None:
+            parts["ema"] = self.ema.shadow_params[0]
         content = json.dumps({"global_step": global_step} | state, indent=2).encode()
-        self.pending = self.pool.submit(self._write, path, _on_host(states), adapters, content)
+        self.pending = self.pool.submit(self._write, path, self._on_host(parts), content)
         return path
+
+    def _on_host(self, parts: dict) -> dict:
+        """Return a copy of some state on the host, of this moment; those of the card go into buffers that are kept."""
+        tensors, shape = tree_flatten(parts)
+        on_card = [value for value in tensors if torch.is_tensor(value) and value.is_cuda]
+        if [(b.shape, b.dtype) for b in self.buffers] != [(t.shape, t.dtype) for t in on_card]:
+            # Pinned memory takes a copy at the bus's full speed, and long to get.
+            self.buffers = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in on_card]
+        free = iter(self.buffers)
+        copies = []
+        for value in tensors:
+            if torch.is_tensor(value):
+                value = (
+                    next(free).copy_(value.detach(), non_blocking=True) if value.is_cuda else value.detach().clone()
+                )
+            copies.append(value)
+        if on_card:
+            torch.cuda.synchronize()
+        return tree_unflatten(copies, shape)
 
     def check(self) -> None:
         """Raise what kept the last write from ending well, if it has ended."""
@@ -219,19 +245,21 @@ class CheckpointWriter:
         if isinstance(pending, Future):
             pending.result()
 
-    def _write(self, path: Path, states: dict, adapters: dict[str, export.Adapter], state: bytes) -> None:
+    def _write(self, path: Path, parts: dict, state: bytes) -> None:
         # A run that dies here leaves a folder that nothing takes for a checkpoint.
         unfinished = path.with_name(f".saving-{path.name.split('-')[1]}")
         try:
             for left_behind in [*path.parent.glob(".saving-*"), *path.parent.glob(".removing-*")]:
                 shutil.rmtree(left_behind, ignore_errors=True)
             unfinished.mkdir()  # not its parents: where a mount went, they would be another disk's
-            for name, value in states.items():
-                content = io.BytesIO()
-                torch.save(value, content)
-                (unfinished / name).write_bytes(content.getbuffer())
-            for folder, adapter in adapters.items():
-                export.write_diffusers(unfinished / folder, adapter)
+            for name, part in ((f"{OPTIMIZER_NAME}.bin", "optimizer"), (SCALER_NAME, "scaler")):
+                if part in parts:
+                    content = io.BytesIO()
+                    torch.save(parts[part], content)
+                    (unfinished / name).write_bytes(content.getbuffer())
+            for folder, part in ((".", "flat"), (EMA_FOLDER, "ema")):
+                if part in parts:
+                    export.write_diffusers(unfinished / folder, self.layout.adapter(parts[part]))
             (unfinished / STATE_FILE).write_bytes(state)
             write_manifest(unfinished)
             if damage := find_damage(unfinished):
@@ -243,7 +271,7 @@ class CheckpointWriter:
             self._remove_old(path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(_not_written(path, error, states, adapters)) from error
+            raise UserError(_not_written(path, error, parts)) from error
 
     def _remove_old(self, path: Path) -> None:
         others = [other for other in list_checkpoints(self.output_dir) if other != path]
@@ -275,14 +303,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def _on_host(states: dict) -> dict:
-    return tree_map(lambda value: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value, states)
-
-
-def _not_written(path: Path, error: Exception, states: dict, adapters: dict[str, export.Adapter]) -> str:
-    tensors = []
-    tree_map(lambda value: tensors.append(value) if torch.is_tensor(value) else None, states)
-    tensors += [t for adapter in adapters.values() for weights in adapter.weights.values() for t in weights.values()]
+def _not_written(path: Path, error: Exception, parts: dict) -> str:
+    tensors = [value for value in tree_flatten(parts)[0] if torch.is_tensor(value)]
     needed_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1024**2
     try:
         there = f"{shutil.disk_usage(path.parent).free / 1024**2:,.0f} MiB are free there"

@@ -74,20 +74,32 @@ def live_adapter(models: dict[str, torch.nn.Module]) -> Adapter:
     return Adapter(weights, configs)
 
 
-def host_copy(models: dict[str, torch.nn.Module], flat: torch.nn.Parameter, values: torch.Tensor) -> Adapter:
-    """Return the adapters of some components with other values, copied to the host at once.
+class AdapterLayout(NamedTuple):
+    """Where the weights of some components' adapters lie in the flat parameter: by name, first element and shape."""
 
-    Args:
-        models: the adapted components by name.
-        flat: of which their adapters' weights are views.
-        values: in its place; itself, or its running average.
-    """
-    copy_of_values, adapter = values.detach().to("cpu", copy=True), live_adapter(models)
-    for weights in adapter.weights.values():
-        for name, weight in weights.items():
-            start = (weight.data_ptr() - flat.data_ptr()) // flat.element_size()
-            weights[name] = copy_of_values[start : start + weight.numel()].view(weight.shape)
-    return adapter
+    places: dict[str, dict[str, tuple[int, torch.Size]]]
+    configs: dict[str, LoraConfig]
+
+    @classmethod
+    def of(cls, models: dict[str, torch.nn.Module], flat: torch.nn.Parameter) -> "AdapterLayout":
+        """Return the layout of the adapted components by name, whose adapters' weights are views of `flat`."""
+        weights, configs = live_adapter(models)
+        places = {
+            component: {
+                name: ((weight.data_ptr() - flat.data_ptr()) // flat.element_size(), weight.shape)
+                for name, weight in named.items()
+            }
+            for component, named in weights.items()
+        }
+        return cls(places, configs)
+
+    def adapter(self, values: torch.Tensor) -> Adapter:
+        """Return the adapters with other values in the flat parameter's place, as views of them."""
+        weights = {
+            component: {name: values[start : start + shape.numel()].view(shape) for name, (start, shape) in at.items()}
+            for component, at in self.places.items()
+        }
+        return Adapter(weights, self.configs)
 
 
 def save_diffusers(directory: Path, models: dict[str, torch.nn.Module]) -> None:

@@ -602,9 +602,8 @@ def train(args: argparse.Namespace) -> int:
         with validation.evaluating(adapted), validation.adapters_disabled(adapted):
             base_images = draw(prompts=embed())
 
-    writer = checkpoint.CheckpointWriter(output_dir, args.checkpoints_total_limit)
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
-    save = partial(writer.save, **parts)
+    writer = checkpoint.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
     state = public_settings(args) | {"memory_plan": list(plan)}
     counts = f"{len(pictures)} pictures, {max_train_steps} steps of {args.global_batch}"
     logger.info(f"{counts}; {flat.numel():,} trainable parameters")
@@ -631,7 +630,7 @@ def train(args: argparse.Namespace) -> int:
                 raise
             train_step.release()
             if is_main:
-                path = save(global_step, state=state | {"samples_seen": samples_seen, "memory_plan": None})
+                path = writer.save(global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
                 writer.wait()
             if samples.is_worker_death(error):
                 raise UserError(samples.worker_death(error, path)) from error
@@ -667,7 +666,7 @@ def train(args: argparse.Namespace) -> int:
                 raise UserError(diagnosis.explain(unet, flat, batch, explain_losses, weight_dtype, *rows))
             if is_main and not is_broken and (is_due or is_late or progress.is_asked_to_stop):
                 with progress.paused():
-                    path, saved_s = save(global_step, state=state | {"samples_seen": samples_seen}), time.monotonic()
+                    path, saved_s = writer.save(global_step, state | {"samples_seen": samples_seen}), time.monotonic()
                     logger.info("Saving %s", path)
         epoch, rest = divmod(global_step, steps_per_epoch)
         shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not is_last

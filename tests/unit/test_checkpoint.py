@@ -12,6 +12,7 @@ from rasengan import UserError, checkpoint, lora
 
 STATE = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 16, "lora_target_modules": ["to_q", "to_k"]}
 STATE |= {"prediction_type": None, "data_digest": "a", "noise_offset": 0.0, "snr_gamma": None, "output_dir": "here"}
+WHERE = {"samples_seen": 4, "seed": 0}
 STATE |= {"global_batch": 4, "max_train_steps": 4, "validation_epochs": 1}
 
 
@@ -147,14 +148,13 @@ def run(tmp_path):
     optimizer = torch.optim.AdamW([flat])
     flat.grad.fill_(1.0)
     optimizer.step()
-    parts = {"optimizer": optimizer, "scaler": None, "models": {"unet": model}, "flat": flat, "ema": None}
-    return parts | {"state": {"samples_seen": 4, "seed": 0}}
+    return {"optimizer": optimizer, "scaler": None, "models": {"unet": model}, "flat": flat, "ema": None}
 
 
 def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, None)
+    writer = checkpoint.CheckpointWriter(tmp_path, None, **run)
     weights = run["flat"].detach().clone()
-    path = writer.save(1, **run)
+    path = writer.save(1, WHERE)
     with torch.no_grad():
         run["flat"].add_(1.0)  # the next step, while it is written
     run["optimizer"].step()
@@ -167,20 +167,20 @@ def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
 
 
 def test_only_so_many_are_kept_and_the_newest_ones(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, 2)
+    writer = checkpoint.CheckpointWriter(tmp_path, 2, **run)
     for step in (1, 2, 10):
-        writer.save(step, **run)
+        writer.save(step, WHERE)
     writer.wait()
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
 
 
 def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, 1)
-    writer.save(1, **run)
+    writer = checkpoint.CheckpointWriter(tmp_path, 1, **run)
+    writer.save(1, WHERE)
     writer.wait()
     (tmp_path / ".saving-2").write_text("in the way")  # as a disk that takes no folder
-    writer.save(2, **run)
+    writer.save(2, WHERE)
     while not writer.pending.done():
         time.sleep(0.01)
     with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: .*It takes .* MiB, and .* MiB are free"):
@@ -193,23 +193,23 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, 
 def test_a_folder_that_vanished_is_not_made_again(run, tmp_path):
     folder = tmp_path / "drive"
     folder.mkdir()
-    writer = checkpoint.CheckpointWriter(folder, None)
+    writer = checkpoint.CheckpointWriter(folder, None, **run)
     folder.rmdir()
-    writer.save(1, **run)
+    writer.save(1, WHERE)
     with pytest.raises(UserError, match="checkpoint-1 cannot be written: No such file or directory"):
         writer.wait()
     assert not folder.exists()
 
 
 def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, None)
-    path = writer.save(1, **run)
+    writer = checkpoint.CheckpointWriter(tmp_path, None, **run)
+    path = writer.save(1, WHERE)
     writer.wait()
     before = (path / "optimizer.bin").stat().st_mtime_ns
-    writer.save(1, **run)
+    writer.save(1, WHERE)
     writer.wait()
     assert (path / "optimizer.bin").stat().st_mtime_ns == before
     (path / "optimizer.bin").write_bytes(b"damaged")
-    writer.save(1, **run)
+    writer.save(1, WHERE)
     writer.wait()
     assert checkpoint.find_damage(path) is None
