@@ -20,12 +20,13 @@ import diffusers
 import PIL
 import torch
 import transformers
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, data, locks, sdxl
-from rasengan.files import read_memory, write_atomically
+from rasengan.files import read_json_or_empty, write_atomically
 from rasengan.processes import is_first, wait_for_everyone
 
 
@@ -126,7 +127,7 @@ def weights_digest(files: list[Path], memory: Path) -> str:
 
     The weights are gigabytes, and on a mounted Drive they take a minute to read: only a first run does.
     """
-    remembered = read_memory(memory)
+    remembered = read_json_or_empty(memory)
     known = {}
     for file in files:
         status = file.stat()
@@ -238,8 +239,19 @@ def encode_pictures(
 
 @torch.no_grad()
 def encode_captions(captions: list[str], tokenizers: list, text_encoders: list) -> dict[str, torch.Tensor]:
-    """Return rows of a prompt cache."""
+    """Return rows of a prompt cache.
+
+    Raises:
+        UserError: a text encoder gave non-finite embeddings.
+    """
     prompt_embeds, pooled_prompt_embeds = sdxl.encode_prompts(captions, tokenizers, text_encoders)
+    for caption, tokens, pooled in zip(captions, prompt_embeds, pooled_prompt_embeds, strict=True):
+        if not (torch.isfinite(tokens).all() and torch.isfinite(pooled).all()):
+            raise UserError(
+                f"The caption {caption[:60]!r} has non-finite embeddings: a text encoder is damaged, or overflows in "
+                f"{tokens.dtype}. Give another by {components.COMPONENT_FLAGS['text_encoder']} or "
+                f"{components.COMPONENT_FLAGS['text_encoder_2']}, or --mixed_precision no."
+            )
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 
@@ -274,6 +286,8 @@ def fill(
         make_bar: returns a progress bar for a number of items.
     """
     number, processes = share
+    if not any(gather_object([any(shards.missing() for shards in caches)])):
+        return
     # Held by one process alone, since machines of a run may share a folder.
     with locks.only_builder(caches[0].directory) if is_first() else nullcontext():
         wait_for_everyone()  # the others come once it is held

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,13 +43,20 @@ BOUND_SETTINGS = {
 FREE_SETTINGS = {
     *("output_dir", "logging_dir", "cache_dir", "conditioning_cache_dir", "config", "local_rank", "plan_only"),
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples"),
-    *("skip_bad_images", "max_train_steps", "num_train_epochs", "max_train_minutes", "train_batch_size"),
+    *(
+        "skip_bad_images",
+        "total_steps",
+        "max_train_steps",
+        "num_train_epochs",
+        "max_train_minutes",
+        "train_batch_size",
+    ),
     *("gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing", "vram_budget_gib"),
     *("cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs", "validation_inference_steps"),
     *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("resume_with_changes", "logging_steps", "report_to", "debug_loss", "push_to_hub", "hub_token", "hub_model_id"),
 }
-RUN_LENGTH = ("max_train_steps", "num_train_epochs")
+RUN_LENGTH = ("total_steps",)
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
 
 
@@ -58,35 +65,52 @@ CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the `checkpoint-N` folders that this program wrote, whole or not, the oldest first."""
+    marks = (STATE_FILE, MANIFEST_FILE)  # diffusers' own scripts leave others
+    return [path for path in _numbered(output_dir) if any((path / name).is_file() for name in marks)]
+
+
+def _numbered(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
-    named = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    # diffusers' own scripts leave others
-    found = [path for path in named if any((path / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step_of)
 
 
-def last_name(output_dir: Path) -> str:
-    """Return the name of the newest checkpoint, empty where there is none."""
-    return next((path.name for path in reversed(list_checkpoints(output_dir))), "")
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def last_name(output_dir: Path, before: int | None = None) -> str:
+    """Return the name of the newest checkpoint, or of the newest before a step; empty where there is none."""
+    found = [path for path in list_checkpoints(output_dir) if before is None or _step_of(path) < before]
+    return found[-1].name if found else ""
 
 
 def find_damage(path: Path) -> str | None:
     """Say what a checkpoint lacks of what its manifest says, after reading all of it; None if it is whole."""
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, (size, digest) in manifest.items():
+        listed = {name: (int(size), str(digest)) for name, (size, digest) in manifest.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except (AttributeError, OSError, TypeError, ValueError):
+        return f"{MANIFEST_FILE} is damaged"
+    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere.
+    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_FILE}
+    needed = listed.keys() | {STATE_FILE, f"{OPTIMIZER_NAME}.bin", export.DIFFUSERS_FILE}
+    if missing := sorted(needed - there):
+        return f"{missing[0]} is missing"
+    if strange := sorted(there - listed.keys()):
+        return f"{strange[0]} is not in {MANIFEST_FILE}"
+    for name, (size, digest) in listed.items():
+        try:
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes, not {size}"
             if _digest(path / name) != digest:
                 return f"{name} has other content than was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(path)} is missing"
-    except OSError as error:
-        return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
-    except (AttributeError, TypeError, ValueError):
-        return f"{MANIFEST_FILE} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -99,10 +123,16 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
             fresh run.
 
     Raises:
-        UserError: the named one, or every one, is not there or not whole; or a fresh run would mix its checkpoints
-            with others.
+        UserError: the named one, or every one, is not there or not whole; or the run would mix its checkpoints with
+            others.
     """
     checkpoints = list_checkpoints(output_dir)
+    foreign = [path.name for path in _numbered(output_dir) if path not in checkpoints]
+    if foreign:
+        raise UserError(
+            f"--output_dir {output_dir} holds {foreign[0]}, which another program wrote, and which this run might "
+            "overwrite. Move it, or give another --output_dir."
+        )
     if name is None:
         if checkpoints:
             raise UserError(
@@ -124,7 +154,7 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
             )
         return None
     path = output_dir / Path(name).name
-    if path not in checkpoints:
+    if path not in checkpoints or (len(Path(name).parts) > 1 and Path(name).resolve() != path.resolve()):
         there = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
         raise UserError(
             f"--resume_from_checkpoint {name}: there is no such checkpoint in {output_dir}; there are: {there}. "
@@ -133,10 +163,9 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     if damage := find_damage(path):
         raise _damaged(path, damage)
     if path != checkpoints[-1]:
-        logger.warning(
-            "%s is not the last one: %s is there too. Remove those after it, or a later 'latest' takes them",
-            path,
-            checkpoints[-1].name,
+        raise UserError(
+            f"{path} is not the last one: {checkpoints[-1].name} is there too, and would mix with what comes now. "
+            f"Move what is later than {path.name}, or give another --output_dir that holds a copy of it."
         )
     return path
 
@@ -157,6 +186,9 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one after the other, in a thread of its own.
 
     The loop waits only while its state is copied to the host. A write that fails is told at the next call.
+
+    The checkpoint before the newest one stays until the next is written, over the limit: that a loss after the newest
+    was finite is known only then.
     """
 
     def __init__(
@@ -199,7 +231,7 @@ class CheckpointWriter:
         self.wait()
         path = self.output_dir / f"checkpoint-{global_step}"
         if path in list_checkpoints(self.output_dir) and find_damage(path) is None:
-            return path  # a run that ends where it began
+            return path  # the one that was resumed from: no other is there under a number to come
         if not torch.isfinite(self.flat).all():
             export.check_finite(self.models, last_name(self.output_dir))
         parts = {"optimizer": self.optimizer.state_dict(), "flat": self.flat}
@@ -242,8 +274,16 @@ class CheckpointWriter:
             UserError: it failed.
         """
         pending, self.pending = self.pending, None
-        if isinstance(pending, Future):
+        if pending is not None:
             pending.result()
+
+    def close(self) -> None:
+        """Wait until the last write has ended, and tell of it if it failed: for a run that ends by another error."""
+        try:
+            self.wait()
+        except UserError as error:
+            logger.error("%s", error)
+        self.pool.shutdown()
 
     def _write(self, path: Path, parts: dict, state: bytes) -> None:
         # A run that dies here leaves a folder that nothing takes for a checkpoint.
@@ -268,15 +308,29 @@ class CheckpointWriter:
                 _remove(path)
             unfinished.rename(path)
             sync_folder(path.parent)
-            self._remove_old(path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(_not_written(path, error, parts)) from error
+        self._remove_old(path, keep=None if self.total_limit is None else self.total_limit + 1)
 
-    def _remove_old(self, path: Path) -> None:
+    def finish(self) -> None:
+        """Wait until the last write has ended, and keep no more than the limit: for a run that ended well."""
+        self.wait()
+        there = list_checkpoints(self.output_dir)
+        if there:
+            self._remove_old(there[-1], self.total_limit)
+
+    def _remove_old(self, path: Path, keep: int | None) -> None:
+        if keep is None:
+            return
         others = [other for other in list_checkpoints(self.output_dir) if other != path]
-        for old in others[: max(0, len(others) + 1 - self.total_limit) if self.total_limit else 0]:
-            _remove(old)
+        # A later one is what a resume left out as damaged: it goes first.
+        others.sort(key=lambda other: (_step_of(other) < _step_of(path), _step_of(other)))
+        for old in others[: max(0, len(others) + 1 - keep)]:
+            try:
+                _remove(old)
+            except OSError as error:
+                logger.warning("%s cannot be removed: %s", old, error.strerror)
 
 
 def write_manifest(folder: Path) -> None:
@@ -287,6 +341,8 @@ def write_manifest(folder: Path) -> None:
         manifest[str(file.relative_to(folder))] = [file.stat().st_size, _digest(file)]
         sync(file)
         _forget_content(file)
+    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
+        sync_folder(inner)
     write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
 
 
@@ -299,7 +355,9 @@ def _forget_content(file: Path) -> None:
 
 def _remove(path: Path) -> None:
     # Under another name first: half a checkpoint must not be taken for one.
-    removed = path.rename(path.with_name(f".removing-{path.name.split('-')[1]}"))
+    removed = path.with_name(f".removing-{path.name.split('-')[1]}")
+    shutil.rmtree(removed, ignore_errors=True)  # of a removal that was not finished
+    path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -384,6 +442,8 @@ def _change(name: str, state: dict, settings: dict) -> str:
             f"a step took {state[name]} samples, and takes {settings[name]} (--train_batch_size x "
             "--gradient_accumulation_steps x processes)"
         )
+    if name == "total_steps":
+        return f"the run was to have {state[name]} steps, and is to have {settings[name]}"
     return f"--{name} was {state[name]}, and is {settings[name]}"
 
 

@@ -15,7 +15,13 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose help keeps the lines of the script's docstring, and whose errors are UserErrors."""
 
     def __init__(self, description: str, epilog: str | None = None):
-        super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        # Without abbreviations: a token behind --hub_tok would not be known for one.
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def add_base_flags(self, component_flags: dict[str, str]):
         """Add the flags that say where the base model is; return the function that adds more to their group.

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rasengan import UserError, first_line
-from rasengan.files import read_memory, write_atomically
+from rasengan.files import read_json_or_empty, write_atomically
 
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def inspect_pictures(
         digests = sorted(((picture.digest, picture.error) for picture in known), key=str)
         everything = hashlib.blake2b(repr([PIL.__version__, digests]).encode(), digest_size=16)
         file = memory_dir / f"pictures-{everything.hexdigest()}.json"
-        remembered = read_memory(file)
+        remembered = read_json_or_empty(file)
         pictures = list(pool.map(partial(_look_at, column, remembered, on_picture), range(len(column)), known))
     if not remembered:
         facts = {p.digest: [p.height_px, p.width_px, p.error] for p in pictures if p.digest}
@@ -266,10 +266,11 @@ def _look_at(
     fact = [0, 0, picture.error] if picture.error else remembered.get(picture.digest)
     if fact is None:
         try:
-            width, height = decode(read_bytes(column[row])).size
+            content = read_bytes(column[row])
+            width, height = decode(content).size
             fact = [height, width, None]
         except UnidentifiedImageError:
-            fact = [0, 0, "is no picture of a known format"]
+            fact = [0, 0, "is no picture of a known format" if content else "is empty"]
         except Exception as reason:  # Pillow's plugins raise anything on a broken file
             fact = [0, 0, f"cannot be decoded: {str(reason) or type(reason).__name__}"]
     on_picture()
@@ -294,7 +295,8 @@ def leave_out_broken(
         )
     if not bad:
         return dataset, pictures
-    logger.warning("--skip_bad_images leaves out %d of %d pictures", len(bad), len(pictures))
+    names = ", ".join(Path(picture.name).name for picture in bad[:10]) + ", ..." * (len(bad) > 10)
+    logger.warning("--skip_bad_images leaves out %d of %d pictures: %s", len(bad), len(pictures), names)
     good = [row for row, picture in enumerate(pictures) if not picture.error]
     if not good:
         raise UserError("Not one picture can be used. Give others.")

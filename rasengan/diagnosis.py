@@ -69,7 +69,7 @@ def explain(
         where, cause = "the latents are not finite", "the VAE is damaged: give another by its flag"
     elif broken:
         where = f"{broken[0]} is not finite"
-        cause = f"the text encoders overflow or are damaged: give others by their flags,{precision or ' or retry'}"
+        cause = f"the text encoders overflow or are damaged: give others by their flags{precision}"
     elif module := first_non_finite_module(unet, lambda: compute_losses(tensors)):
         where = f"{module} is the first of the UNet's modules whose output is not finite"
         cause = f"it overflows: lower --learning_rate{precision}"

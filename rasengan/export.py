@@ -11,6 +11,7 @@ import math
 import re
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -199,11 +200,8 @@ def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str 
         _publish(directory, models)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
-        kept = f"{last_good} holds the weights" if last_good else "the weights are lost"
-        raise UserError(
-            f"The adapter cannot be written to {directory}: {reason}. Make room; {kept}, and "
-            "--resume_from_checkpoint latest writes them again."
-        ) from error
+        go_on = f"go on from {last_good} with --resume_from_checkpoint latest" if last_good else "run it again"
+        raise UserError(f"The adapter cannot be written to {directory}: {reason}. Make room, and {go_on}.") from error
     verify_saved(directory / DIFFUSERS_FILE, models)
     verify_saved(directory / "peft", models)
 
@@ -329,8 +327,13 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
             raise TypeError("it holds more than tensors by name")
+    except UnpicklingError as error:  # whose text advises to load it all the same
+        raise UserError(
+            f"{file} holds more than tensors, and is not read. Give the adapter as safetensors."
+        ) from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
-        raise UserError(f"{file} cannot be read: {first_line(error)}. Give the adapter as safetensors.") from error
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"{file} cannot be read: {reason}. Give the adapter as safetensors.") from error
     return tensors
 
 

@@ -1,12 +1,23 @@
 """Files that are whole or absent."""
 
 import contextlib
+import errno
 import json
 import os
+import re
+import shutil
 import uuid
 from pathlib import Path
 
 from rasengan import UserError
+
+
+MASK = os.umask(0o077)  # which can only be read by setting it: once, before there are threads
+os.umask(MASK)
+# What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
+LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
+# What a write that was killed leaves: `write_atomically`, `check_writable` and the lock end their names so.
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}")
 
 
 def sync(path: Path) -> None:
@@ -27,9 +38,7 @@ def sync_folder(path: Path) -> None:
 
 def give_default_mode(path: Path) -> None:
     """Give a file the mode that a plain open() would: safetensors lets only its owner read what it writes."""
-    mask = os.umask(0o077)  # which can only be read by setting it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~MASK)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -41,17 +50,40 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         sync(temporary)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_memory(file: Path) -> dict:
-    """Return what a JSON file remembers; nothing where it is absent or damaged, since all of it can be found again."""
+def remove_left_behind(directory: Path, *patterns: str) -> None:
+    """Remove what killed writes left in a folder that nobody else writes to, and what fits one of the patterns."""
+    found = [path for path in directory.iterdir() if TEMPORARY.fullmatch(path.name)]
+    for path in [*found, *(path for pattern in patterns for path in directory.glob(pattern))]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def read_json_or_empty(file: Path) -> dict:
+    """Return what a JSON file holds; nothing where it is absent, damaged or no dictionary."""
     try:
-        remembered = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return remembered if isinstance(remembered, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def lost_place(error: OSError, otherwise: str) -> str | None:
+    """Say which place is full, read-only or gone, and what to do; None for an error that is no user's matter.
+
+    Args:
+        error: of a read or write.
+        otherwise: what to call the place where the error names none.
+    """
+    # A name that is not there is the user's matter only where it is a name.
+    if error.errno not in LOST_PLACES and not (error.errno == errno.ENOENT and error.filename):
+        return None
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise
+    return f"{place} cannot be written or read: {error.strerror}. Make room, or mend it."
 
 
 def check_writable(directory: Path, flag: str) -> None:

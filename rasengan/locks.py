@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +15,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rasengan import UserError
-from rasengan.files import read_memory
+from rasengan.files import read_json_or_empty, remove_left_behind
 
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 # The lock of a run on another machine, of which nothing else is known, is renewed so often, and stale after so long.
-RENEWED_S, STALE_S = 60, 600
+RENEWED_S, STALE_S, LOOKS_S = 20, 120, 2.0
 
 
 def _process_start(pid: int) -> str | None:
@@ -32,9 +33,10 @@ def _process_start(pid: int) -> str | None:
         return None
 
 
-def _boot() -> str:
+def _machine() -> str:
+    """Return what tells this machine from others, and containers on it, whose process numbers are their own."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
@@ -58,27 +60,39 @@ class RunLock:
             self.made.append(folder)
         output_dir.mkdir(parents=True, exist_ok=True)
         self.owner = {
-            **{"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()},
+            **{"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()},
             **{"started": _process_start(os.getpid()), "token": uuid.uuid4().hex},
         }
-        for _ in range(3):
-            try:
-                with open(self.file, "x") as file:
-                    json.dump(self.owner, file)
-                break
-            except FileExistsError:
-                self._remove_if_stale()
-        else:
-            raise UserError(f"{self.file} is made by another run again and again. Give another --output_dir.")
+        try:
+            self._take()
+        except BaseException:
+            self._remove_made()
+            raise
         self.ended = threading.Event()
         threading.Thread(target=self._renew, daemon=True, name="run lock").start()
 
+    def _take(self) -> None:
+        for _ in range(3):
+            try:
+                with open(self.file, "x") as file:
+                    try:
+                        json.dump(self.owner, file)
+                        file.flush()
+                    except BaseException:  # a full disk, say
+                        self.file.unlink(missing_ok=True)
+                        raise
+                return
+            except FileExistsError:
+                self._remove_if_stale()
+        raise UserError(f"{self.file} is made by another run again and again. Give another --output_dir.")
+
     def _remove_if_stale(self) -> None:
-        owner = read_memory(self.file)
-        if owner.get("boot") == _boot() and "pid" in owner:
-            alive = _process_start(owner["pid"]) == owner.get("started") is not None
+        owner = read_json_or_empty(self.file)
+        if owner.get("machine") == _machine() and isinstance(owner.get("pid"), int):
+            started = _process_start(owner["pid"])
+            alive = started is not None and started == owner.get("started")
         else:
-            alive = self._age_s() < STALE_S
+            alive = self._is_renewed()
         if alive:
             raise UserError(
                 f"{self.file.parent} is in use by another run (process {owner.get('pid')} on {owner.get('host')}). "
@@ -88,11 +102,29 @@ class RunLock:
         taken = self.file.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):
             self.file.rename(taken)
-            if read_memory(taken).get("token") != owner.get("token"):
+            if read_json_or_empty(taken).get("token") != owner.get("token"):
                 taken.rename(self.file)
                 return
             taken.unlink()
             logger.warning("%s was left behind by a run that ended without warning, and is removed", self.file)
+
+    def _is_renewed(self) -> bool:
+        """Say whether the lock of another machine's run is alive, after waiting until it is renewed or stale."""
+        before, told = self._time_of_change(), False
+        while self._age_s() < STALE_S:
+            if self._time_of_change() != before:
+                return True
+            if not told:
+                logger.warning("%s is of a run on another machine: waiting whether it lives", self.file)
+                told = True
+            time.sleep(LOOKS_S)
+        return False
+
+    def _time_of_change(self) -> float | None:
+        try:
+            return self.file.stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def _age_s(self) -> float:
         # Both times are the file system's, whatever this machine's clock says.
@@ -114,17 +146,23 @@ class RunLock:
         """Let others have the folder; one that was made for nothing is removed again."""
         self.ended.set()
         with contextlib.suppress(OSError):
-            if read_memory(self.file).get("token") == self.owner["token"]:
+            if read_json_or_empty(self.file).get("token") == self.owner["token"]:
                 self.file.unlink(missing_ok=True)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        with contextlib.suppress(OSError):  # where something is in it
             for folder in self.made:
-                folder.rmdir()  # fails where something is in it
+                folder.rmdir()
 
 
 @contextmanager
 def only_run(output_dir: Path, is_first: bool) -> Iterator[None]:
-    """Hold the lock of a run's output folder; of its processes only the first one does."""
+    """Hold the lock of a run's output folder, and clear it of what killed runs left; only the first process does."""
     lock = RunLock(output_dir) if is_first else None
     try:
+        if is_first:
+            remove_left_behind(output_dir, ".export-*", ".saving-*", ".removing-*")
         yield
     finally:
         if lock is not None:
@@ -142,9 +180,10 @@ def only_builder(directory: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("Another run builds in %s: waiting for it", directory)
+        logger.warning("Another run builds in %s: waiting for it", directory)
         lock.acquire()
     try:
+        remove_left_behind(directory)
         yield
     finally:
         lock.release()

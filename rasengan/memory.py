@@ -5,7 +5,6 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -236,17 +235,17 @@ def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Para
     }
 
 
-def out_of_memory(plan: Plan, global_step: int, saved: Path | None) -> str:
+def out_of_memory(plan: Plan, global_step: int, saved: str) -> str:
     """Return what to say, and how to go on, when a step that was planned to fit does not fit any more.
 
     Args:
         plan: of the step.
         global_step: optimizer steps done.
-        saved: the checkpoint that was written of them; None where there was none.
+        saved: the name of the last checkpoint; empty where there is none.
     """
     return (
         f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
-        f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the last checkpoint'} holds what was done. Resume "
+        f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the start'} is where to resume, "
         f"with --resume_from_checkpoint latest, and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, "
         "say, for a smaller plan."
     )

@@ -3,7 +3,9 @@
 accelerate's own barrier takes the process's number on its machine for a GPU's, and fails where processes share a GPU.
 """
 
+import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -93,7 +95,8 @@ def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None
 def progress_bar(accelerator: Accelerator, description: str, total: int, initial: int = 0) -> tqdm:
     """Return a progress bar that one process on each machine shows."""
     disable = not accelerator.is_local_main_process
-    return tqdm(desc=description, total=total, initial=initial, disable=disable, dynamic_ncols=True)
+    stream = SteadyStream(sys.stderr)
+    return tqdm(desc=description, total=total, initial=initial, disable=disable, dynamic_ncols=True, file=stream)
 
 
 def wait_for_everyone() -> None:
@@ -138,11 +141,57 @@ def average(tensor: torch.Tensor) -> None:
         UserError: another process has ended.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        try:
+        with _told_of_an_end():
             torch.distributed.all_reduce(tensor)
-        except RuntimeError as error:
-            raise UserError(
-                f"Another process of this run has ended: {first_line(error)} Its own error stands above or below "
-                "this; go on with --resume_from_checkpoint latest."
-            ) from error
         tensor /= torch.distributed.get_world_size()
+
+
+@contextmanager
+def _told_of_an_end() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo's and NCCL's
+        raise UserError(
+            f"Another process of this run has ended ({first_line(error).rstrip('.')}). Its own error stands above or "
+            "below this; go on with --resume_from_checkpoint latest."
+        ) from error
+
+
+class Ballot:
+    """Asks all processes of a run, at the same step, on the host: the card need not be waited for."""
+
+    def __init__(self):
+        """Begin on every process."""
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        self.group = torch.distributed.new_group(backend="gloo") if several else None
+
+    def any(self, *votes: bool) -> tuple[bool, ...]:
+        """Return for each vote whether any process has it."""
+        if self.group is None:
+            return votes
+        counted = torch.tensor(votes, dtype=torch.int32)
+        with _told_of_an_end():
+            torch.distributed.all_reduce(counted, torch.distributed.ReduceOp.MAX, group=self.group)
+        return tuple(map(bool, counted.tolist()))
+
+
+class SteadyStream:
+    """A stream that may end before the run does, as the pipe to `tee` does at Ctrl-C: then it writes nothing."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, if somebody reads."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush, if somebody reads."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)

@@ -11,6 +11,10 @@ from rasengan import memory
 from rasengan.processes import average
 
 
+# One step without a finite loss may be its samples' fault; so many in a row are not.
+STUCK = 3
+
+
 class Progress:
     """The losses, gradient norms and speed of the steps since the last reading, averaged over the processes."""
 
@@ -20,26 +24,20 @@ class Progress:
         self.unread, self.started_s = [], time.perf_counter()
         self.train_loss, self.images_per_second = math.nan, 0.0
         self.skipped_steps, self.skipped_in_a_row = 0, 0
-        self.is_asked_to_stop = False
 
     def add(self, step_loss: torch.Tensor, grad_norm: torch.Tensor) -> int:
         """Take what a step did, both scalars on the device, without waiting for it; return how many wait."""
         self.unread.append(torch.stack([step_loss, grad_norm]))
         return len(self.unread)
 
-    def read(self, wants_to_stop: bool) -> dict[int, dict[str, float]]:
-        """Return what the steps since the last reading did, by step, for the trackers.
-
-        All processes read after the same step. Whether one of them wants to stop is asked along the way, and is
-        `is_asked_to_stop` after it.
-        """
-        asked = torch.full((1, 2), float(wants_to_stop), device=self.device)
-        rows = torch.cat([torch.stack(self.unread), asked.to(self.unread[0].dtype)])
+    def read(self) -> dict[int, dict[str, float]]:
+        """Return what the steps since the last reading did, by step, for the trackers; all processes read together."""
+        rows = torch.stack(self.unread)
         average(rows)
-        *rows, asked = rows.tolist()
+        rows = rows.tolist()
         now_s = time.perf_counter()
         self.images_per_second = len(rows) * self.global_batch / (now_s - self.started_s)
-        self.is_asked_to_stop, self.started_s = asked[0] > 0, now_s
+        self.started_s = now_s
         self.unread.clear()
         found = {}
         for self.train_loss, grad_norm in rows:
@@ -55,6 +53,10 @@ class Progress:
             "skipped_steps": self.skipped_steps,
         }
         return found
+
+    def is_stuck(self) -> bool:
+        """Say whether the last steps all had a loss that is not finite: what is saved now is no good checkpoint."""
+        return not math.isfinite(self.train_loss) and self.skipped_in_a_row >= STUCK
 
     @contextmanager
     def paused(self) -> Iterator[None]:

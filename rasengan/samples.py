@@ -6,10 +6,10 @@ another number of processes or another split into micro-batches sees the same sa
 """
 
 import hashlib
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import datasets
 import torch
@@ -149,26 +149,42 @@ def first_batch(training_set: TrainingSamples, size: int) -> dict:
     return collate([training_set[0, index % len(training_set)] for index in range(size)])
 
 
-def is_worker_death(error: Exception) -> bool:
-    """Say whether an error is the DataLoader's for a process that loads samples and was killed."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+class WorkerDied(Exception):
+    """A process that loads samples has ended without warning."""
 
 
-def worker_death(error: Exception, resume_from: Path | None) -> str:
-    """Return what to say of it; `resume_from` is the last checkpoint, or None."""
+def worker_died(error: WorkerDied, global_step: int, saved: str) -> str:
+    """Return what to say of it after `global_step` steps; `saved` names the last checkpoint, empty for none."""
     return (
-        f"A process that loads samples ended: {first_line(error)} {resume_from or 'The start'} is where to resume. If "
-        "the host's memory ran out, lower --dataloader_num_workers."
+        f"A process that loads samples ended in step {global_step + 1}: {error}. Resume from {saved or 'the start'}, "
+        "with --resume_from_checkpoint latest. If the host's memory ran out, lower --dataloader_num_workers."
     )
+
+
+def ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach all processes of a terminal or a job, to the training process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prefetched(batches: Iterator[dict], depth: int = 2) -> Iterator[dict]:
     """Yield the batches while a thread prepares the next ones, so that the card need not wait for them."""
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(next, batches, None) for _ in range(depth))
-        while (batch := waiting.popleft().result()) is not None:
+        while (batch := _result(waiting.popleft())) is not None:
             waiting.append(pool.submit(next, batches, None))
             yield batch
+
+
+def _result(future: Future) -> dict | None:
+    try:
+        return future.result()
+    except (RuntimeError, EOFError, OSError) as error:
+        # PyTorch says so itself, unless the worker died while it handed something over.
+        from_handing_over = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
+        if "DataLoader worker" in str(error) or (from_handing_over and getattr(error, "filename", None) is None):
+            raise WorkerDied(first_line(error).rstrip(".")) from error
+        raise
 
 
 def encode_in_loop(

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -16,28 +16,27 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 class Stopper:
     """Knows whether a run should end after this step, and why."""
 
-    def __init__(self, minutes: float | None, began_s: float):
+    def __init__(self, minutes: float | None, began_s: float, tell: Callable[[str], object]):
         """Begin to watch for SIGTERM, Ctrl-C, and the end of some minutes since `began_s`; None sets no deadline.
 
-        The first of them asks for an end, a second Ctrl-C ends the process at once. Times are of the monotonic clock,
-        which nothing sets forth or back.
+        The first of them asks for an end, a Ctrl-C after it ends the process at once. Times are of the monotonic
+        clock, which nothing sets forth or back.
+        `tell` says to the user that a signal came, from inside the signal's handler.
         """
+        self.tell = tell
         self.deadline_s = None if minutes is None else began_s + 60 * minutes
-        self.signal_number, self.interrupts = None, 0
+        self.signal_number = None
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         # The handler of PyTorch's DataLoader raises in the middle of anything. It sees a dead worker by itself too.
         self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _note(self, number: int, _frame) -> None:
-        self.signal_number = self.signal_number or number
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1:
+        if number == signal.SIGINT and self.signal_number is not None:
             os._exit(128 + number)
+        again = " again" if number == signal.SIGINT else ""
+        self.signal_number = self.signal_number or number
         name = signal.Signals(number).name
-        text = (
-            f"\n{name}: ending after this step, with a checkpoint. Ctrl-C{' again' * self.interrupts} ends at once.\n"
-        )
-        os.write(sys.stderr.fileno(), text.encode())  # print is not safe here: it may be what was interrupted
+        self.tell(f"{name}: ending after this step, with a checkpoint. Ctrl-C{again} ends at once.")
 
     def due(self) -> bool:
         """Say whether the run should end."""
@@ -66,18 +65,23 @@ def end_with_launcher(environment: Mapping[str, str]) -> None:
     Source: prctl(2), PR_SET_PDEATHSIG.
     """
     if "ACCELERATE_MIXED_PRECISION" in environment and sys.platform == "linux":
+        launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it died before the kernel was asked
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def resume_command() -> str:
-    """Return the command line that goes on with this run, its launcher included, without any token."""
-    words = list(sys.argv)
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
-    launched = parent.read_text(errors="replace").split("\0")[:-1] if parent.is_file() else []
-    if "launch" in launched and any(Path(word).name == Path(words[0]).name for word in launched):
-        words = ["accelerate", *launched[launched.index("launch") :]]
+def resume_command(words: list[str], launcher: list[str]) -> str:
+    """Return the command line that goes on with a run, without any token.
+
+    Args:
+        words: of the script, its own name first.
+        launcher: of the process that started it, which may be `accelerate launch`.
+    """
+    if "launch" in launcher and any(Path(word).name == Path(words[0]).name for word in launcher):
+        words = ["accelerate", *launcher[launcher.index("launch") :]]
     else:
-        words = ["python", *words]
+        words = [sys.executable, *words]
     kept, skip = [], False
     for word in words:
         name = word.partition("=")[0]
@@ -85,3 +89,9 @@ def resume_command() -> str:
             kept.append(word)
         skip = not skip and name == word and name in {"--resume_from_checkpoint", "--hub_token"}
     return shlex.join([*kept, "--resume_from_checkpoint", "latest"])
+
+
+def launcher_words() -> list[str]:
+    """Return the command line of the process that started this one; empty where it cannot be seen."""
+    file = Path(f"/proc/{os.getppid()}/cmdline")
+    return file.read_text(errors="replace").split("\0")[:-1] if file.is_file() else []

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from rasengan import UserError, components, export, merging, sdxl, validation
 from rasengan.command_line import Parser, number_type, path_type
-from rasengan.files import check_writable, give_default_mode, write_atomically
+from rasengan.files import check_writable, give_default_mode, lost_place, write_atomically
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -249,4 +249,10 @@ if __name__ == "__main__":
         main(parse_args())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        text = lost_place(error, "--output_dir or --save_merged")
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)

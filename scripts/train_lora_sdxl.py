@@ -11,13 +11,14 @@ Eight GPUs: the same with `--config_file accelerate_configs/multi_gpu.yaml`. No 
 """
 
 import argparse
-import errno
+import contextlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import random
+import signal
 import sys
 import time
 from functools import partial
@@ -26,6 +27,14 @@ from pathlib import Path
 
 # Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+from rasengan import stopping
+
+
+if __name__ == "__main__":
+    # Before the imports, which take long: meanwhile the launcher may die, and Ctrl-C needs no traceback of them.
+    stopping.end_with_launcher(os.environ)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import accelerate
 import diffusers
@@ -57,18 +66,15 @@ from rasengan import (
     processes,
     samples,
     step,
-    stopping,
     validation,
 )
 from rasengan.command_line import Parser, number_type, path_type, words_of_file
-from rasengan.files import check_writable, write_atomically
+from rasengan.files import check_writable, lost_place, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
 
 
 logger = logging.getLogger(__name__)
-# What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
-LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENOENT}
 
 
 # --- the command line ---
@@ -364,6 +370,20 @@ def show_validation(args, accelerator, base_images, images, global_step: int) ->
         validation.log_image(accelerator.trackers, "validation", grid, global_step)
 
 
+def tell(text: str) -> None:
+    """Say something to the user, also from inside a signal's handler, and to nobody where the terminal is gone."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"\n{text}".encode())
+
+
+def save_now(writer: checkpoint.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
+    """Save what was done before a step that failed, and return the name of the last checkpoint; empty for none."""
+    if is_main:
+        writer.save(global_step, state)
+        writer.wait()
+    return checkpoint.last_name(writer.output_dir)
+
+
 def public_settings(args: argparse.Namespace) -> dict:
     """Return the arguments without the token, as JSON can hold them."""
     return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
@@ -379,10 +399,16 @@ def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: in
 # --- the story ---
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train, leave the adapter in --output_dir, and return the exit code."""
-    began_s, output_dir = time.monotonic(), Path(args.output_dir)
-    resume_command = stopping.resume_command()  # now: later the launcher may be gone
+def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack) -> int:
+    """Train, leave the adapter in --output_dir, and return the exit code.
+
+    Args:
+        args: checked.
+        began_s: when the run began, by the monotonic clock.
+        at_end: runs what must happen however the run ends.
+    """
+    output_dir = Path(args.output_dir)
+    resume_command = stopping.resume_command(sys.argv, stopping.launcher_words())  # later the launcher may be gone
     resume_from = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
 
     # --- processes, precision, seed ---
@@ -396,6 +422,8 @@ def train(args: argparse.Namespace) -> int:
         seed = checkpoint.read_state(resume_from)["seed"] if resume_from else random.randrange(2**31)
         args.seed = accelerate.utils.broadcast_object_list([seed])[0]
         logger.info("The seed is %d, since no --seed was given", args.seed)
+    if args.base_quantization == "auto" and accelerator.num_processes > 1:
+        raise UserError("--base_quantization auto is for one process. Give nf4 or none.")
     if resume_from:
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
@@ -411,6 +439,8 @@ def train(args: argparse.Namespace) -> int:
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
     args.data_digest = data.data_digest(pictures, captions)
+    steps_per_epoch = math.ceil(len(pictures) / args.global_batch)
+    args.total_steps = max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     overrides = components.component_overrides(vars(args))
     sources = components.component_sources(
         args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
@@ -431,7 +461,8 @@ def train(args: argparse.Namespace) -> int:
     scheduler.register_to_config(prediction_type=prediction_type)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
     if resume_from:  # the settings that are known only now
-        checkpoint.check_resumable(resume_from, {k: getattr(args, k) for k in ("data_digest", "prediction_type")})
+        known_now = ("data_digest", "prediction_type", "total_steps", "lr_scheduler")
+        checkpoint.check_resumable(resume_from, {name: getattr(args, name) for name in known_now}, True)
 
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
@@ -493,8 +524,6 @@ def train(args: argparse.Namespace) -> int:
     train_step = step.TrainingStep(compute_losses, accelerator.backward, flat, as_graph)
 
     # --- the optimizer and its schedule, both over optimizer steps ---
-    steps_per_epoch = math.ceil(len(pictures) / args.global_batch)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     learning_rate = args.learning_rate * (args.global_batch if args.scale_lr else 1)
     optimizer = accelerator.prepare(make_optimizer(args, flat, learning_rate))
     ema = optim.make_ema(flat, args.ema_decay) if args.use_ema else None
@@ -581,6 +610,7 @@ def train(args: argparse.Namespace) -> int:
         collate_fn=samples.collate,
         generator=torch.Generator(),  # else the loader draws from the global one, after the step has seeded it
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=samples.ignore_signals,
         pin_memory=device.type == "cuda",
     )
     batches = finish(samples.prefetched(iter(dataloader)))
@@ -604,17 +634,19 @@ def train(args: argparse.Namespace) -> int:
 
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
     writer = checkpoint.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
+    at_end.callback(writer.close)
     state = public_settings(args) | {"memory_plan": list(plan)}
     counts = f"{len(pictures)} pictures, {max_train_steps} steps of {args.global_batch}"
     logger.info(f"{counts}; {flat.numel():,} trainable parameters")
 
     # --- the loop ---
     memory.reset_peak(device)
-    stopper = stopping.Stopper(args.max_train_minutes, began_s)
+    stopper, ballot = stopping.Stopper(args.max_train_minutes, began_s, tell), processes.Ballot()
+    at_end.callback(stopper.release)
     progress = Progress(global_step, args.global_batch, device)
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
-    first_step, saved_s, path = global_step, time.monotonic(), resume_from
-    while global_step < max_train_steps and not progress.is_asked_to_stop:
+    first_step, saved_s, is_stopping = global_step, time.monotonic(), False
+    while global_step < max_train_steps and not is_stopping:
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss = torch.zeros((), device=device)
         try:
@@ -625,16 +657,13 @@ def train(args: argparse.Namespace) -> int:
                 if args.debug_loss:
                     named = zip(batch["name"], losses.tolist(), strict=True)
                     accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not samples.is_worker_death(error):
-                raise
+        except torch.OutOfMemoryError as error:
             train_step.release()
-            if is_main:
-                path = writer.save(global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
-                writer.wait()
-            if samples.is_worker_death(error):
-                raise UserError(samples.worker_death(error, path)) from error
-            raise UserError(memory.out_of_memory(plan, global_step, path)) from error
+            saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
+            raise UserError(memory.out_of_memory(plan, global_step, saved)) from error
+        except samples.WorkerDied as error:
+            saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen})
+            raise UserError(samples.worker_died(error, global_step, saved)) from error
         processes.average(flat.grad)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:
@@ -647,46 +676,52 @@ def train(args: argparse.Namespace) -> int:
         bar.update()
         writer.check()
 
-        # Reading a loss waits for the card, so they are read together; processes that share a run, at the same steps.
+        # Reading a loss waits for the card, so they are read together, on all processes after the same step.
         is_last, minutes = global_step == max_train_steps, (time.monotonic() - saved_s) / 60
-        is_due = global_step % args.checkpointing_steps == 0
         is_late = args.checkpointing_minutes is not None and minutes >= args.checkpointing_minutes
-        wants_now = accelerator.num_processes == 1 and (stopper.due() or is_late)
-        if progress.add(step_loss, grad_norm) >= args.logging_steps or is_last or is_due or wants_now:
+        is_stopping, is_late = ballot.any(stopper.due(), is_main and is_late)
+        saves = global_step % args.checkpointing_steps == 0 or is_late or (is_stopping and not is_last)
+        if progress.add(step_loss, grad_norm) >= args.logging_steps or is_last or saves:
             is_first_reading = progress.step == first_step
-            for at_step, values in progress.read(stopper.due()).items():
+            for at_step, values in progress.read().items():
                 accelerator.log(values, step=at_step)
             accelerator.log({"lr": group["lr"] * group.get("d", 1.0)}, step=global_step)  # d is Prodigy's
             bar.set_postfix(loss=f"{progress.train_loss:.4f}", images_per_s=f"{progress.images_per_second:.2f}")
             if plan.predicted_bytes and is_first_reading:
                 logger.info("Measured peak: %.2f GiB", memory.peak_reserved_gib(device))
-            is_broken = not math.isfinite(progress.train_loss)
-            if progress.skipped_in_a_row >= diagnosis.MOST_SKIPPED or (is_broken and is_last):
-                rows = (global_step, progress.skipped_in_a_row, checkpoint.last_name(output_dir))
+            if progress.skipped_in_a_row >= diagnosis.MOST_SKIPPED or (progress.is_stuck() and is_last):
+                train_step.release()
+                # The weights of a checkpoint are good where a later step had a finite gradient.
+                good = checkpoint.last_name(output_dir, before=global_step - progress.skipped_in_a_row)
+                rows = (global_step, progress.skipped_in_a_row, good)
                 raise UserError(diagnosis.explain(unet, flat, batch, explain_losses, weight_dtype, *rows))
-            if is_main and not is_broken and (is_due or is_late or progress.is_asked_to_stop):
-                with progress.paused():
-                    path, saved_s = writer.save(global_step, state | {"samples_seen": samples_seen}), time.monotonic()
-                    logger.info("Saving %s", path)
+        if saves and progress.is_stuck():
+            logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
+        elif saves and is_main:
+            with progress.paused():
+                logger.info("Saving %s", writer.save(global_step, state | {"samples_seen": samples_seen}))
+                saved_s = time.monotonic()
         epoch, rest = divmod(global_step, steps_per_epoch)
-        shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not is_last
-        if args.validation_prompt and shows and not progress.is_asked_to_stop:
+        shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not (is_last or is_stopping)
+        if args.validation_prompt and shows:
             with progress.paused(), validation.evaluating(adapted), averaged():
                 train_step.release()
                 show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
     bar.close()
     train_step.release()
     writer.wait()
-    stopper.release()
     if progress.skipped_steps:
         # A few are how the gradient scaler finds its scale; many are a run that did not learn.
         logger.warning("%d steps were skipped, because their gradients were not finite", progress.skipped_steps)
     if global_step < max_train_steps:
         accelerator.end_training()
         if is_main:
-            print(f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}. Go on with:")
-            print(f"  {resume_command}", flush=True)
+            tell(f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}. Go on with:")
+            tell(f"  {resume_command}")
         return stopper.exit_code()
+    stopper.release()
+    if is_main:
+        writer.finish()
 
     # --- save, verify, show ---
     if is_main:
@@ -704,42 +739,44 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_in_what_fits(args: argparse.Namespace) -> int:
+def train_in_what_fits(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack) -> int:
     """Train, with a quantized base where that was allowed and the memory needs it, and return the exit code."""
     try:
-        return train(args)
+        return train(args, began_s, at_end)
     except memory.DoesNotFit as error:
         if args.base_quantization != "auto":
             raise
         logger.info("%s: the base is quantized to nf4 now", str(error).split(". ")[0])
     args.base_quantization = "nf4"
     memory.give_back(torch.device("cuda"))  # the first try's, which the exception held
-    return train(args)
+    return train(args, began_s, at_end)
 
 
 def main(args: argparse.Namespace) -> int:
     """Check the arguments, train alone in --output_dir, and return the exit code."""
+    began_s = time.monotonic()
     set_up_logging()
     validate_args(args)
-    stopping.end_with_launcher(os.environ)
-    with locks.only_run(Path(args.output_dir), is_first=os.environ.get("RANK", "0") == "0"):
-        return train_in_what_fits(args)
+    only_run = locks.only_run(Path(args.output_dir), is_first=os.environ.get("RANK", "0") == "0")
+    with only_run, contextlib.ExitStack() as at_end:
+        return train_in_what_fits(args, began_s, at_end)
 
 
 def run(argv: list[str] | None = None) -> int:
     """Train by a command line, say in one line what is wrong, and return the exit code."""
     process = int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main(parse_args(argv))
     except UserError as error:
         print(f"error{f' (process {process})' * (process > 0)}: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in LOST_PLACES:
+        text = lost_place(error, "--output_dir or --conditioning_cache_dir")
+        if text is None:
             raise
-        place = error.filename or "--output_dir or --conditioning_cache_dir"
-        print(f"error: {place} cannot be written or read: {error.strerror}. Make room, or mend it.", file=sys.stderr)
+        print(f"error: {text} Then go on with --resume_from_checkpoint latest.", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nEnded by Ctrl-C before the first step.", file=sys.stderr)
+        print("\nEnded by Ctrl-C outside of the training loop.", file=sys.stderr)
         return 130
     return 2
 

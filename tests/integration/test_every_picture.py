@@ -133,7 +133,7 @@ def test_metadata_of_this_kind_is_read(kind, train, tmp_path):
 
 
 BAD_PICTURES = {
-    "zero.png": (b"", "is no picture of a known format"),
+    "zero.png": (b"", "is empty"),
     "text.jpg": (b"this is no picture", "is no picture of a known format"),
     "page.png": (b"<html><body>404 not found</body></html>", "is no picture of a known format"),
     "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture of a known format"),

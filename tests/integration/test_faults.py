@@ -110,11 +110,11 @@ def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, 
     assert process.returncode != 0
 
 
-def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(train, trained, capsys, tmp_path):
+def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(train, trained, capfd, tmp_path):
     train("--max_train_minutes", 0, output_dir=tmp_path)
     (saved,) = checkpoint.list_checkpoints(tmp_path)
     assert saved.name == "checkpoint-1"
-    assert "Ended after 1 of 4 steps, since --max_train_minutes is over" in capsys.readouterr().out
+    assert "Ended after 1 of 4 steps, since --max_train_minutes is over" in capfd.readouterr().out
     assert not (tmp_path / ADAPTER).exists()
     train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
     assert bits(tmp_path) == bits(trained)
@@ -136,8 +136,8 @@ def test_where_one_process_is_killed_the_others_end_and_it_is_named(start, tmp_p
     process.wait(timeout=60)
     wait_for(lambda: not processes_of(process), text)
     assert process.returncode != 0
-    assert re.search(r"Another process of this run has ended|local_rank: 1|rank +: 1", text())
-    assert "Signal 9 (SIGKILL)" in text() or "exitcode  : -9" in text()
+    assert "error: Another process of this run has ended (" in text()
+    assert re.search(r"local_rank: 1|rank +: 1", text())  # the launcher says which
 
 
 def test_a_data_worker_that_is_killed_ends_the_run_with_a_checkpoint(start, tmp_path):
@@ -151,7 +151,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_a_checkpoint(start, tmp_
         r"error: A process that loads samples ended: DataLoader worker .*--dataloader_num_workers", text()
     )
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
-    assert f"{saved} is where to resume" in text()
+    assert f"Resume from {saved.name}" in text()
     assert checkpoint.find_damage(saved) is None
 
 
@@ -196,8 +196,8 @@ def test_a_run_that_stands_still_stops_and_names_step_samples_and_module(train, 
         message
     )
     assert re.search(r"\w+ is the first of the UNet's modules whose output is not finite", message), message
-    assert "lower --learning_rate" in message
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert "lower --learning_rate, and start again" in message  # the weights of its checkpoints are ruined
+    assert not (tmp_path / ADAPTER).exists()
 
 
 # --- captions ---

@@ -157,7 +157,7 @@ def test_the_loss_falls_under_that_of_the_untrained_model(train, read_scalars):
 def test_a_base_is_quantized_where_that_is_allowed_and_needed(allowed, tried, train_script, monkeypatch):
     seen = []
 
-    def train(args):
+    def train(args, *_):
         seen.append(args.base_quantization)
         if len(seen) == 1:
             raise memory.DoesNotFit("The smallest plan takes 5 GiB, but the budget is 4 GiB. Buy more.")
@@ -166,10 +166,10 @@ def test_a_base_is_quantized_where_that_is_allowed_and_needed(allowed, tried, tr
     monkeypatch.setattr(train_script, "train", train)
     args = train_script.parse_args(["--base_quantization", allowed])
     if allowed == "auto":
-        assert train_script.train_in_what_fits(args) == 0
+        assert train_script.train_in_what_fits(args, 0.0, None) == 0
     else:
         with pytest.raises(memory.DoesNotFit):
-            train_script.train_in_what_fits(args)
+            train_script.train_in_what_fits(args, 0.0, None)
     assert seen == tried
 
 

@@ -141,21 +141,24 @@ def test_a_fresh_run_into_the_folder_of_another_is_refused(train, trained, refus
     refused("--resume_from_checkpoint latest, or give another --output_dir", train, output_dir=tmp_path)
 
 
-def test_folders_that_other_programs_named_checkpoints_are_in_nobodys_way(train, tmp_path):
+def test_checkpoints_of_other_programs_are_refused_and_stay(train, refused, tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-500" / "optimizer.bin").write_bytes(b"of diffusers' example")
-    train("--max_train_samples", 4, "--max_train_steps", 1, "--report_to", "none", output_dir=tmp_path)
-    assert (tmp_path / ADAPTER).is_file()
-    assert (tmp_path / "checkpoint-500" / "optimizer.bin").is_file()
+    refused("holds checkpoint-500, which another program wrote", train, output_dir=tmp_path)
+    assert (tmp_path / "checkpoint-500" / "optimizer.bin").read_bytes() == b"of diffusers' example"
 
 
-def test_a_diverged_run_leaves_its_last_good_checkpoint(train, tmp_path):
-    run = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--logging_steps", 9, "--no-use_8bit_adam"]
-    run += ["--max_train_samples", 4, "--report_to", "none"]
-    with pytest.raises(UserError, match=r"3 steps in a row had no finite gradient.*from checkpoint-1, the last good"):
+def test_a_diverged_run_leaves_its_last_good_checkpoint(train, trained, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    run = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--logging_steps", 9, "--max_train_steps", 9]
+    run += ["--resume_from_checkpoint", "latest", "--resume_with_changes", "--report_to", "none"]
+    # The update of step 3 ruins the weights, after its loss was finite: its checkpoint is no good one.
+    with pytest.raises(UserError, match=r"6 steps in a row had no finite gradient.*from checkpoint-2, the last good"):
         train(*run, "--learning_rate", 1e30, output_dir=tmp_path)
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "checkpoint-1" / ADAPTER).values())
+    names = [path.name for path in tmp_path.glob("*checkpoint*")]
+    assert "checkpoint-2" in names
+    assert "checkpoint-9" not in names
+    assert bits(tmp_path / "checkpoint-2") == bits(trained / "checkpoint-2")
     assert not (tmp_path / ADAPTER).exists()
 
 

@@ -18,12 +18,13 @@ STATE |= {"global_batch": 4, "max_train_steps": 4, "validation_epochs": 1}
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with the states of two checkpoints, and with one of another program."""
+    """A folder with the states of two checkpoints."""
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(json.dumps(STATE))
+        for name in ("optimizer.bin", "pytorch_lora_weights.safetensors"):
+            (tmp_path / f"checkpoint-{step}" / name).write_bytes(b"content")
         checkpoint.write_manifest(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-500").mkdir()
     return tmp_path
 
 
@@ -34,17 +35,24 @@ def test_a_fresh_run_does_not_mix_its_checkpoints_with_those_of_another(saved, t
     assert checkpoint.last_name(saved) == "checkpoint-10"
 
 
-def test_folders_of_other_programs_are_no_checkpoints(tmp_path):
+def test_the_checkpoints_of_other_programs_are_not_mixed_with(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
-    assert checkpoint.find_checkpoint(tmp_path, None) is None
+    (tmp_path / "checkpoint-500" / "optimizer.bin").write_bytes(b"of diffusers' example")
+    for name in (None, "latest", "checkpoint-500"):
+        with pytest.raises(UserError, match="holds checkpoint-500, which another program wrote.*Move it"):
+            checkpoint.find_checkpoint(tmp_path, name)
     assert checkpoint.last_name(tmp_path) == ""
 
 
-def test_an_earlier_checkpoint_by_name_warns_of_the_later_ones(saved, caplog):
-    checkpoint.find_checkpoint(saved, "checkpoint-10")
-    assert caplog.text == ""
-    assert checkpoint.find_checkpoint(saved, "checkpoint-2") == saved / "checkpoint-2"
-    assert "checkpoint-10 is there too" in caplog.text
+def test_an_earlier_checkpoint_is_not_gone_on_with_beside_the_later_ones(saved, tmp_path_factory):
+    assert checkpoint.find_checkpoint(saved, "checkpoint-10") == saved / "checkpoint-10"
+    with pytest.raises(UserError, match="checkpoint-2 is not the last one: checkpoint-10 is there too"):
+        checkpoint.find_checkpoint(saved, "checkpoint-2")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "checkpoint-10"
+    elsewhere.mkdir()
+    with pytest.raises(UserError, match="there is no such checkpoint in"):
+        checkpoint.find_checkpoint(saved, str(elsewhere))
+    assert checkpoint.find_checkpoint(saved, str(saved / "checkpoint-10")) == saved / "checkpoint-10"
 
 
 @pytest.mark.parametrize("content", ["", '{"global_step": 2,', "[]", '{"global_step": 2}', b"\xff\xfe"])
@@ -71,6 +79,13 @@ DAMAGE = {
     "trainer_state.json has other content than was written": change,
     "trainer_state.json is missing": lambda folder: (folder / checkpoint.STATE_FILE).unlink(),
     "manifest.json is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).unlink(),
+    "optimizer.bin is missing": lambda folder: (folder / "optimizer.bin").unlink(),
+    "more.bin is not in manifest.json": lambda folder: (folder / "more.bin").touch(),
+    "/dev/zero is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text('{"/dev/zero": [0, "x"]}'),
+    "../checkpoint-2/optimizer.bin is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(
+        '{"../checkpoint-2/optimizer.bin": [7, "x"]}'
+    ),
+    "optimizer.bin is not in manifest.json": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("{}"),
     "manifest.json is damaged": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("[1]"),
 }
 
@@ -122,11 +137,11 @@ def test_other_changed_settings_need_a_flag_and_are_listed(saved, caplog):
 
 @pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])
 def test_a_longer_run_is_listed_where_its_schedule_decays(saved, caplog, schedule, listed):
-    settings = STATE | {"max_train_steps": 200, "lr_scheduler": schedule}
-    state = STATE | {"max_train_steps": 100, "lr_scheduler": schedule}
+    settings = STATE | {"total_steps": 200, "lr_scheduler": schedule}
+    state = STATE | {"total_steps": 100, "lr_scheduler": schedule}
     (saved / "checkpoint-2" / checkpoint.STATE_FILE).write_text(json.dumps(state))
     checkpoint.check_resumable(saved / "checkpoint-2", settings)
-    assert ("--max_train_steps was 100, and is 200" in caplog.text) == listed
+    assert ("the run was to have 100 steps, and is to have 200" in caplog.text) == listed
 
 
 def test_a_setting_that_nobody_classed_needs_the_flag(saved):
@@ -166,13 +181,35 @@ def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
     assert optimizer["state"][0]["step"] == 1
 
 
-def test_only_so_many_are_kept_and_the_newest_ones(run, tmp_path):
+def test_only_so_many_are_kept_and_one_more_until_the_run_has_ended_well(run, tmp_path):
     writer = checkpoint.CheckpointWriter(tmp_path, 2, **run)
-    for step in (1, 2, 10):
+    for step in (1, 2, 9, 10):
         writer.save(step, WHERE)
     writer.wait()
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-9", "checkpoint-10"}
+    writer.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
+
+
+def test_damaged_ones_that_a_resume_left_out_go_before_good_ones(run, tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path, 1, **run)
+    for step in (2, 9):
+        writer.save(step, WHERE)
+        writer.wait()
+    (tmp_path / "checkpoint-9" / "optimizer.bin").unlink()
+    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+    writer.save(4, WHERE)
+    writer.wait()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_failed_write_is_told_also_by_a_run_that_ends_otherwise(run, tmp_path, caplog):
+    (tmp_path / "drive").mkdir()
+    writer = checkpoint.CheckpointWriter(tmp_path / "drive", None, **run)
+    (tmp_path / "drive").rmdir()
+    writer.save(1, WHERE)
+    writer.close()
+    assert "checkpoint-1 cannot be written" in caplog.text
 
 
 def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, tmp_path):

@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -50,22 +51,66 @@ def test_the_lock_of_a_process_that_was_killed_is_stale(tmp_path, caplog):
 
 
 def test_a_process_number_that_was_given_again_is_no_owner(tmp_path):
-    owner = {"boot": locks._boot(), "host": "here", "pid": os.getpid(), "started": "1", "token": "x"}
+    owner = {"machine": locks._machine(), "host": "here", "pid": os.getpid(), "started": "1", "token": "x"}
     lock_file(tmp_path).write_text(json.dumps(owner))
     locks.RunLock(tmp_path).release()
 
 
-@pytest.mark.parametrize("content", ['{"boot": "another", "host": "far", "pid": 1, "token": "x"}', "", "[]"])
-def test_the_lock_of_another_machine_is_stale_by_its_age(content, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ['{"machine": "another", "host": "far", "pid": 1, "token": "x"}', "", "[]"])
+def test_the_lock_of_another_machine_is_stale_by_its_age(content, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "LOOKS_S", 0.05)
     lock_file(tmp_path).write_text(content)
+    renewal = threading.Timer(0.3, os.utime, [lock_file(tmp_path)])
+    renewal.start()
     with pytest.raises(UserError, match="in use by another run"):
         locks.RunLock(tmp_path)
+    assert "waiting whether it lives" in caplog.text
     old = time.time() - locks.STALE_S - 1
     os.utime(lock_file(tmp_path), (old, old))
     # The clock of this machine has no say in it.
     monkeypatch.setattr(time, "time", lambda: 0.0)
     locks.RunLock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_another_machine_that_is_not_renewed_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LOOKS_S", 0.05)
+    monkeypatch.setattr(locks, "STALE_S", 0.5)
+    lock_file(tmp_path).write_text('{"machine": "another", "host": "far", "pid": 1, "token": "x"}')
+    locks.RunLock(tmp_path).release()
+
+
+def test_a_container_with_other_process_numbers_is_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LOOKS_S", 0.05)
+    monkeypatch.setattr(locks, "RENEWED_S", 0.1)
+    lock = locks.RunLock(tmp_path)
+    monkeypatch.setattr(locks, "_process_start", lambda pid: None)  # as from inside of another container
+    monkeypatch.setattr(locks, "_machine", lambda: "another namespace")
+    with pytest.raises(UserError, match="in use by another run"):
+        locks.RunLock(tmp_path)
+    lock.release()
+
+
+def test_a_disk_that_is_full_leaves_no_lock_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space left"):
+        locks.RunLock(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_runs_left_is_removed(tmp_path):
+    left = [".export-abc", ".saving-3", ".removing-2", f".args.json.{32 * 'a'}", f".lock.{32 * '0'}"]
+    kept = [".cache", "checkpoint-2", ".notes.txt", f"args.json.{32 * 'a'}"]
+    for name in left + kept:
+        (tmp_path / name).mkdir() if name.startswith((".export", ".saving", ".removing")) else (
+            tmp_path / name
+        ).touch()
+    with locks.only_run(tmp_path, is_first=True):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_lock_is_renewed_while_it_is_held(tmp_path, monkeypatch):

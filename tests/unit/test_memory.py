@@ -131,9 +131,9 @@ def test_weights_are_counted_without_what_is_trained():
     assert memory.weight_bytes(model) == 4 * 3 * 4
 
 
-@pytest.mark.parametrize(("saved", "named"), [("run/checkpoint-7", "run/checkpoint-7"), (None, "the last checkpoint")])
+@pytest.mark.parametrize(("saved", "named"), [("checkpoint-7", "checkpoint-7"), ("", "the start")])
 def test_a_step_that_does_not_fit_any_more_says_how_to_go_on(saved, named):
     text = memory.out_of_memory(Plan(4, 3, 10 * GIB), 7, saved)
     assert text.startswith("Out of memory in step 8, with 4 pictures at once and 3 blocks recomputed")
-    assert f"{named} holds what was done" in text
+    assert f"{named} is where to resume" in text
     assert "--vram_budget_gib 9.5" in text

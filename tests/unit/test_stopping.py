@@ -15,7 +15,7 @@ from rasengan import stopping
 WAIT = """
 import sys, time
 from rasengan.stopping import Stopper
-stopper = Stopper(None, time.monotonic())
+stopper = Stopper(None, time.monotonic(), lambda text: print(text, file=sys.stderr, flush=True))
 print("ready", flush=True)
 while not stopper.due():
     time.sleep(0.01)
@@ -51,6 +51,14 @@ def test_a_second_interrupt_ends_at_once():
     assert process.wait(timeout=10) == 130
 
 
+def test_an_interrupt_after_a_sigterm_ends_at_once():
+    process = start("linger")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM was received\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+
+
 def test_a_second_sigterm_ends_nothing_more():
     # The launcher's death sends one after the launcher's own.
     process = start("linger")
@@ -64,7 +72,7 @@ def test_a_second_sigterm_ends_nothing_more():
 
 
 def test_a_deadline_is_counted_from_the_start_and_is_a_clean_end():
-    stopper = stopping.Stopper(1, time.monotonic() - 59)
+    stopper = stopping.Stopper(1, time.monotonic() - 59, print)
     try:
         assert not stopper.due()
         stopper.deadline_s -= 1
@@ -73,6 +81,15 @@ def test_a_deadline_is_counted_from_the_start_and_is_a_clean_end():
     finally:
         stopper.release()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_whose_launcher_is_gone_already_ends_by_itself():
+    # The parent changes between the two looks, as when the launcher dies during the imports.
+    code = "import os; from rasengan import stopping; parents = iter([10**6, os.getppid()]); "
+    code += (
+        "stopping.os.getppid = lambda: next(parents); stopping.end_with_launcher({'ACCELERATE_MIXED_PRECISION': 'no'})"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
 
 
 def test_a_process_ends_with_its_launcher():
@@ -95,29 +112,33 @@ def test_a_process_ends_with_its_launcher():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["train.py", "--rank", "4"], "python train.py --rank 4 --resume_from_checkpoint latest"),
+        (["train.py", "--rank", "4"], f"{sys.executable} train.py --rank 4 --resume_from_checkpoint latest"),
         (
             ["train.py", "--resume_from_checkpoint", "checkpoint-2", "--seed", "1"],
-            "python train.py --seed 1 --resume_from_checkpoint latest",
+            f"{sys.executable} train.py --seed 1 --resume_from_checkpoint latest",
         ),
         (
             ["train.py", "--hub_token", "hf_secret", "--seed=1"],
-            "python train.py --seed=1 --resume_from_checkpoint latest",
+            f"{sys.executable} train.py --seed=1 --resume_from_checkpoint latest",
         ),
         (
             ["train.py", "--hub_token=hf_secret", "--validation_prompt", "a red star"],
-            "python train.py --validation_prompt 'a red star' --resume_from_checkpoint latest",
+            f"{sys.executable} train.py --validation_prompt 'a red star' --resume_from_checkpoint latest",
         ),
     ],
 )
-def test_the_command_to_resume_by_is_the_runs_own_without_a_token(words, expected, monkeypatch):
-    monkeypatch.setattr(sys, "argv", words)
-    assert stopping.resume_command() == expected
+def test_the_command_to_resume_by_is_the_runs_own_without_a_token(words, expected):
+    assert stopping.resume_command(words, ["bash"]) == expected
+    launched = ["python", "accelerate", "launch", "--cpu", *words]
+    assert stopping.resume_command(words, launched) == expected.replace(sys.executable, "accelerate launch --cpu", 1)
 
 
 def test_the_command_to_resume_by_has_its_launcher(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("from rasengan.stopping import resume_command\nprint(resume_command())\n")
+    script.write_text(
+        "import sys\nfrom rasengan.stopping import launcher_words, resume_command\n"
+        "print(resume_command(sys.argv, launcher_words()))\n"
+    )
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--mixed_precision", "no"]
     finished = subprocess.run([*launch, script, "--seed", "1"], capture_output=True, text=True, timeout=120)
     expected = f"accelerate launch --cpu --mixed_precision no {script} --seed 1 --resume_from_checkpoint latest"
