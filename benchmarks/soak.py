@@ -22,6 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rasengan import UserError, demo
 
 
+# What a run may grow by from a tenth of it on; its TensorBoard events and log lines are on the disk.
+MOST_GROWN = {"rss_mib": 50, "anonymous_mib": 50, "threads": 0.5, "open_files": 0.5}
+
+
 def look(pid: int) -> dict[str, float]:
     """Return a process's memory in MiB, open files and threads."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -88,6 +92,9 @@ def main() -> None:
     found |= {"grown": grown, "first": steady[0], "last": steady[-1], "readings": len(seen)}
     results.keep({"run": "soak"}, found)
     print(found)
+    too_much = [name for name, most in MOST_GROWN.items() if grown[name] > most]
+    if too_much or found["losses"] != args.steps:
+        raise UserError(f"The run leaks ({', '.join(too_much) or 'nothing'}) or lost losses: see {args.out}.")
 
 
 if __name__ == "__main__":

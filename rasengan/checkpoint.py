@@ -218,12 +218,13 @@ class CheckpointWriter:
         self.layout, self.buffers = export.AdapterLayout.of(models, flat), []
         self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
 
-    def save(self, global_step: int, state: dict) -> Path:
+    def save(self, global_step: int, state: dict, keep_all: bool = False) -> Path:
         """Begin to write `checkpoint-N`, and return its path; the one before it is finished first.
 
         Args:
             global_step: N, the optimizer steps done.
             state: JSON values that a resume needs.
+            keep_all: remove no older one for it; it may prove to be no good.
 
         Raises:
             UserError: the adapter is not finite, and nothing is written; or the last write failed.
@@ -240,7 +241,7 @@ class CheckpointWriter:
         if self.ema is not None:
             parts["ema"] = self.ema.shadow_params[0]
         content = json.dumps({"global_step": global_step} | state, indent=2).encode()
-        self.pending = self.pool.submit(self._write, path, self._on_host(parts), content)
+        self.pending = self.pool.submit(self._write, path, self._on_host(parts), content, keep_all)
         return path
 
     def _on_host(self, parts: dict) -> dict:
@@ -285,7 +286,7 @@ class CheckpointWriter:
             logger.error("%s", error)
         self.pool.shutdown()
 
-    def _write(self, path: Path, parts: dict, state: bytes) -> None:
+    def _write(self, path: Path, parts: dict, state: bytes, keep_all: bool) -> None:
         # A run that dies here leaves a folder that nothing takes for a checkpoint.
         unfinished = path.with_name(f".saving-{path.name.split('-')[1]}")
         try:
@@ -311,18 +312,17 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(_not_written(path, error, parts)) from error
-        self._remove_old(path, keep=None if self.total_limit is None else self.total_limit + 1)
+        if self.total_limit is not None and not keep_all:
+            self._remove_old(path, self.total_limit + 1)
 
     def finish(self) -> None:
         """Wait until the last write has ended, and keep no more than the limit: for a run that ended well."""
         self.wait()
         there = list_checkpoints(self.output_dir)
-        if there:
+        if there and self.total_limit is not None:
             self._remove_old(there[-1], self.total_limit)
 
-    def _remove_old(self, path: Path, keep: int | None) -> None:
-        if keep is None:
-            return
+    def _remove_old(self, path: Path, keep: int) -> None:
         others = [other for other in list_checkpoints(self.output_dir) if other != path]
         # A later one is what a resume left out as damaged: it goes first.
         others.sort(key=lambda other: (_step_of(other) < _step_of(path), _step_of(other)))

@@ -698,9 +698,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if saves and progress.is_stuck():
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
+            keep_all = not math.isfinite(progress.train_loss)
             with progress.paused():
-                logger.info("Saving %s", writer.save(global_step, state | {"samples_seen": samples_seen}))
-                saved_s = time.monotonic()
+                path = writer.save(global_step, state | {"samples_seen": samples_seen}, keep_all)
+            logger.info("Saving %s", path)
+            saved_s = time.monotonic()
         epoch, rest = divmod(global_step, steps_per_epoch)
         shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not (is_last or is_stopping)
         if args.validation_prompt and shows:

@@ -147,9 +147,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_a_checkpoint(start, tmp_
     os.kill(worker, signal.SIGKILL)
     process.wait(timeout=60)
     assert process.returncode == 2, text()
-    assert re.search(
-        r"error: A process that loads samples ended: DataLoader worker .*--dataloader_num_workers", text()
-    )
+    assert re.search(r"error: A process that loads samples ended in step \d+: .*--dataloader_num_workers", text())
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     assert f"Resume from {saved.name}" in text()
     assert checkpoint.find_damage(saved) is None
