@@ -50,7 +50,7 @@ class Faults:
 
     # --- runs ---
 
-    def start(self, output_dir: Path, cache_dir: Path, log: Path) -> list[int]:
+    def start(self, output_dir: Path, cache_dir: Path, log: Path, last_step: int = STEPS) -> list[int]:
         """Start a run, fresh or resumed, and return the numbers of its processes."""
         words = [
             "--pretrained_model_name_or_path",
@@ -58,7 +58,16 @@ class Faults:
             "--train_data_dir",
             str(self.work / "set"),
         ]
-        words += ["--seed", "0", "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", "--logging_steps", "3"]
+        words += [
+            "--seed",
+            "0",
+            "--max_train_steps",
+            str(last_step),
+            "--checkpointing_steps",
+            "2",
+            "--logging_steps",
+            "3",
+        ]
         words += ["--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--learning_rate", "1e-3"]
         words += ["--output_dir", str(output_dir), "--conditioning_cache_dir", str(cache_dir)]
         if self.on_gpu:
@@ -124,16 +133,34 @@ class Faults:
 
     # --- trials ---
 
-    def where(self, output_dir: Path, cache_dir: Path) -> str:
-        """Return what a run is at, from what it has on the disk."""
-        found = {path.name.split("-")[0] for path in output_dir.glob(".*")} if output_dir.is_dir() else set()
-        for name, phase in ((".removing", "rotation"), (".saving", "writing a checkpoint"), (".export", "export")):
-            if name in found:
+    def marks(self, output_dir: Path) -> dict[str, int]:
+        """Return what a run leaves on the disk while it is at something, each with its number on the file system."""
+        found = {"args.json": output_dir / "args.json"} | {path.name: path for path in output_dir.glob(".*")}
+        return {name: path.stat().st_ino for name, path in found.items() if path.exists()}
+
+    def where(self, output_dir: Path, cache_dir: Path, before: dict[str, int], shards: int) -> str:
+        """Return what a run is at, from what is new on the disk since it started."""
+        new = [name for name, number in self.marks(output_dir).items() if before.get(name) != number]
+        for mark, phase in ((".removing", "rotation"), (".saving", "writing a checkpoint"), (".export", "export")):
+            if any(name.startswith(mark) for name in new):
                 return phase
-        if (output_dir / "args.json").is_file():
+        if "args.json" in new:
             return "loop or the end"
-        cached = sum(1 for _ in cache_dir.rglob("*.safetensors")) if cache_dir.is_dir() else 0
-        return "building the cache" if 0 < cached < 2 else "before the loop"
+        cached = sum(1 for _ in cache_dir.rglob("*.safetensors"))
+        return "building the cache" if shards < cached < 2 else "before the loop"
+
+    def newest_step(self, output_dir: Path) -> int:
+        """Return the step of the newest checkpoint, 0 for none.
+
+        Raises:
+            RuntimeError: it is not whole.
+        """
+        there = self.script.checkpoint.list_checkpoints(output_dir)
+        if not there:
+            return 0
+        if damage := self.script.checkpoint.find_damage(there[-1]):
+            raise RuntimeError(f"{there[-1]} is not whole: {damage}")
+        return int(there[-1].name.split("-")[1])
 
     def trial(self, folder: Path, draw: random.Random, length_s: float, fresh_cache: bool) -> tuple[Counter, Path]:
         """Run until the end through several kills, and return where they hit, and the run's folder."""
@@ -141,28 +168,25 @@ class Faults:
         cache_dir = folder / "cache" if fresh_cache else self.work / "cache"
         hit = Counter()
         while True:
+            newest, before = self.newest_step(output_dir), self.marks(output_dir)
+            shards = sum(1 for _ in cache_dir.rglob("*.safetensors"))
             pids = self.start(output_dir, cache_dir, log)
             if sum(hit.values()) < MOST_KILLS:
                 time.sleep(draw.uniform(0, length_s))
-                phase = self.where(output_dir, cache_dir)
+                phase = self.where(output_dir, cache_dir, before, shards)
                 alone = self.processes > 1 and draw.random() < 0.5
                 self.send(signal.SIGKILL, [draw.choice(pids)] if alone else pids)
                 codes = self.finish(pids)
                 if -signal.SIGKILL in codes:
                     hit[phase + (", one of two" if alone else "")] += 1
-                    self.check_newest(output_dir)
+                    if self.newest_step(output_dir) < newest:
+                        raise RuntimeError(f"{output_dir} had checkpoint-{newest}, and lost it by a kill at: {phase}")
                     continue
             else:
                 codes = self.finish(pids)
             if codes != [0] * self.processes:
                 raise RuntimeError(f"a run ended with {codes}: {log.read_text()[-3000:]}")
             return hit, output_dir
-
-    def check_newest(self, output_dir: Path) -> None:
-        """Check that the newest checkpoint is whole: a kill loses nothing but the steps after it."""
-        for path in self.script.checkpoint.list_checkpoints(output_dir)[-1:]:
-            if damage := self.script.checkpoint.find_damage(path):
-                raise RuntimeError(f"{path} is not whole after a kill: {damage}")
 
 
 def contents(output_dir: Path) -> dict[str, bytes]:
@@ -217,32 +241,35 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
 
 
 def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
-    """Run on file systems of growing size, and keep what came of it.
+    """Go on with a run of two checkpoints on file systems of growing size, and keep what came of it.
 
     Raises:
-        RuntimeError: a run ended otherwise than by saying what is full, or a checkpoint under its name is not whole.
+        RuntimeError: a run ended otherwise than by saying what is full, or lost a checkpoint.
     """
-    reference = faults.work / f"reference-{faults.processes}" / "run"
-    largest = 1.2 * sum(file.stat().st_size for file in reference.rglob("*") if file.is_file())
+    begun = faults.work / "begun"
+    (code,) = faults.finish(faults.start(begun, faults.work / "cache", faults.work / "begun.log", last_step=4))
+    if code:
+        raise RuntimeError(f"the run of 4 steps ended with {code}")
+    least = sum(file.stat().st_size for file in begun.rglob("*") if file.is_file())
+    largest = 3 * least
     said = Counter()
-    for number in range(1, sizes + 1):
+    for number in range(sizes):
         mount, log = faults.work / "disk", faults.work / "disk.log"
         mount.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
-        size = int(largest * number / sizes) // 4096 * 4096
+        size = int(1.02 * least + (largest - least) * number / sizes) // 4096 * 4096 + 2**18
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
         try:
+            shutil.copytree(begun, mount / "run")
             (code,) = faults.finish(faults.start(mount / "run", faults.work / "cache", log))
             text = log.read_text(errors="replace")
             if code not in {0, 2} or "Traceback" in text:
                 raise RuntimeError(f"on a disk of {size} bytes a run ended with {code}: {text[-3000:]}")
-            if code == 2 and "No space left on device" not in text:
-                raise RuntimeError(f"on a disk of {size} bytes a run did not say that it is full: {text[-3000:]}")
-            there = faults.script.checkpoint.list_checkpoints(mount / "run")
-            for path in there:
-                if damage := faults.script.checkpoint.find_damage(path):
-                    raise RuntimeError(f"{path} on a full disk is not whole: {damage}")
-            said[f"{'finished' if code == 0 else 'said that it is full'}, {len(there)} checkpoints whole"] += 1
+            if code == 2 and not ("No space left on device" in text and str(mount) in text):
+                raise RuntimeError(f"on a disk of {size} bytes a run did not say which is full: {text[-3000:]}")
+            if faults.newest_step(mount / "run") < 4:
+                raise RuntimeError(f"on a disk of {size} bytes a run lost its checkpoints: {text[-3000:]}")
+            said["finished" if code == 0 else f"full, at checkpoint-{faults.newest_step(mount / 'run')}"] += 1
         finally:
             subprocess.run(["umount", str(mount)], check=True)
     results.keep({"fault": "a full disk", "processes": 1}, {"sizes": sizes, "ended": dict(said.most_common())})

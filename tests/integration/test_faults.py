@@ -82,19 +82,23 @@ def processes_of(run: subprocess.Popen) -> dict[int, dict[str, str]]:
 # --- asked to end ---
 
 
+WORKER = ["--dataloader_num_workers", 1]
+SLOW = ["--gradient_accumulation_steps", 30, "--logging_steps", 100000]
+
+
 @pytest.mark.parametrize(
-    ("number", "launch", "to_group"),
+    ("number", "launch", "to_group", "flags"),
     [
-        (signal.SIGTERM, (sys.executable,), False),
-        (signal.SIGINT, (sys.executable,), False),
-        (signal.SIGTERM, ONE, False),
-        (signal.SIGINT, ONE, True),
-        (signal.SIGTERM, TWO, False),
+        (signal.SIGTERM, (sys.executable,), False, []),
+        (signal.SIGINT, (sys.executable,), True, WORKER),
+        (signal.SIGTERM, ONE, False, []),
+        (signal.SIGINT, ONE, True, WORKER),
+        (signal.SIGTERM, TWO, False, SLOW),
     ],
-    ids=["SIGTERM", "Ctrl-C", "SIGTERM to accelerate launch", "Ctrl-C under accelerate launch", "SIGTERM, two"],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to accelerate launch", "Ctrl-C under accelerate launch", "SIGTERM, two, slow"],
 )
-def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, to_group, start, tmp_path):
-    process, text = start(launch=launch)
+def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, to_group, flags, start, tmp_path):
+    process, text = start(*flags, launch=launch)
     (os.killpg if to_group else os.kill)(process.pid, number)
     process.wait(timeout=60)
     wait_for(lambda: not processes_of(process), text)  # no orphan is left
@@ -108,6 +112,38 @@ def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, 
         assert re.search(r"\n  accelerate launch .*train_lora_sdxl\.py", text())
     assert not (tmp_path / "run" / LOCK_FILE).exists()
     assert process.returncode != 0
+
+
+def test_ctrl_c_into_a_pipe_that_has_ended_saves_too(train_arguments, tmp_path):
+    words = [
+        sys.executable,
+        ROOT / "scripts" / "train_lora_sdxl.py",
+        *train_arguments,
+        *LONG,
+        "--output_dir",
+        tmp_path,
+    ]
+    process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seen = b""
+    while not re.search(rb"[1-9]\d*/100000", seen):
+        seen += process.stdout.read1()
+    process.stdout.close()  # as `tee` does at Ctrl-C
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    (saved,) = checkpoint.list_checkpoints(tmp_path)
+    assert checkpoint.find_damage(saved) is None
+
+
+def test_a_launcher_that_dies_during_the_imports_leaves_no_orphan(train_arguments, tmp_path):
+    words = [*ONE, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG, "--output_dir", tmp_path / "run"]
+    environment = os.environ | {"RUN_OF_TEST": str(tmp_path)}
+    process = subprocess.Popen([*map(str, words)], stderr=subprocess.DEVNULL, env=environment)
+    process.name = str(tmp_path)
+    wait_for(lambda: len(processes_of(process)) > 1)  # the script has started, and imports
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not processes_of(process), limit_s=20)
 
 
 def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(train, trained, capfd, tmp_path):

@@ -1,0 +1,56 @@
+import math
+
+import pytest
+import torch
+
+from rasengan.progress import STUCK, Progress
+
+
+def read(progress, rows):
+    for loss, norm in rows:
+        progress.add(torch.tensor(loss), torch.tensor(norm))
+    return progress.read()
+
+
+def test_each_step_is_read_and_the_last_one_has_the_rates():
+    progress = Progress(10, 4, torch.device("cpu"))
+    found = read(progress, [(1.0, 2.0), (0.5, 3.0)])
+    assert [found[step]["train_loss"] for step in (11, 12)] == [1.0, 0.5]
+    assert [found[step]["grad_norm"] for step in (11, 12)] == [2.0, 3.0]
+    assert "images_per_second" not in found[11]
+    assert found[12]["images_per_second"] > 0
+    assert read(progress, [(0.25, 1.0)]).keys() == {13}
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
+    progress = Progress(0, 1, torch.device("cpu"))
+    read(progress, [(1.0, math.inf), (1.0, 1.0), (1.0, math.nan), (1.0, math.inf)])
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 2)
+    read(progress, [(1.0, 1.0)])
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_stuck"),
+    [
+        ([(math.nan, math.nan)] * (STUCK - 1), False),  # one step's samples may be at fault
+        ([(math.nan, math.nan)] * STUCK, True),
+        ([(1.0, math.inf)] * STUCK, False),  # how the gradient scaler finds its scale
+        ([(math.nan, math.nan)] * STUCK + [(1.0, 1.0)], False),
+    ],
+)
+def test_a_run_is_stuck_where_several_losses_are_not_finite(rows, is_stuck):
+    progress = Progress(0, 1, torch.device("cpu"))
+    read(progress, rows)
+    assert progress.is_stuck() == is_stuck
+
+
+def test_a_pause_does_not_count_for_the_speed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(0, 4, torch.device("cpu"))
+    now[0] = 1.0
+    with progress.paused():
+        now[0] = 101.0
+    now[0] = 102.0
+    assert read(progress, [(1.0, 1.0)])[1]["images_per_second"] == pytest.approx(2.0)
