@@ -7,6 +7,7 @@ installed, searches for bytes that reach new code. What fails is written to the 
 """
 
 import argparse
+import itertools
 import json
 import logging
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -152,10 +153,10 @@ def changed(draw, content: bytes) -> bytes:
     return content.replace(old, draw(st.sampled_from(words)), draw(st.integers(1, 3)))
 
 
-def draw_with_hypothesis(targets: Targets, until_s: float, seed: int) -> int:
+def draw_with_hypothesis(targets: Targets, until_s: float, first_seed: int) -> int:
     """Try changes of every file, and command lines, until it is time; return how many."""
+    seeds = itertools.count(first_seed)
     tried, files = 0, targets.files()
-    (targets.work / "adapter.bin").write_bytes(b"")
     torch.save({"unet.a.lora.down.weight": torch.zeros(2, 8)}, targets.work / "adapter.bin")
     flags = [action.option_strings[0] for action in targets.script.make_parser()._actions if action.option_strings]
     values = st.one_of(st.text(max_size=20), st.floats().map(str), st.integers().map(str), st.just("no"))
@@ -169,6 +170,7 @@ def draw_with_hypothesis(targets: Targets, until_s: float, seed: int) -> int:
     )
 
     def try_file(file: Path, read: Callable[[], object]) -> None:
+        @seed(next(seeds))
         @options
         @given(changed(file.read_bytes()))
         def attempt(content):
@@ -176,11 +178,15 @@ def draw_with_hypothesis(targets: Targets, until_s: float, seed: int) -> int:
 
         attempt()
 
-    @options
-    @given(lines)
-    def try_lines(words):
-        if "--config" not in {word.partition("=")[0] for word in words}:
-            accepts(lambda: targets.command_line(words))
+    def try_lines() -> None:
+        @seed(next(seeds))
+        @options
+        @given(lines)
+        def attempt(words):
+            if "--config" not in {word.partition("=")[0] for word in words}:
+                accepts(lambda: targets.command_line(words))
+
+        attempt()
 
     while time.monotonic() < until_s:
         for file, read in files.values():
@@ -192,11 +198,10 @@ def draw_with_hypothesis(targets: Targets, until_s: float, seed: int) -> int:
     return tried
 
 
-def search_with_atheris(targets: Targets, until_s: float, seed: int) -> None:
+def search_with_atheris(targets: Targets, until_s: float, first_seed: int) -> None:
     """Search for bytes that reach new code in what reads headers and configurations; ends the process."""
     import atheris
 
-    atheris.instrument_func(export._read_adapter)
     for module in (export, checkpoint, components):
         for name, function in vars(module).copy().items():
             if callable(function) and getattr(function, "__module__", "") == module.__name__:
@@ -217,7 +222,12 @@ def search_with_atheris(targets: Targets, until_s: float, seed: int) -> None:
     failures = ROOT / "fuzz-failures"
     failures.mkdir(exist_ok=True)
     seconds = max(1, int(until_s - time.monotonic()))
-    options = [f"-max_total_time={seconds}", f"-seed={seed + 1}", f"-artifact_prefix={failures}/", "-max_len=8192"]
+    options = [
+        f"-max_total_time={seconds}",
+        f"-seed={first_seed + 1}",
+        f"-artifact_prefix={failures}/",
+        "-max_len=8192",
+    ]
     atheris.Setup([sys.argv[0], str(corpus), *options, "-print_final_stats=1"], one)
     atheris.Fuzz()
 
