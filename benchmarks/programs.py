@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -159,6 +160,11 @@ class Bench:
         slug = f"{self.output_count:03d}-{program}-{case.resolution_px}px-b{case.batch_size}-{steps}-steps"
         log = self.logs / f"{slug}.log"
         found = run_instrumented([*command, *arguments], log, [*options], **how)
+        # What our memory plan said, for the figures beside what was measured.
+        text = log.read_text(errors="replace")
+        plans = re.findall(r"Memory plan: (.*)", text), re.findall(r"predicted peak +([\d.]+) GiB", text)
+        if all(plans):
+            found |= {"plan": plans[0][-1], "predicted_gib": float(plans[1][-1])}
         shutil.rmtree(output, ignore_errors=True)
         print(slug, json.dumps(found), flush=True)
         return found

@@ -12,8 +12,6 @@ from pathlib import Path
 from rasengan import UserError
 
 
-MASK = os.umask(0o077)  # which can only be read by setting it: once, before there are threads
-os.umask(MASK)
 # What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
 LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
 # What a write that was killed leaves: `write_atomically`, `check_writable` and the lock end their names so.
@@ -38,7 +36,17 @@ def sync_folder(path: Path) -> None:
 
 def give_default_mode(path: Path) -> None:
     """Give a file the mode that a plain open() would: safetensors lets only its owner read what it writes."""
-    path.chmod(0o666 & ~MASK)
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    # The system call can only read it by setting it, which other threads' files would feel.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_atomically(path: Path, content: bytes) -> None:

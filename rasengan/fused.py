@@ -146,7 +146,7 @@ class FusedUNet:
 
     @torch.no_grad()
     def _cast_lora(self, dtype: torch.dtype) -> None:
-        """Cast the LoRA matrices of all projections out of the flat parameter, by two kernels."""
+        """Cast the LoRA matrices of all projections out of the flat parameter, all lora_A and all lora_B at once."""
         middle, end = self.ends
         parts_A = self.flat[:middle].to(dtype).split([p.shape_A.numel() for p in self.with_lora])
         parts_B = (self.flat[middle:end] * self.scale).to(dtype).split([p.shape_B.numel() for p in self.with_lora])
@@ -238,7 +238,7 @@ class Projection:
             self.shape_B = torch.Size((len(layers), base.out_features, rank))
 
     def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float) -> None:
-        """Take the LoRA's elements for the steps to come; `scale` is in part_B."""
+        """Take the LoRA's elements for one forward pass and its backward; `scale` is in part_B."""
         matrices = part_A.view(self.shape_A), part_B.view(self.shape_B)
         self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale)
 

@@ -126,11 +126,13 @@ def _alike(layers: list[nn.Module]) -> bool:
 def all_projections(unet: nn.Module) -> list[list[nn.Module]]:
     """Return the groups whose layers can be one product, and every other layer with a LoRA as a group of its own.
 
-    The layers stand in one order whether they can be one product or not (quantized ones cannot).
+    Layers that can be no product, and have no LoRA, are in none. The layers stand in one order whether they can be one
+    product or not (quantized ones cannot).
     """
     groups = projection_groups(unet)
     grouped = {id(layer) for group in groups for layer in group}
-    together = [part for group in groups for part in ([group] if _can_stack(group) else [[m] for m in group])]
+    apart = {id(group[0]): [[m] for m in group if isinstance(m, LoraLayer)] for group in groups}
+    together = [part for group in groups for part in ([group] if _can_stack(group) else apart[id(group[0])])]
     return together + [[m] for m in unet.modules() if isinstance(m, LoraLayer) and id(m) not in grouped]
 
 

@@ -257,19 +257,19 @@ def recompute_whole(model: nn.Module, count: int) -> None:
 
 
 @contextmanager
-def must_fit(unet: nn.Module) -> Iterator[None]:
-    """Move a UNet to its device inside of this.
+def must_fit(unet: nn.Module, can_quantize: bool) -> Iterator[None]:
+    """Bring a UNet and its LoRA to the card inside of this; `can_quantize` says that a quantized base would help.
 
     Raises:
-        DoesNotFit: its weights alone are more than the card has left.
+        DoesNotFit: they are more than the card has left.
     """
-    size_gib = weight_bytes(unet) / GIB
+    size_gib = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / GIB
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"The UNet's weights alone take {size_gib:.2f} GiB, more than this card has left. Give a card with more "
-            "memory, or --base_quantization nf4."
+            f"The UNet, {size_gib:.2f} GiB before any quantization, and its LoRA do not fit into what this card has "
+            f"left. Take a card with more memory{', or give --base_quantization nf4' * can_quantize}."
         ) from error
 
 

@@ -48,8 +48,8 @@ def make_optimizer(
 
 
 def expected_update_bytes(parameters: int, name: str, use_8bit_adam: bool, use_ema: bool) -> int:
-    """Return the bytes that updates will take: the optimizer's state, the running average, and room to work in."""
-    average = 2 * 4 * parameters if use_ema else 0
+    """Return the bytes that updates will take beside weights and average: the state, and room to work in."""
+    average = 4 * parameters if use_ema else 0
     if name == "prodigy":  # two moments, the sum of the gradients, where it began; and one more while it works
         return 5 * 4 * parameters + average
     # 8-bit state has an fp32 scale for each block of 256.
@@ -70,7 +70,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def make_ema(flat: torch.nn.Parameter, decay: float) -> EMAModel:
     """Return a running average of the flat parameter, which begins with what it is now.
 
-    Its `step([flat])` follows every update. The decay grows to `decay` as (1 + n) / (10 + n) after n updates.
+    Its `step([flat])` follows every optimizer step, a skipped one too. The decay is 0 in the first, and grows to
+    `decay` as (1 + n) / (10 + n), n steps after it.
     """
     return EMAModel([flat], decay=decay, foreach=True)
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from rasengan import UserError, components, first_line
 from rasengan.command_line import Parser, path_type
-from rasengan.files import check_writable, give_default_mode, read_memory, sync, write_atomically
+from rasengan.files import check_writable, give_default_mode, read_json_or_empty, sync, write_atomically
 
 
 MANIFEST = "components.json"
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     settings = {"base": base, "revision": args.revision, "variant": args.variant, "dtype": args.dtype}
     manifest = {"settings": settings, "components": {}}
     if manifest_file.is_file():
-        manifest = read_memory(manifest_file)
+        manifest = read_json_or_empty(manifest_file)
         if not all(isinstance(manifest.get(part), dict) for part in ("settings", "components")):
             raise UserError(
                 f"{manifest_file} is damaged, so it is not known what {directory} holds. Remove {directory} and run "

@@ -480,13 +480,13 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- the LoRA ---
     set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
     unet = components.load("unet", folders["unet"], weight_dtype, args.variant)
-    if args.base_quantization == "nf4":
-        memory.quantize_base(unet, device, weight_dtype)
-    with memory.must_fit(unet):
+    make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
+    with memory.must_fit(unet, can_quantize=args.base_quantization != "nf4"):
+        if args.base_quantization == "nf4":
+            memory.quantize_base(unet, device, weight_dtype)
         lora.stack_weights(unet, device)
         unet.to(device)
-    make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
-    lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
+        lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
     models = {"unet": unet}
     if args.train_text_encoder:
         models |= dict(zip(components.TEXT_ENCODERS, text_encoders, strict=True))
@@ -572,7 +572,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     samples_per_process = args.global_batch // accelerator.num_processes
     plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
     if device.type == "cuda":
-        state_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
+        update_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
+        state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)  # a resume has brought it already
         sharing = math.ceil(processes.machine_share(os.environ)[1] / torch.cuda.device_count())
         budget_gib = memory.limit(args.vram_budget_gib, device, sharing)
         make_plan = partial(
@@ -586,7 +587,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             args.gradient_checkpointing,
             budget_gib,
             state_bytes,
-            state.get("memory_plan"),
+            None if args.resume_with_changes else state.get("memory_plan"),
             can_quantize=args.base_quantization != "nf4",
         )
         plan = processes.as_on_main(make_plan, UserError)

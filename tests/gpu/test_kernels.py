@@ -110,7 +110,7 @@ def test_lora_gradients_are_added(dtype, rows, width, out_width, layers, rank):
     h, grad_h = random(rows, layers * rank, dtype=dtype), random(rows, layers * rank, dtype=dtype, like=0.5)
     grads = [random(layers * rank, width, dtype=torch.float32), random(layers, out_width, rank, dtype=torch.float32)]
     found, expected = on_gpu(*grads), exact(*grads)
-    for _ in range(2):  # the second time, the counters must have been left at zero
+    for _ in range(2):  # the second time it must add to what the first one left
         kernels.add_lora_gradients(*on_gpu(x, h, grad_y, grad_h), *found, 1.5)
         kernels.add_lora_gradients(*exact(x, h, grad_y, grad_h), *expected, 1.5)
     for one, other in zip(found, expected, strict=True):

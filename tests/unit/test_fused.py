@@ -191,10 +191,15 @@ def test_a_quantized_base_is_near_the_whole_one(load_unet, batch):
     assert torch.equal(quantized_gradient, recomputed)
 
 
-def test_a_quantized_base_gives_pefts_gradient(load_unet, batch):
-    unet, flat, _ = load_unet(fuse=False, dtype=torch.float32, quantize=True)
+@pytest.mark.parametrize(
+    "targets",
+    [lora.UNET_TARGETS, ("to_out.0",), ("attn2.to_k",), ("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("ff.net.2",)],
+    ids=" ".join,
+)
+def test_a_quantized_base_gives_pefts_gradient(targets, load_unet, batch):
+    unet, flat, _ = load_unet(fuse=False, dtype=torch.float32, quantize=True, targets=targets)
     expected_loss, expected = loss_and_gradient(unet, flat, batch, torch.float32)
-    unet, flat, _ = load_unet(fuse=True, dtype=torch.float32, quantize=True)
+    unet, flat, _ = load_unet(fuse=True, dtype=torch.float32, quantize=True, targets=targets)
     loss, gradient = loss_and_gradient(unet, flat, batch, torch.float32)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     assert (gradient - expected).norm() < 1e-4 * expected.norm()

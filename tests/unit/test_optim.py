@@ -107,7 +107,7 @@ def test_prodigy_says_nothing_and_takes_the_bytes_that_are_planned(capsys):
     assert capsys.readouterr().out == ""
     kept = bytes_of_all_tensors(optimizer)
     planned = [optim.expected_update_bytes(10000, "prodigy", True, use_ema) for use_ema in (False, True)]
-    assert (planned[0], planned[1]) == (kept + 40000, kept + 40000 + 80000)
+    assert (planned[0], planned[1]) == (kept + 40000, kept + 40000 + 40000)
 
 
 def test_the_average_follows_its_formula_and_leaves_no_trace():
