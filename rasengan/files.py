@@ -14,7 +14,7 @@ from rasengan import UserError
 
 # What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
 LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
-# What a write that was killed leaves: `write_atomically`, `check_writable` and the lock end their names so.
+# What a write that was killed leaves: `write_atomically` and the lock end their names so.
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}")
 
 
@@ -105,8 +105,9 @@ def check_writable(directory: Path, flag: str) -> None:
         there = next(folder for folder in (directory, *directory.parents) if folder.exists())
         for part in directory.relative_to(there).parts:
             (there / part).exists()  # fails for a name that the file system does not take
-        probe = there / f".writable.{uuid.uuid4().hex}"
-        write_atomically(probe, b"")
+        # Not a name that `remove_left_behind` knows: another process of the run may be at that by now.
+        probe = there / f".writable-{uuid.uuid4().hex}"
+        probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written: {error.strerror}. Give another folder.") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rasengan import UserError
-from rasengan.files import check_writable, write_atomically
+from rasengan.files import check_writable, remove_left_behind, write_atomically
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,4 +103,16 @@ def test_a_folder_that_cannot_be_written_is_refused_by_its_flag(tmp_path):
 def test_a_name_that_is_too_long_is_refused_and_leaves_nothing_behind(tmp_path, parent):
     with pytest.raises(UserError, match="^--output_dir .* cannot be written: File name too long.*Give another"):
         check_writable(tmp_path / parent / ("x" * 300), "--output_dir")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_whether_a_folder_can_be_written_survives_a_clearing_of_it(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def touch_and_clear(path, *arguments, **options):
+        touch(path, *arguments, **options)
+        remove_left_behind(tmp_path)  # as the run's first process does, at any time
+
+    monkeypatch.setattr(Path, "touch", touch_and_clear)
+    check_writable(tmp_path, "--output_dir")
     assert list(tmp_path.iterdir()) == []
