@@ -106,13 +106,19 @@ def test_a_name_that_is_too_long_is_refused_and_leaves_nothing_behind(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_check_whether_a_folder_can_be_written_survives_a_clearing_of_it(tmp_path, monkeypatch):
-    touch = Path.touch
+def test_a_check_whether_a_folder_can_be_written_survives_a_clearing_of_it(tmp_path):
+    ended = threading.Event()
 
-    def touch_and_clear(path, *arguments, **options):
-        touch(path, *arguments, **options)
-        remove_left_behind(tmp_path)  # as the run's first process does, at any time
+    def clear():  # as the run's first process does, at any time
+        while not ended.is_set():
+            remove_left_behind(tmp_path)
 
-    monkeypatch.setattr(Path, "touch", touch_and_clear)
-    check_writable(tmp_path, "--output_dir")
+    thread = threading.Thread(target=clear)
+    thread.start()
+    try:
+        for _ in range(300):
+            check_writable(tmp_path, "--output_dir")
+    finally:
+        ended.set()
+        thread.join()
     assert list(tmp_path.iterdir()) == []
