@@ -27,7 +27,12 @@ CASES = {
 # case -> program -> variant -> arguments; ours without any is what the memory plan picks
 VARIANTS = {
     "512px b1": {
-        "ours": {"default": []},
+        "ours": {
+            "default": [],
+            "a checkpoint every 100 steps": ["--checkpointing_steps", "100"],
+            "deterministic": ["--deterministic"],
+            "fp32 AdamW": ["--no-use_8bit_adam"],
+        },
         "diffusers": {"the report's recipe": ["--gradient_checkpointing"]},
         "sd-scripts": {
             "checkpointing": ["--gradient_checkpointing"],
