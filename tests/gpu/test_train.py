@@ -47,6 +47,17 @@ def test_a_resumed_fp16_run_ends_near_the_uninterrupted_one(run_script, train_ar
         torch.testing.assert_close(load_file(halved / name)[key], tensor, rtol=0, atol=2e-3)
 
 
+def test_a_deterministic_run_that_was_resumed_equals_the_whole_bit_for_bit(run_script, train_arguments, tmp_path):
+    arguments = [*train_arguments, "--mixed_precision", "fp16", "--deterministic", "--checkpointing_steps", 12]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    for output_dir, steps in ((whole, 24), (halved, 12), (halved, 24)):
+        flags = ["--max_train_steps", steps, "--output_dir", output_dir, "--resume_from_checkpoint", "latest"]
+        finished = run_script("train_lora_sdxl", *arguments, *flags)
+        assert finished.returncode == 0, finished.stderr
+    name = "pytorch_lora_weights.safetensors"
+    assert (whole / name).read_bytes() == (halved / name).read_bytes()
+
+
 def test_two_processes_share_one_gpu_through_gloo(run_script, train_arguments, tmp_path):
     launch = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "fp16"]
     finished = run_script("train_lora_sdxl", *train_arguments, "--output_dir", tmp_path, launch=launch)
