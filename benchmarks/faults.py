@@ -251,7 +251,7 @@ def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
     if code:
         raise RuntimeError(f"the run of 4 steps ended with {code}")
     least = sum(file.stat().st_size for file in begun.rglob("*") if file.is_file())
-    largest = 3 * least
+    largest = 1.9 * least
     said = Counter()
     for number in range(sizes):
         mount, log = faults.work / "disk", faults.work / "disk.log"
