@@ -93,7 +93,7 @@ def find_damage(path: Path) -> str | None:
         listed = {name: (int(size), str(digest)) for name, (size, digest) in manifest.items()}
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing"
-    except (AttributeError, OSError, TypeError, ValueError):
+    except (AttributeError, OSError, OverflowError, TypeError, ValueError):  # the third of a size beyond all numbers
         return f"{MANIFEST_FILE} is damaged"
     # Its names are compared with what is there before one is opened: a stranger's may lead anywhere.
     there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_FILE}

@@ -88,6 +88,10 @@ DAMAGE = {
     "optimizer.bin is not in manifest.json": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("{}"),
     "manifest.json is damaged": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("[1]"),
 }
+TOO_LARGE = '{"optimizer.bin": [1e999, "x"]}'
+DAMAGE |= {
+    "manifest.json is": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(TOO_LARGE),
+}
 
 
 @pytest.mark.parametrize("words", DAMAGE)
