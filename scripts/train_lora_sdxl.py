@@ -50,6 +50,7 @@ from rasengan import (
     UserError,
     cache,
     checkpoint,
+    checkpoint_writer,
     components,
     data,
     diagnosis,
@@ -64,6 +65,7 @@ from rasengan import (
     objective,
     optim,
     processes,
+    resuming,
     samples,
     step,
     validation,
@@ -376,7 +378,7 @@ def tell(text: str) -> None:
         os.write(1, f"\n{text}".encode())
 
 
-def save_now(writer: checkpoint.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
+def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
     """Save what was done before a step that failed, and return the name of the last checkpoint; empty for none."""
     if is_main:
         writer.save(global_step, state)
@@ -427,7 +429,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if resume_from:
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
-        checkpoint.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
+        resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -462,7 +464,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
     if resume_from:  # the settings that are known only now
         known_now = ("data_digest", "prediction_type", "total_steps", "lr_scheduler")
-        checkpoint.check_resumable(resume_from, {name: getattr(args, name) for name in known_now}, True)
+        resuming.check_resumable(resume_from, {name: getattr(args, name) for name in known_now}, True)
 
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
@@ -634,7 +636,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             base_images = draw(prompts=embed())
 
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
-    writer = checkpoint.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
+    writer = checkpoint_writer.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
     at_end.callback(writer.close)
     state = public_settings(args) | {"memory_plan": list(plan)}
     counts = f"{len(pictures)} pictures, {max_train_steps} steps of {args.global_batch}"

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import load_script  # noqa: E402
 
-from rasengan import UserError, checkpoint, components, data, demo, export  # noqa: E402
+from rasengan import UserError, checkpoint, components, data, demo, export, resuming  # noqa: E402
 
 
 # --- what reads files: each takes bytes, and may raise a UserError alone ---
@@ -82,7 +82,7 @@ class Targets:
             ),
             "trainer state": (
                 saved / checkpoint.STATE_FILE,
-                lambda: checkpoint.check_resumable(saved, {"rank": 2, "noise_offset": 0.0}),
+                lambda: resuming.check_resumable(saved, {"rank": 2, "noise_offset": 0.0}),
             ),
             "configuration": (
                 work / "run.yaml",

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from rasengan import checkpoint, lora, optim
+from rasengan import checkpoint_writer, lora, optim
 
 
 DEVICE = torch.device("cuda", 0)
@@ -20,7 +20,7 @@ def test_what_is_written_is_of_the_moment_of_the_call(use_8bit_adam, tmp_path):
     optimizer = optim.make_optimizer(flat, "adamw", use_8bit_adam, 1e-3, (0.9, 0.999), 0.01, 1e-8)
     ema = optim.make_ema(flat, 0.9)
     parts = {"optimizer": optimizer, "scaler": None, "models": {"unet": model}, "flat": flat, "ema": ema}
-    writer = checkpoint.CheckpointWriter(tmp_path, None, **parts)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **parts)
     for step in range(1, 4):  # the later ones go into buffers that were used before
         flat.grad.normal_()
         optimizer.step()

@@ -183,7 +183,7 @@ def test_resuming_with_another_objective_needs_a_flag_and_warns_once(train, trai
         train(*changed, output_dir=tmp_path)
     assert loaded == []
     train(*changed, "--resume_with_changes", output_dir=tmp_path)
-    warnings = [r.getMessage() for r in caplog.records if r.name == "rasengan.checkpoint"]
+    warnings = [r.getMessage() for r in caplog.records if r.name == "rasengan.resuming"]
     assert len(warnings) == 1
     assert "--noise_offset was 0.0, and is 0.1" in warnings[0]
 

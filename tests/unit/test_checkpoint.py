@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from rasengan import UserError, checkpoint, lora
+from rasengan import UserError, checkpoint, checkpoint_writer, lora, resuming
 
 
 STATE = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 16, "lora_target_modules": ["to_q", "to_k"]}
@@ -112,31 +112,31 @@ def test_where_all_are_damaged_nothing_starts_afresh(saved):
 
 def test_what_the_weights_hang_on_must_be_the_same(saved):
     path = saved / "checkpoint-2"
-    checkpoint.check_resumable(path, STATE | {"lora_target_modules": ["to_k", "to_q"], "prediction_type": "epsilon"})
-    checkpoint.check_resumable(path, {"prediction_type": None})
+    resuming.check_resumable(path, STATE | {"lora_target_modules": ["to_k", "to_q"], "prediction_type": "epsilon"})
+    resuming.check_resumable(path, {"prediction_type": None})
     for changes, words in (
         ({"rank": 4}, "--rank was 16, and is 4"),
         ({"lora_target_modules": ["to_q"]}, "--lora_target_modules was"),
         ({"data_digest": "b"}, "the pictures or captions are not those that it saw"),
     ):
         with pytest.raises(UserError, match=f"cannot be resumed with other settings: {words}.*another --output_dir"):
-            checkpoint.check_resumable(path, STATE | changes)
+            resuming.check_resumable(path, STATE | changes)
 
 
 def test_other_changed_settings_need_a_flag_and_are_listed(saved, caplog):
     path = saved / "checkpoint-2"
-    checkpoint.check_resumable(path, STATE | {"output_dir": "there", "max_train_steps": 9, "validation_epochs": 3})
+    resuming.check_resumable(path, STATE | {"output_dir": "there", "max_train_steps": 9, "validation_epochs": 3})
     assert caplog.records == []
     changed = STATE | {"noise_offset": 0.1, "snr_gamma": 5.0, "global_batch": 8}
     listed = "--noise_offset was 0.0, and is 0.1; --snr_gamma was None, and is 5.0; a step took 4 samples, and takes 8"
     with pytest.raises(UserError, match=f"{listed}.*--resume_with_changes"):
-        checkpoint.check_resumable(path, changed)
-    checkpoint.check_resumable(path, changed, allow_changes=True)
+        resuming.check_resumable(path, changed)
+    resuming.check_resumable(path, changed, allow_changes=True)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert listed in record.getMessage()
     with pytest.raises(UserError, match="--rank was 16, and is 4"):
-        checkpoint.check_resumable(path, STATE | {"rank": 4}, allow_changes=True)
+        resuming.check_resumable(path, STATE | {"rank": 4}, allow_changes=True)
 
 
 @pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])
@@ -144,14 +144,14 @@ def test_a_longer_run_is_listed_where_its_schedule_decays(saved, caplog, schedul
     settings = STATE | {"total_steps": 200, "lr_scheduler": schedule}
     state = STATE | {"total_steps": 100, "lr_scheduler": schedule}
     (saved / "checkpoint-2" / checkpoint.STATE_FILE).write_text(json.dumps(state))
-    checkpoint.check_resumable(saved / "checkpoint-2", settings)
+    resuming.check_resumable(saved / "checkpoint-2", settings)
     assert ("the run was to have 100 steps, and is to have 200" in caplog.text) == listed
 
 
 def test_a_setting_that_nobody_classed_needs_the_flag(saved):
     (saved / "checkpoint-2" / checkpoint.STATE_FILE).write_text(json.dumps(STATE | {"new": 1}))
     with pytest.raises(UserError, match="--new was 1, and is 2"):
-        checkpoint.check_resumable(saved / "checkpoint-2", STATE | {"new": 2})
+        resuming.check_resumable(saved / "checkpoint-2", STATE | {"new": 2})
 
 
 # --- writing ---
@@ -171,7 +171,7 @@ def run(tmp_path):
 
 
 def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, None, **run)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
     weights = run["flat"].detach().clone()
     path = writer.save(1, WHERE)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
 
 
 def test_only_so_many_are_kept_and_one_more_until_the_run_has_ended_well(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, 2, **run)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, 2, **run)
     for step in (1, 2, 9, 10):
         writer.save(step, WHERE)
     writer.wait()
@@ -196,7 +196,7 @@ def test_only_so_many_are_kept_and_one_more_until_the_run_has_ended_well(run, tm
 
 
 def test_damaged_ones_that_a_resume_left_out_go_before_good_ones(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, 1, **run)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, 1, **run)
     for step in (2, 9):
         writer.save(step, WHERE)
         writer.wait()
@@ -209,7 +209,7 @@ def test_damaged_ones_that_a_resume_left_out_go_before_good_ones(run, tmp_path):
 
 def test_a_failed_write_is_told_also_by_a_run_that_ends_otherwise(run, tmp_path, caplog):
     (tmp_path / "drive").mkdir()
-    writer = checkpoint.CheckpointWriter(tmp_path / "drive", None, **run)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path / "drive", None, **run)
     (tmp_path / "drive").rmdir()
     writer.save(1, WHERE)
     writer.close()
@@ -217,7 +217,7 @@ def test_a_failed_write_is_told_also_by_a_run_that_ends_otherwise(run, tmp_path,
 
 
 def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, 1, **run)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, 1, **run)
     writer.save(1, WHERE)
     writer.wait()
     (tmp_path / ".saving-2").write_text("in the way")  # as a disk that takes no folder
@@ -234,7 +234,7 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, 
 def test_a_folder_that_vanished_is_not_made_again(run, tmp_path):
     folder = tmp_path / "drive"
     folder.mkdir()
-    writer = checkpoint.CheckpointWriter(folder, None, **run)
+    writer = checkpoint_writer.CheckpointWriter(folder, None, **run)
     folder.rmdir()
     writer.save(1, WHERE)
     with pytest.raises(UserError, match="checkpoint-1 cannot be written: No such file or directory"):
@@ -243,7 +243,7 @@ def test_a_folder_that_vanished_is_not_made_again(run, tmp_path):
 
 
 def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(run, tmp_path):
-    writer = checkpoint.CheckpointWriter(tmp_path, None, **run)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
     path = writer.save(1, WHERE)
     writer.wait()
     before = (path / "optimizer.bin").stat().st_mtime_ns

@@ -11,7 +11,7 @@ FLOORS = [
     {"components", "diagnosis", "kernels", "locks", "memory", "objective", "optim", "sdxl"},
     {"processes", "data", "demo", "export", "lora", "nodes", "validation"},
     {"cache", "checkpoint", "fused", "hub", "merging", "progress", "samples"},
-    {"step"},
+    {"checkpoint_writer", "resuming", "step"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))

@@ -1,0 +1,88 @@
+"""Which settings a resume may change: none of those that its weights hang on, and others if that is meant."""
+
+import logging
+from pathlib import Path
+
+from rasengan import UserError
+from rasengan.checkpoint import read_state
+
+
+logger = logging.getLogger(__name__)
+
+# What the weights and the optimizer's state mean hangs on these.
+BOUND_SETTINGS = {
+    *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "optimizer", "use_8bit_adam"),
+    *("mixed_precision", "prediction_type", "resolution", "seed", "data_digest"),
+}
+# What is trained does not hang on these: where things are, how long and how a run is split, what it shows and keeps.
+FREE_SETTINGS = {
+    *("output_dir", "logging_dir", "cache_dir", "conditioning_cache_dir", "config", "local_rank", "plan_only"),
+    *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples"),
+    *(
+        "skip_bad_images",
+        "total_steps",
+        "max_train_steps",
+        "num_train_epochs",
+        "max_train_minutes",
+        "train_batch_size",
+    ),
+    *("gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing", "vram_budget_gib"),
+    *("cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs", "validation_inference_steps"),
+    *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint"),
+    *("resume_with_changes", "logging_steps", "report_to", "debug_loss", "push_to_hub", "hub_token", "hub_model_id"),
+}
+RUN_LENGTH = ("total_steps",)
+CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
+
+
+def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> None:
+    """Check that a checkpoint is gone on with by the settings that it was written with, but for `FREE_SETTINGS`.
+
+    Args:
+        path: the checkpoint.
+        settings: all of a run's, or only those that are known by now; None stands for one that is not known.
+        allow_changes: warn of changed settings, but for `BOUND_SETTINGS`.
+
+    Raises:
+        UserError: some have changed; they are listed.
+    """
+    state = read_state(path)
+    names = [name for name in settings if name in state and name not in FREE_SETTINGS]
+    unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
+    changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
+    bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
+    if bound:
+        raise UserError(
+            f"{path} cannot be resumed with other settings: {bound}. Give the former, or start afresh in another "
+            "--output_dir."
+        )
+    others = "; ".join(_change(name, state, settings) for name in changed)
+    if others and not allow_changes:
+        raise UserError(
+            f"{path} was written with other settings: {others}. Give the former, or --resume_with_changes to go on "
+            "as another run would."
+        )
+    if others:
+        logger.warning("%s was written with other settings: %s", path, others)
+    length = [n for n in RUN_LENGTH if n in state and settings.get(n) is not None and state[n] != settings[n]]
+    if length and settings.get("lr_scheduler", "constant") not in CONSTANT_SCHEDULES:
+        listed = "; ".join(_change(name, state, settings) for name in length)
+        logger.warning("%s: --lr_scheduler %s goes on over the new length", listed, settings["lr_scheduler"])
+
+
+def _plain(value):
+    # The order of a list of modules means nothing.
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
+def _change(name: str, state: dict, settings: dict) -> str:
+    if name == "data_digest":
+        return "the pictures or captions are not those that it saw (some were added, removed, changed or reordered)"
+    if name == "global_batch":
+        return (
+            f"a step took {state[name]} samples, and takes {settings[name]} (--train_batch_size x "
+            "--gradient_accumulation_steps x processes)"
+        )
+    if name == "total_steps":
+        return f"the run was to have {state[name]} steps, and is to have {settings[name]}"
+    return f"--{name} was {state[name]}, and is {settings[name]}"
