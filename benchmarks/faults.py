@@ -32,7 +32,7 @@ from measure import ROOT, Results
 from programs import exit_cleanly
 
 
-STEPS = 12
+STEPS, FULL_SIZE_STEPS = 12, 240  # a graph's steps are short beside the start of a process
 MOST_KILLS = 4  # of one run
 # When one of a run's processes has ended badly, `accelerate launch` ends the others, so patiently.
 TERMINATE_AFTER_S, KILL_AFTER_S = 5, 35
@@ -48,9 +48,14 @@ class Faults:
     processes: int
     on_gpu: bool = False
 
+    @property
+    def steps(self) -> int:
+        """Of a whole run."""
+        return FULL_SIZE_STEPS if self.on_gpu else STEPS
+
     # --- runs ---
 
-    def start(self, output_dir: Path, cache_dir: Path, log: Path, last_step: int = STEPS) -> list[int]:
+    def start(self, output_dir: Path, cache_dir: Path, log: Path, last_step: int | None = None) -> list[int]:
         """Start a run, fresh or resumed, and return the numbers of its processes."""
         words = [
             "--pretrained_model_name_or_path",
@@ -62,9 +67,9 @@ class Faults:
             "--seed",
             "0",
             "--max_train_steps",
-            str(last_step),
+            str(last_step or self.steps),
             "--checkpointing_steps",
-            "2",
+            str(self.steps // 6),
             "--logging_steps",
             "3",
         ]
@@ -189,9 +194,9 @@ class Faults:
             return hit, output_dir
 
 
-def contents(output_dir: Path) -> dict[str, bytes]:
+def contents(output_dir: Path, steps: int) -> dict[str, bytes]:
     """Return what must be equal: the adapter, and the last checkpoint's adapter and optimizer, as their bytes."""
-    last = output_dir / f"checkpoint-{STEPS}"
+    last = output_dir / f"checkpoint-{steps}"
     optimizer = torch.load(last / "optimizer.bin", weights_only=True)
     tensors = {n: t.numpy().tobytes() for n, t in optimizer["state"][0].items() if torch.is_tensor(t)}
     return tensors | {"adapter": (output_dir / ADAPTER).read_bytes(), "last": (last / ADAPTER).read_bytes()}
@@ -225,13 +230,13 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
         raise RuntimeError(
             f"the undisturbed run ended with {codes}: {reference.with_suffix('.log').read_text()[-3000:]}"
         )
-    expected, draw, hits, runs = contents(reference / "run"), random.Random(seed), Counter(), 0
+    expected, draw, hits, runs = contents(reference / "run", faults.steps), random.Random(seed), Counter(), 0
     while sum(hits.values()) < kills:
         folder = faults.work / "trial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         hit, output_dir = faults.trial(folder, draw, length_s, fresh_cache=runs % 3 == 0)
-        found = contents(output_dir)
+        found = contents(output_dir, faults.steps)
         if different := [name for name in expected if found[name] != expected[name]]:
             raise RuntimeError(f"after kills at {dict(hit)}, {', '.join(different)} differ; see {folder}")
         hits, runs = hits + hit, runs + 1
@@ -281,7 +286,11 @@ def main() -> None:
     add = parser.add_argument
     add("--kills", type=int, default=200, help="for each number of processes, at least [%(default)s]")
     add("--processes", type=int, nargs="+", choices=[1, 2], default=[1, 2], help="of a run [1 and 2]")
-    add("--gpu", action="store_true", help="the full size instead, 512 px, fp16, --deterministic, one process")
+    add(
+        "--gpu",
+        action="store_true",
+        help="the full size instead: 512 px, fp16, --deterministic, 240 steps, one process",
+    )
     add("--disk_sizes", type=int, default=40, help="file systems to fill; 0 for none [%(default)s]")
     add("--seed", type=int, default=0, help="of the moments [%(default)s]")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json", help="added to [%(default)s]")

@@ -404,12 +404,12 @@ extern "C" __global__ void add_with_bias(const word* x, const word* h, const wor
   store(y + pack * 8, left);
 }
 
-// --- gradients of the LoRA's matrices: grad_A += grad_h^T x, and for each layer grad_B += scale * grad_y^T h ---
+// --- gradients of the LoRA's matrices: grad_A += grad_h^T x and grad_B += scale * grad_y^T h ---
 //
-// x (rows, width), grad_y (rows, layers * out_width), h and grad_h (rows, layers * rank); grad_A (layers * rank, width)
-// and grad_B (layers, out_width, rank) are fp32. Each is the product of a narrow and a wide matrix over the rows, split
-// into TILES of 16 ranks and strips of STRIP columns of the wide one. First every block finds the sums of a strip over
-// `rows_per_block` rows, then they are added up. On tensor cores, by the largest product that a T4's have: 16 x 8 x 8.
+// x (rows, width), grad_y (rows, out_width), h and grad_h (rows, rank); grad_A (rank, width) and grad_B (out_width, rank)
+// are fp32. Each is the product of a narrow and a wide matrix over the rows, split into TILES of 16 ranks and strips of
+// STRIP columns of the wide one. First every block finds the sums of a strip over `rows_per_block` rows, then they are
+// added up. On tensor cores, by the largest product that a T4's have: 16 x 8 x 8.
 
 #if (defined(FP16) && __CUDA_ARCH__ >= 750) || (defined(BF16) && __CUDA_ARCH__ >= 800)
 
@@ -435,32 +435,29 @@ __device__ void load_transposed(unsigned (&to)[4], const word* from) {
                : "r"((unsigned)__cvta_generic_to_shared(from)));
 }
 
-// Which strip of which product blockIdx.x is: those of grad_A first, then those of each layer's grad_B.
+// Which strip of which product blockIdx.x is: those of grad_A first, then those of grad_B.
 struct Strip {
   bool is_A;
-  int layer, first, columns, ranks;
-  __device__ Strip(int width, int layers, int out_width, int rank) {
-    int strips_A = (width + STRIP - 1) / STRIP, strips_B = (out_width + STRIP - 1) / STRIP, of_B = blockIdx.x - strips_A;
+  int first, columns;
+  __device__ Strip(int width, int out_width) {
+    int strips_A = (width + STRIP - 1) / STRIP, of_B = blockIdx.x - strips_A;
     is_A = of_B < 0;
-    layer = is_A ? 0 : of_B / strips_B;
-    first = (is_A ? blockIdx.x : of_B % strips_B) * STRIP;
+    first = (is_A ? blockIdx.x : of_B) * STRIP;
     columns = is_A ? width : out_width;
-    ranks = is_A ? layers * rank : rank;
   }
 };
 
 // partial (strips, gridDim.y, TILES * 16, STRIP)
 template <int TILES>
 __device__ void lora_gradient_sums(const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial,
-                                   int rows, int width, int layers, int out_width, int rank, int rows_per_block) {
+                                   int rows, int width, int out_width, int rank, int rows_per_block) {
   // 8 words more in each row, so that the rows of a matrix lie in different banks.
   __shared__ alignas(16) word wide[STAGE_ROWS][STRIP + 8];
   __shared__ alignas(16) word small[STAGE_ROWS][TILES * 16 + 8];
   int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  Strip strip(width, layers, out_width, rank);
-  int stride = strip.is_A ? width : layers * out_width;
-  const word* from_wide = strip.is_A ? x : grad_y + (long long)strip.layer * out_width;
-  const word* from_small = strip.is_A ? grad_h : h + strip.layer * rank;
+  Strip strip(width, out_width);
+  const word* from_wide = strip.is_A ? x : grad_y;
+  const word* from_small = strip.is_A ? grad_h : h;
   int start = blockIdx.y * rows_per_block, end = min(rows, start + rows_per_block);
 
   Pack next_wide[8], next_small[TILES];
@@ -468,13 +465,13 @@ __device__ void lora_gradient_sums(const word* x, const word* grad_h, const word
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int at = row + i * 8 + thread / 16, column = strip.first + thread % 16 * 8;
-      next_wide[i] = at < end && column < strip.columns ? load(from_wide + (long long)at * stride + column) : Pack{};
+      bool there = at < end && column < strip.columns;
+      next_wide[i] = there ? load(from_wide + (long long)at * strip.columns + column) : Pack{};
     }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       int pack = i * 128 + thread, at = row + pack / (2 * TILES), column = pack % (2 * TILES) * 8;
-      bool there = at < end && column < strip.ranks;
-      next_small[i] = there ? load(from_small + (long long)at * layers * rank + column) : Pack{};
+      next_small[i] = at < end && column < rank ? load(from_small + (long long)at * rank + column) : Pack{};
     }
   };
 
@@ -524,8 +521,8 @@ __device__ void lora_gradient_sums(const word* x, const word* grad_h, const word
 #define LORA_GRADIENT_SUMS(TILES)                                                                                      \
   extern "C" __global__ void __launch_bounds__(128) lora_gradient_sums_##TILES(                                        \
       const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial, int rows, int width,       \
-      int layers, int out_width, int rank, int rows_per_block) {                                                       \
-    lora_gradient_sums<TILES>(x, grad_h, grad_y, h, partial, rows, width, layers, out_width, rank, rows_per_block);    \
+      int out_width, int rank, int rows_per_block) {                                                                   \
+    lora_gradient_sums<TILES>(x, grad_h, grad_y, h, partial, rows, width, out_width, rank, rows_per_block);            \
   }
 
 LORA_GRADIENT_SUMS(1)
@@ -535,11 +532,10 @@ LORA_GRADIENT_SUMS(4)
 
 // A block is the STRIP columns of the rank blockIdx.y; partial is (strips, blocks, most_ranks, STRIP).
 extern "C" __global__ void add_lora_gradients(const float* partial, float* grad_A, float* grad_B, int blocks,
-                                              int most_ranks, int width, int layers, int out_width, int rank,
-                                              float scale) {
-  Strip strip(width, layers, out_width, rank);
+                                              int most_ranks, int width, int out_width, int rank, float scale) {
+  Strip strip(width, out_width);
   int r = blockIdx.y, column = strip.first + threadIdx.x;
-  if (r >= strip.ranks || column >= strip.columns) return;
+  if (r >= rank || column >= strip.columns) return;
   const float* from = partial + ((long long)blockIdx.x * blocks * most_ranks + r) * STRIP + threadIdx.x;
   float total = 0.f;
 #pragma unroll 8
@@ -547,7 +543,7 @@ extern "C" __global__ void add_lora_gradients(const float* partial, float* grad_
   if (strip.is_A)
     grad_A[(long long)r * width + column] += total;
   else
-    grad_B[((long long)strip.layer * out_width + column) * rank + r] += scale * total;
+    grad_B[(long long)column * rank + r] += scale * total;
 }
 
 #endif

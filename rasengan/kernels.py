@@ -366,12 +366,12 @@ def add_lora_gradients(
         grad_B.add_(torch.bmm(by_layer(grad_y, layers).transpose(1, 2), by_layer(h, layers)), alpha=scale)
         return
     x, h, grad_y, grad_h = (t.contiguous() for t in (x, h, grad_y, grad_h))
-    strips = -(-width // STRIP) + layers * -(-out_width // STRIP)
+    strips = -(-width // STRIP) + -(-out_width // STRIP)
     splits = max(1, min(-(-rows // STAGE_ROWS), 2 * BLOCKS // strips, MOST_SPLITS))
     each = -(-rows // (splits * STAGE_ROWS)) * STAGE_ROWS
-    splits, tiles, sizes = -(-rows // each), -(-layers * rank // 16), (width, layers, out_width, rank)
+    splits, tiles, sizes = -(-rows // each), -(-rank // 16), (width, out_width, rank)
     partial = x.new_empty(strips, splits, tiles * 16, STRIP, dtype=torch.float32)
     arguments = (x, grad_h, grad_y, h, partial, rows, *sizes, each)
     kernels.launch(f"lora_gradient_sums_{tiles}", (strips, splits), (128, 1), *arguments)
     arguments = (partial, grad_A, grad_B, splits, tiles * 16, *sizes, float(scale))
-    kernels.launch("add_lora_gradients", (strips, layers * rank), (STRIP, 1), *arguments)
+    kernels.launch("add_lora_gradients", (strips, rank), (STRIP, 1), *arguments)

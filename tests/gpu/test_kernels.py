@@ -104,7 +104,7 @@ def test_add_with_bias(dtype):
 @pytest.mark.parametrize(
     ("rows", "width", "out_width"), [(1, 8, 8), (77, 136, 264), (256, 1280, 1280), (4097, 640, 320)]
 )
-@pytest.mark.parametrize(("layers", "rank"), [(1, 16), (3, 16), (1, 8), (3, 8), (2, 32), (1, 4), (3, 32)])
+@pytest.mark.parametrize(("layers", "rank"), [(1, 16), (1, 8), (1, 40), (1, 64), (1, 72), (1, 4), (3, 16), (2, 32)])
 def test_lora_gradients_are_added(dtype, rows, width, out_width, layers, rank):
     x, grad_y = random(rows, width, dtype=dtype), random(rows, layers * out_width, dtype=dtype, like=2)
     h, grad_h = random(rows, layers * rank, dtype=dtype), random(rows, layers * rank, dtype=dtype, like=0.5)
@@ -115,7 +115,7 @@ def test_lora_gradients_are_added(dtype, rows, width, out_width, layers, rank):
         kernels.add_lora_gradients(*exact(x, h, grad_y, grad_h), *expected, 1.5)
     for one, other in zip(found, expected, strict=True):
         # Without the kernel, the products are rounded to the dtype before they are added.
-        by_kernel = dtype != torch.float32 and rank % 8 == 0 and layers == 1
+        by_kernel = dtype != torch.float32 and rank % 8 == 0 and rank <= kernels.MOST_RANKS and layers == 1
         error = (one.cpu().double() - other).norm() / other.norm()
         assert error < (1e-5 if by_kernel else max(1e-5, DTYPES[dtype])), f"relative error {error:.2e}"
 
