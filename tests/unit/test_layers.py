@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
     {"__init__", "command_line", "files", "stopping"},
-    {"components", "diagnosis", "kernels", "locks", "memory", "objective", "optim", "sdxl"},
+    {"components", "diagnosis", "graphs", "kernels", "locks", "memory", "objective", "optim", "sdxl"},
     {"processes", "data", "demo", "export", "lora", "nodes", "validation"},
     {"cache", "checkpoint", "fused", "hub", "merging", "progress", "samples"},
     {"checkpoint_writer", "resuming", "step"},
