@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -661,6 +662,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                     named = zip(batch["name"], losses.tolist(), strict=True)
                     accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
             saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
             raise UserError(memory.out_of_memory(plan, global_step, saved)) from error
