@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from diffusers import SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from rasengan import UserError, sdxl
+from rasengan import UserError, drawing, sdxl
 from rasengan.components import free_memory
 from rasengan.files import write_atomically
 
@@ -107,13 +107,14 @@ def draw_share(
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     home = vae.device
     vae.to(accelerator.device)
-    drawn = []
+    denoiser, drawn = drawing.Denoiser(unet), []
     for job in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         prompt, seed = jobs[job]
         row = sdxl.conditioning(prompt, None, 1)
         try:
             with accelerator.autocast():
-                images = sdxl.draw(unet, vae, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+                latents = drawing.draw(denoiser, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+            images = drawing.decode(vae, latents)
         # No further: another process may be waiting for this one's share.
         except UserError:  # its one reason
             images = [Image.new("RGB", (side_px, side_px), "grey")]

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {"__init__", "command_line", "files", "stopping"},
     {"components", "diagnosis", "graphs", "kernels", "locks", "memory", "objective", "optim", "sdxl"},
-    {"processes", "data", "demo", "export", "lora", "nodes", "validation"},
-    {"cache", "checkpoint", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "resuming", "step"},
+    {"decoding", "processes", "data", "demo", "export", "lora", "nodes"},
+    {"cache", "checkpoint", "drawing", "fused", "hub", "merging", "progress", "samples"},
+    {"checkpoint_writer", "resuming", "step", "validation"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))
