@@ -80,7 +80,7 @@ def draw(
 ) -> torch.Tensor:
     """Return the latents (B, 4, h, w), fp32 on the UNet's device, of one picture for each seed, for `decode_latents`.
 
-    A picture's noise comes from a CPU generator of its own, in fp32: it is the same on every device and in every batch.
+    A picture's noise comes from its own CPU generator, in fp32: it is the same on every device and in every batch.
     The steps are those of diffusers' pipelines, but that latents and guidance are fp32 whatever the UNet's dtype, and
     that nothing waits for the card.
 

@@ -1,4 +1,4 @@
-"""SDXL's UNet, run fast for training or drawing: the modules stay diffusers' and PEFT's, only the way they run differs.
+"""SDXL's UNet, run fast for training or drawing: modules stay diffusers' and PEFT's, only how they run differs.
 
 The same arithmetic as theirs, but for the order of rounding, in a third of the kernels and two thirds of the memory:
 

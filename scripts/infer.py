@@ -20,7 +20,7 @@ import transformers
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, export, merging, sdxl, validation
+from rasengan import UserError, components, export, merging, sdxl
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.files import check_writable, give_default_mode, lost_place, write_atomically
 
@@ -141,7 +141,7 @@ def draw_all(args, unet, vae, scheduler, embeds: list[dict], kind: str, bar: tqd
             about = PngImagePlugin.PngInfo()
             for name, value in describe(args, prompt, seed, kind).items():
                 about.add_itxt(name, str(value))
-            validation.save_png(Path(args.output_dir) / f"{number:03d}-{seed}-{slug}-{kind}.png", image, about)
+            sheets.save_png(Path(args.output_dir) / f"{number:03d}-{seed}-{slug}-{kind}.png", image, about)
         drawn.append(images)
     return drawn
 
@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
         rows = [list(pair) for both in zip(base, drawn, strict=True) for pair in zip(*both, strict=True)]
         labels = [f"{prompt} ({args.seed + n})" for prompt in args.prompt for n in range(args.num_images_per_prompt)]
         columns = ["base", f"LoRA x {args.lora_scale:g}"]
-        validation.save_png(Path(args.output_dir) / "grid.png", validation.image_grid(rows, labels, columns))
+        sheets.save_png(Path(args.output_dir) / "grid.png", sheets.image_grid(rows, labels, columns))
     if args.prompt:
         print(f"{sum(map(len, drawn)) * (2 if args.compare else 1)} pictures are in {args.output_dir}")
     if args.save_merged:

@@ -68,6 +68,7 @@ from rasengan import (
     processes,
     resuming,
     samples,
+    sheets,
     step,
     validation,
 )
@@ -368,8 +369,8 @@ def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype)
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
     """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
     if accelerator.is_main_process:
-        grid = validation.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
-        validation.save_png(Path(args.output_dir) / "validation.png", grid)
+        grid = sheets.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
+        sheets.save_png(Path(args.output_dir) / "validation.png", grid)
         validation.log_image(accelerator.trackers, "validation", grid, global_step)
 
 

@@ -8,10 +8,10 @@ ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
     {"__init__", "command_line", "files", "stopping"},
-    {"components", "diagnosis", "graphs", "kernels", "locks", "memory", "objective", "optim", "sdxl"},
+    {"components", "diagnosis", "graphs", "kernels", "locks", "memory", "objective", "optim", "sdxl", "sheets"},
     {"decoding", "processes", "data", "demo", "export", "lora", "nodes"},
     {"cache", "checkpoint", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "resuming", "step", "validation"},
+    {"checkpoint_writer", "pipeline", "resuming", "step", "validation"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))
