@@ -70,6 +70,23 @@ def path_type(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def weighted_place_type(text: str) -> tuple[str, float]:
+    """Return the place and the weight of PLACE[:WEIGHT], 1 where there is none; a colon of the place itself stays.
+
+    A path that exists under the whole text is a place without a weight.
+    """
+    place, colon, ending = text.rpartition(":")
+    try:
+        weight = float(ending) if colon and not Path(text).exists() else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return path_type(text), 1.0
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end with a finite weight")
+    return path_type(place), weight
+
+
 def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
     """Return a YAML mapping's names and values as command-line words, so that both are parsed and checked alike.
 

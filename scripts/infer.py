@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,11 @@ import transformers
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, export, merging, sdxl, validation
-from rasengan.command_line import Parser, number_type, path_type
+from rasengan import UserError, components, merging, sdxl, single_file, validation
+from rasengan.adapter_places import fetch_adapter
+from rasengan.adapter_reader import read_adapter
+from rasengan.adapters import Adapter, default_alpha
+from rasengan.command_line import Parser, number_type, path_type, weighted_place_type
 from rasengan.files import check_writable, give_default_mode, lost_place, write_atomically
 
 
@@ -32,13 +36,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
 
     add = parser.add_argument_group("adapter").add_argument
+    what = "a .safetensors file, a run's --output_dir, checkpoint-N or PEFT folder, or a hub id (org/name[/file])"
+    add("--lora_weights", type=path_type, help=what)
     add(
-        "--lora_weights", type=path_type, help="a .safetensors file, a run's --output_dir, checkpoint-N or PEFT folder"
+        "--lora",
+        type=weighted_place_type,
+        action="append",
+        default=[],
+        metavar="PLACE[:WEIGHT]",
+        help="the same with a weight [1]; given several times, the adapters' changes are summed",
     )
     add("--lora_scale", type=number_type(kind=float), help="on the whole change; 0 is the base [1]")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
     add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
-    add("--save_merged", type=path_type, metavar="DIR", help="write the tuned model as a complete pipeline folder")
+    add(
+        "--save_merged",
+        type=path_type,
+        metavar="PLACE",
+        help="write the tuned model: a pipeline folder, or a file for ComfyUI and A1111 if this ends in .safetensors",
+    )
 
     add = parser.add_argument_group("pictures").add_argument
     add("--prompt", nargs="+", default=[], help="one or several")
@@ -82,38 +98,50 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--negative_prompt does nothing at --guidance_scale {args.guidance_scale:g}. Drop one of them."
         )
-    if args.lora_weights is None and (args.compare or args.save_merged):
+    if args.lora_weights is not None and args.lora:
+        raise UserError("--lora_weights and --lora both name adapters. Give each by a --lora of its own.")
+    args.lora = args.lora if args.lora_weights is None else [(args.lora_weights, 1.0)]
+    if not args.lora and (args.compare or args.save_merged):
         raise UserError("--compare and --save_merged need an adapter: give --lora_weights.")
-    if args.lora_weights is None and not (args.lora_alpha is None and args.lora_scale is None):
+    if not args.lora and not (args.lora_alpha is None and args.lora_scale is None):
         raise UserError("--lora_alpha and --lora_scale act on an adapter: give --lora_weights, or drop them.")
     args.lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
     if args.save_merged and Path(args.save_merged).exists():
-        raise UserError(f"--save_merged {args.save_merged} exists. Give a folder that does not.")
+        raise UserError(f"--save_merged {args.save_merged} exists. Give a name that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
     if args.save_merged:
         check_writable(Path(args.save_merged).resolve().parent, "--save_merged: the folder")
 
 
-def merge(args: argparse.Namespace, adapter: export.Adapter, component: str, model: torch.nn.Module):
-    """Return the component with the adapter merged into it, and say what that changed."""
-    model, report = merging.merge(
-        model, adapter.weights[component], adapter.configs[component], component, args.lora_scale
-    )
-    config = adapter.configs[component]
+def read_adapters(args: argparse.Namespace) -> list[tuple[Adapter, float]]:
+    """Return the adapters, each with the scale on its whole change."""
+    adapters = []
+    for place, weight in args.lora:
+        path = fetch_adapter(place, cache_dir=args.cache_dir)
+        adapters.append((read_adapter(path, args.lora_alpha, args.allow_pickle), weight * args.lora_scale))
+    return adapters
+
+
+def merge(adapters: list[tuple[Adapter, float]], component: str, model: torch.nn.Module):
+    """Return the component with the adapters merged into it, and say what that changed."""
+    configs = [(adapter.configs[component], scale) for adapter, scale in adapters if component in adapter.configs]
+    if not configs:
+        return model
+    model, report = merging.merge(model, adapters, component)
+    how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
     print(
-        f"Merged {report.modules} modules of the {component} at alpha {config.lora_alpha:g} / rank {config.r} "
-        f"x {args.lora_scale:g}: relative weight change {report.relative_change:.3e}"
+        f"Merged {report.modules} modules of the {component} at {how}: "
+        f"relative weight change {report.relative_change:.3e}"
     )
     return model
 
 
 @torch.no_grad()
-def encode_prompts(args, folders: dict[str, Path], device, dtype, adapter: export.Adapter | None) -> list[dict]:
+def encode_prompts(args, folders: dict[str, Path], device, dtype, adapters: list[tuple[Adapter, float]]) -> list[dict]:
     """Return each prompt's embeddings for the pipeline, on the CPU; the encoders leave memory again."""
     tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, dtype)
-    if adapter:
-        pairs = zip(components.TEXT_ENCODERS, text_encoders, strict=True)
-        text_encoders = [merge(args, adapter, n, model) if n in adapter.weights else model for n, model in pairs]
+    pairs = zip(components.TEXT_ENCODERS, text_encoders, strict=True)
+    text_encoders = [merge(adapters, name, model) for name, model in pairs]
     for prompt in args.prompt:
         length = max(sdxl.count_tokens(prompt, tokenizer) for tokenizer in tokenizers)
         if length > tokenizers[0].model_max_length:
@@ -151,7 +179,8 @@ def describe(args: argparse.Namespace, prompt: str, seed: int, kind: str) -> dic
     shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler")
     about = {"prompt": prompt, "seed": seed} | {name: getattr(args, name) for name in shown}
     about["model"] = args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path
-    about["adapter"] = f"{args.lora_weights} at scale {args.lora_scale:g}" if kind == "tuned" else "none"
+    shown = [f"{place} at scale {weight * args.lora_scale:g}" for place, weight in args.lora]
+    about["adapter"] = " + ".join(shown) if kind == "tuned" else "none"
     return {name: value for name, value in about.items() if value is not None}
 
 
@@ -163,20 +192,38 @@ def load_scheduler(args, folders: dict[str, Path]):
     return scheduler
 
 
-def save_merged(args, unet, folders: dict[str, Path], dtype: torch.dtype, adapter: export.Adapter) -> None:
-    """Write a complete pipeline folder, one component in memory at a time beside the UNet."""
+def tuned_component(args, name: str, unet, folders: dict[str, Path], dtype: torch.dtype, adapters: list):
+    """Return a component of the tuned model, loaded anew but for the UNet."""
+    if name == "unet":
+        return unet
+    if name == "scheduler":
+        return load_scheduler(args, folders)
+    model = components.load(name, folders[name], dtype, args.variant)
+    return merge(adapters, name, model) if name in components.TEXT_ENCODERS else model
+
+
+def save_merged(args, unet, folders: dict[str, Path], dtype: torch.dtype, adapters: list[tuple[Adapter, float]]):
+    """Write the tuned model as a folder or a single file, one component in memory at a time beside the UNet."""
     final = Path(args.save_merged)
+    tuned = partial(tuned_component, args, unet=unet, folders=folders, dtype=dtype, adapters=adapters)
+    if final.suffix == ".safetensors":
+        skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
+        dtypes = {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
+        prediction_type = load_scheduler(args, folders).config.prediction_type
+        single_file.write_single_file(final, skeletons, dtypes, lambda name: tuned(name).state_dict(), prediction_type)
+    else:
+        save_folder(final, tuned)
+    print(f"Saved the tuned model as {final}")
+
+
+def save_folder(final: Path, tuned: Callable[[str], object]) -> None:
+    """Write a complete pipeline folder."""
     unfinished = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
     index["force_zeros_for_empty_prompt"] = True
     for name in components.COMPONENTS:
-        if name in {"unet", "scheduler"}:
-            model = unet if name == "unet" else load_scheduler(args, folders)
-        else:
-            model = components.load(name, folders[name], dtype, args.variant)
-        if name in adapter.weights and name != "unet":
-            model = merge(args, adapter, name, model)
+        model = tuned(name)
         model.save_pretrained(unfinished / name)
         library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]
@@ -184,7 +231,6 @@ def save_merged(args, unet, folders: dict[str, Path], dtype: torch.dtype, adapte
     for file in unfinished.rglob("*.safetensors"):
         give_default_mode(file)
     unfinished.rename(final)
-    print(f"Saved the tuned model as {final}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -203,11 +249,10 @@ def main(args: argparse.Namespace) -> None:
     )
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
-    adapter = None
-    if args.lora_weights:
-        adapter = export.read_adapter(Path(args.lora_weights), args.lora_alpha, args.allow_pickle)
-    for name, weights in adapter.weights.items() if adapter else ():
-        merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
+    adapters = read_adapters(args)
+    for adapter, _ in adapters:
+        for name, weights in adapter.weights.items():
+            merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     train_timesteps = load_scheduler(args, folders).config.num_train_timesteps
     if args.num_inference_steps > train_timesteps:
@@ -218,9 +263,9 @@ def main(args: argparse.Namespace) -> None:
     default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
     args.height, args.width = args.height or default_side, args.width or default_side
 
-    adapts_text = adapter is not None and any(name in adapter.weights for name in components.TEXT_ENCODERS)
-    embeds = encode_prompts(args, folders, device, dtype, adapter) if args.prompt else []
-    base_embeds = encode_prompts(args, folders, device, dtype, None) if args.compare and adapts_text else embeds
+    adapts_text = any(name in adapter.weights for adapter, _ in adapters for name in components.TEXT_ENCODERS)
+    embeds = encode_prompts(args, folders, device, dtype, adapters) if args.prompt else []
+    base_embeds = encode_prompts(args, folders, device, dtype, []) if args.compare and adapts_text else embeds
     components.free_memory()
 
     scheduler = sdxl.make_sampler(load_scheduler(args, folders), args.scheduler)
@@ -230,9 +275,8 @@ def main(args: argparse.Namespace) -> None:
     with tqdm(total=steps, desc="Drawing", dynamic_ncols=True) as bar:
         if args.compare:
             base = draw_all(args, unet, vae, scheduler, base_embeds, "base", bar)
-        if adapter and "unet" in adapter.weights:
-            unet = merge(args, adapter, "unet", unet)
-        drawn = draw_all(args, unet, vae, scheduler, embeds, "tuned" if adapter else "base", bar)
+        unet = merge(adapters, "unet", unet)
+        drawn = draw_all(args, unet, vae, scheduler, embeds, "tuned" if adapters else "base", bar)
     if args.compare:
         rows = [list(pair) for both in zip(base, drawn, strict=True) for pair in zip(*both, strict=True)]
         labels = [f"{prompt} ({args.seed + n})" for prompt in args.prompt for n in range(args.num_images_per_prompt)]
@@ -241,7 +285,7 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt:
         print(f"{sum(map(len, drawn)) * (2 if args.compare else 1)} pictures are in {args.output_dir}")
     if args.save_merged:
-        save_merged(args, unet, folders, dtype, adapter)
+        save_merged(args, unet, folders, dtype, adapters)
 
 
 if __name__ == "__main__":
