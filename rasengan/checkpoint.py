@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils.constants import OPTIMIZER_NAME
 from diffusers.training_utils import EMAModel
 
-from rasengan import UserError, export, first_line
+from rasengan import UserError, adapter_reader, adapters, export, first_line
 from rasengan.files import give_default_mode, sync, sync_folder, write_atomically
 
 
@@ -68,7 +68,7 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST_FILE} is damaged"
     # Its names are compared with what is there before one is opened: a stranger's may lead anywhere.
     there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_FILE}
-    needed = listed.keys() | {STATE_FILE, f"{OPTIMIZER_NAME}.bin", export.DIFFUSERS_FILE}
+    needed = listed.keys() | {STATE_FILE, f"{OPTIMIZER_NAME}.bin", adapters.DIFFUSERS_FILE}
     if missing := sorted(needed - there):
         return f"{missing[0]} is missing"
     if strange := sorted(there - listed.keys()):
@@ -225,9 +225,9 @@ def load_checkpoint(
 
 @torch.no_grad()
 def _load_adapter(path: Path, models: dict[str, torch.nn.Module]) -> None:
-    adapter = export.read_adapter(path)
+    adapter = adapter_reader.read_adapter(path)
     for name, model in models.items():
-        live, saved = export.adapter_weights(model), export.fit_names(adapter.weights.get(name, {}), model)
+        live, saved = export.adapter_weights(model), adapters.fit_names(adapter.weights.get(name, {}), model)
         shapes = {key: tensor.shape for key, tensor in live.items()}
         if shapes != {key: tensor.shape for key, tensor in saved.items()}:
             raise UserError(

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rasengan import UserError, export, first_line
+from rasengan import UserError, adapter_writer, export, first_line
 from rasengan.checkpoint import (
     EMA_FOLDER,
     STATE_FILE,
@@ -148,7 +148,7 @@ class CheckpointWriter:
                     (unfinished / name).write_bytes(content.getbuffer())
             for folder, part in ((".", "flat"), (EMA_FOLDER, "ema")):
                 if part in parts:
-                    export.write_diffusers(unfinished / folder, self.layout.adapter(parts[part]))
+                    adapter_writer.write_diffusers(unfinished / folder, self.layout.adapter(parts[part]))
             (unfinished / STATE_FILE).write_bytes(state)
             write_manifest(unfinished)
             if damage := find_damage(unfinished):

@@ -63,11 +63,39 @@ def number_type(minimum: float = -math.inf, kind: type = int, most: float = math
     return read
 
 
+def numbers_type(text: str) -> list[float]:
+    """Return the finite numbers of a list with commas, each once."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor several with commas between them")
+    return list(dict.fromkeys(values))
+
+
 def path_type(text: str) -> str:
     """Return a path or a hub id, with ~ as the home folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, as an unset variable is")
     return os.path.expanduser(text)
+
+
+def weighted_place_type(text: str) -> tuple[str, float]:
+    """Return the place and the weight of PLACE[:WEIGHT], 1 where there is none; a colon of the place itself stays.
+
+    A path that exists under the whole text is a place without a weight.
+    """
+    place, colon, ending = text.rpartition(":")
+    try:
+        weight = float(ending) if colon and not Path(text).exists() else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return path_type(text), 1.0
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end with a finite weight")
+    return path_type(place), weight
 
 
 def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:

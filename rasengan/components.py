@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rasengan import UserError, first_line
+from rasengan.families import OTHER_FAMILIES
 
 
 MODELS = {
@@ -31,9 +32,6 @@ COMPONENTS = (*TOKENIZERS, *MODELS, "scheduler")
 COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONENTS if name != "vae"} | {
     "vae": "--pretrained_vae_model_name_or_path"
 }
-
-# Text width of other families' UNets, to say what a wrong file is.
-OTHER_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
 
 
 class Source(NamedTuple):

@@ -5,14 +5,15 @@ Shapes: B pictures, T tokens, h and w the latents' size, an eighth of the pictur
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 
-from rasengan import UserError, decoding, graphs, memory, sdxl
+from rasengan import UserError, data, decoding, first_line, graphs, memory, sdxl
 
 
 class Denoiser:
@@ -129,6 +130,30 @@ def draw(
         latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
         on_step()
     return latents
+
+
+def read_picture(file: str, height: int | None, width: int | None, side: int) -> torch.Tensor:
+    """Return the pixels (1, 3, H, W), fp32 in [-1, 1], of a picture to begin with.
+
+    Args:
+        file: the picture's.
+        height: in px; None, for both, keeps the picture's shape at the area of a square of `side` px. Otherwise it is
+            cropped to the size that was asked for.
+        width: likewise; None for one of them takes `side`.
+        side: in px.
+
+    Raises:
+        UserError: there is no such picture, or it is broken.
+    """
+    try:
+        image = data.decode(Path(file).read_bytes())
+    except Exception as error:  # Pillow's plugins raise what they like
+        raise UserError(f"--init_image {file} cannot be read: {first_line(error)} Give a picture.") from error
+    if height is None and width is None:
+        scale = side / (image.width * image.height) ** 0.5
+        height, width = (max(8, round(length * scale / 8) * 8) for length in (image.height, image.width))
+    image = ImageOps.fit(image, (width or side, height or side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor, tile: int | None = decoding.TILE) -> list[Image.Image]:

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from rasengan import UserError, first_line
-from rasengan.export import DIFFUSERS_FILE
+from rasengan.adapters import DIFFUSERS_FILE
 from rasengan.files import write_atomically
 
 

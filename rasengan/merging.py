@@ -1,19 +1,33 @@
-"""Prove that an adapter fits a model, merge it hard, and prove that the merge changed what it should.
+"""Prove that adapters fit a model, merge them hard, and prove that the merge changed what it should.
 
-Weights are named as `export` names them.
+Weights are named as in `adapters`.
 """
 
 import copy
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
-from rasengan import UserError, export
+from rasengan import UserError
+from rasengan.adapters import (
+    Adapter,
+    Config,
+    alpha_of,
+    by_module,
+    fit_names,
+    kind_of,
+    rank_of,
+    split_key,
+    strength_of,
+)
+from rasengan.families import guess_family
+
+
+Layer = torch.nn.Linear | torch.nn.Conv2d
+LAYER = (torch.nn.Linear, torch.nn.Conv2d)
 
 
 class MergeReport(NamedTuple):
@@ -23,122 +37,217 @@ class MergeReport(NamedTuple):
     relative_change: float
 
 
+# --- does it fit? ---
+
+
 def check_adapter(
-    weights: dict[str, torch.Tensor], config: LoraConfig, model: torch.nn.Module, component: str
+    weights: dict[str, torch.Tensor], config: Config, model: torch.nn.Module, component: str
 ) -> list[str]:
     """Return the names of the modules that the adapter changes, once every key is shown to fit the model.
 
     Args:
         weights: of one component, by name.
-        config: the LoRA's.
+        config: its settings.
         model: the component, or its skeleton on the meta device.
         component: its name, for messages.
 
     Raises:
         UserError: a key is unknown, half of a pair is missing, a shape does not fit, or a targeted module has none.
     """
-    weights, model_modules = export.fit_names(weights, model), dict(model.named_modules())
-    pairs, problems = {}, []
-    for key, tensor in weights.items():
-        module, _, part = key.rpartition(".lora_")
-        if part not in {"A.weight", "B.weight"}:
+    fitted, layers = fit_names(weights, model), dict(model.named_modules())
+    problems = []
+    for key in fitted:
+        found = split_key(key)
+        if found is None:
             problems.append(f"{key} is no lora_A or lora_B weight")
-        elif not isinstance(model_modules.get(module), torch.nn.Linear):
+        elif not isinstance(layers.get(found[0]), LAYER):
             problems.append(f"{key} has no linear layer in the model")
-        else:
-            pairs.setdefault(module, {})[part[0]] = tensor.shape
-    for module, shapes in pairs.items():
-        layer, rank = model_modules[module], _of_module(config.rank_pattern, module, config.r)
-        if shapes.keys() != {"A", "B"}:
-            problems.append(f"{module} has no lora_{'A' if 'B' in shapes else 'B'}")
-        elif not (shapes["A"] == (rank, layer.in_features) and shapes["B"] == (layer.out_features, rank)):
-            problems.append(
-                f"{module} is {layer.out_features} x {layer.in_features} at rank {rank}, but its lora_B and "
-                f"lora_A are {' x '.join(map(str, shapes['B']))} and {' x '.join(map(str, shapes['A']))}"
-            )
-    for module, layer in model_modules.items():
-        targeted = isinstance(layer, torch.nn.Linear) and bool(check_target_module_exists(config, module))
-        if targeted and module not in pairs:
+    modules = {module: parts for module, parts in by_module(fitted).items() if isinstance(layers.get(module), LAYER)}
+    for module, parts in modules.items():
+        problems += _shape_problems(module, parts, config, layers[module])
+    for module, layer in layers.items():
+        targeted = isinstance(layer, LAYER) and bool(check_target_module_exists(config, module))
+        if targeted and module not in modules:
             problems.append(f"{module} is targeted, but has no weights")
-    if problems or not pairs:
+    if problems or not modules:
         shown = "; ".join(problems[:5]) or "it holds no weights"
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        family = guess_family(weights)
+        guess = f"It looks as if made for {family}. " if family else ""
         raise UserError(
-            f"The adapter does not fit the {component}: {shown}{more}. Give the base model that it was trained on, "
-            "or export it again."
+            f"The adapter does not fit the {component}: {shown}{more}. {guess}Give the base model that it was "
+            "trained on, or export it again."
         )
-    return list(pairs)
+    return list(modules)
 
 
-def _of_module(pattern: dict, module: str, default: float) -> float:
-    # A pattern's keys are ends of names, or regular expressions for them.
-    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+def _shape_problems(module: str, parts: dict[str, torch.Tensor], config: Config, layer: Layer) -> list[str]:
+    """Return what of a module's weights does not fit its layer."""
+    rank, (out_size, in_size, *kernel) = rank_of(config, module), layer.weight.shape
+    shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    if kind_of(config) != "LORA":
+        expected = {key: tuple(shape) for key, shape in _expected_shapes(config, module, layer).items()}
+        wrong = sorted(part for part in shapes.keys() | expected.keys() if shapes.get(part) != expected.get(part))
+        return [
+            f"{module}.{part} is {_shown(shapes.get(part))} at rank {rank}, where PEFT's is "
+            f"{_shown(expected.get(part))}"
+            for part in wrong
+        ]
+    names = {"lora_A.weight", "lora_B.weight"}
+    if missing := sorted(names - shapes.keys()):
+        return [f"{module} has no {missing[0].removesuffix('.weight')}"]
+    expected = [(out_size, rank, *(1 for _ in kernel)), (rank, in_size, *kernel)]
+    found = [shapes["lora_B.weight"], shapes["lora_A.weight"]]
+    problems = []
+    if found != expected:
+        problems.append(
+            f"{module} is {_shown(layer.weight.shape)} at rank {rank}, but its lora_B and lora_A are "
+            f"{_shown(found[0])} and {_shown(found[1])}"
+        )
+    magnitude = shapes.get("lora_magnitude_vector")
+    if (magnitude is not None) != config.use_dora:
+        problems.append(f"{module} {'lacks the' if config.use_dora else 'has a'} magnitude vector of a DoRA")
+    elif magnitude is not None and magnitude != ((1, out_size, 1, 1) if kernel else (out_size,)):
+        problems.append(f"{module} has {out_size} outputs, but its magnitude vector is {_shown(magnitude)}")
+    return problems
+
+
+def _shown(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))
+
+
+def _expected_shapes(config: Config, module: str, layer: Layer) -> dict[str, torch.Size]:
+    """Return the shape of each part as PEFT makes it for a layer."""
+    with torch.device("meta"):
+        shell = _shell(layer)
+        peft_model = get_peft_model(torch.nn.ModuleDict({"layer": shell}), _layer_config(config, module, 1.0))
+    keys = {key.replace(".default", ""): tensor.shape for key, tensor in peft_model.state_dict().items()}
+    return {found[1]: shape for key, shape in keys.items() if (found := split_key(key))}
+
+
+def _shell(layer: Layer) -> Layer:
+    """Return a layer of the same sizes, without a bias: a merge changes none."""
+    if isinstance(layer, torch.nn.Linear):
+        return torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    return torch.nn.Conv2d(*sizes, bias=False)
+
+
+# --- the merge ---
 
 
 @torch.no_grad()
 def merge(
-    model: torch.nn.Module, weights: dict[str, torch.Tensor], config: LoraConfig, component: str, scale: float = 1.0
+    model: torch.nn.Module, adapters: Sequence[tuple[Adapter, float]], component: str
 ) -> tuple[torch.nn.Module, MergeReport]:
-    """Merge an adapter into the model's own weights through PEFT, and prove that it changed them.
+    """Merge adapters into the model's own weights through PEFT, in place, and prove that they changed them.
 
-    W + scale * alpha / rank * B A is computed in fp32 and rounded once to the model's dtype. While it runs, the
-    weights that it changes are held twice.
+    Each layer is merged by itself: a copy of it in fp32 is given to PEFT, which adds the change of one adapter after
+    the other, W + scale * alpha / rank * B A for a LoRA; the sum is rounded once, to the model's dtype. One layer
+    exists twice at a time. The changes of LoRAs, LoHas and LoKrs are sums, whatever their order; a DoRA rescales what
+    the adapters before it have made.
 
     Args:
         model: the component, on any device.
-        weights: of this component, by name, fp32.
-        config: the LoRA's.
+        adapters: each with the scale on its whole change; those without weights for this component, and those at
+            scale 0, are left out.
         component: its name, for messages.
-        scale: on the whole change; 0 leaves the model as it is.
 
     Raises:
-        UserError: the adapter does not fit, or changes nothing, or not all that it should, or makes a weight
-            non-finite.
+        UserError: an adapter does not fit, or changes nothing, or PEFT does not change what it should, or a weight
+            becomes non-finite.
     """
-    modules, weights = check_adapter(weights, config, model, component), export.fit_names(weights, model)
-    before = {name: model.get_submodule(name).weight.detach().clone() for name in modules}
-    config = copy.deepcopy(config)
-    config.target_modules = modules
-    # What they left out in the training has no weights here; PEFT would leave out more.
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.lora_alpha *= scale
-    config.alpha_pattern = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        export.write_peft(Path(folder), {key: tensor.float().contiguous() for key, tensor in weights.items()}, config)
-        # safe_merge would round the change to the model's dtype before adding it; finiteness is checked below.
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=False)
-
-    squared_change, squared_norm, changed, unmerged = 0.0, 0.0, 0, []
-    for name, old in before.items():
-        new = model.get_submodule(name).weight
-        if not torch.equal(new, old):
-            changed += 1
-        elif not torch.equal((old.float() + _weight_change(weights, config, name, old.device)).to(old.dtype), old):
-            unmerged.append(name)
-        if not torch.isfinite(new).all():
+    parts = [_Part.of(adapter, scale, model, component) for adapter, scale in adapters if component in adapter.weights]
+    parts = [part for part in parts if part.scale != 0]
+    squared_change, squared_norm, changed = 0.0, 0.0, 0
+    acting = [False] * len(parts)
+    for name in dict.fromkeys(name for part in parts for name in part.modules):
+        layer = model.get_submodule(name)
+        old = layer.weight.detach()
+        new = old.float()
+        for number, part in enumerate(parts):
+            if name in part.modules:
+                before, new = new, _merged_weight(layer, new, part, name)
+                _check_change(part, name, component, before, new)
+                acting[number] = acting[number] or not torch.equal(before, new)
+        rounded = new.to(old.dtype)
+        if not torch.isfinite(rounded).all():
             raise UserError(
-                f"Merging makes {component}.{name} non-finite: the adapter is damaged, or overflows in {new.dtype}. "
+                f"Merging makes {component}.{name} non-finite: the adapter is damaged, or overflows in {old.dtype}. "
                 "Give another checkpoint, or a smaller --lora_scale."
             )
-        squared_change += (new.float() - old.float()).square().sum(dtype=torch.float64).item()
+        changed += not torch.equal(rounded, old)
+        squared_change += (rounded.float() - old.float()).square().sum(dtype=torch.float64).item()
         squared_norm += old.float().square().sum(dtype=torch.float64).item()
-    if unmerged:
-        raise UserError(
-            f"The merge left out {len(unmerged)} of {len(modules)} modules of the {component}, such as {unmerged[0]}, "
-            "though the adapter changes them. Export the adapter again with no other settings than r, lora_alpha "
-            "and target_modules."
-        )
-    if squared_change == 0 and scale != 0:
-        raise UserError(
-            f"The adapter changes nothing in the {component}: every weight is the same after the merge. It was saved "
-            "before it was trained, or its lora_B is zero."
-        )
-    return model.requires_grad_(False), MergeReport(changed, (squared_change / squared_norm) ** 0.5)
+        layer.weight.data.copy_(rounded)
+    if idle := [number + 1 for number, acts in enumerate(acting) if not acts]:
+        raise _idle_error(f"Adapter {idle[0]} of {len(parts)}" if len(parts) > 1 else "The adapter", component)
+    if parts and squared_change == 0:
+        raise _idle_error("The adapter" if len(parts) == 1 else "All adapters together", component)
+    return model.requires_grad_(False), MergeReport(changed, (squared_change / (squared_norm or 1.0)) ** 0.5)
 
 
-def _weight_change(
-    weights: dict[str, torch.Tensor], config: LoraConfig, module: str, device: torch.device
-) -> torch.Tensor:
-    a, b = (weights[f"{module}.lora_{part}.weight"].to(device).float() for part in "AB")
-    strength = _of_module(config.alpha_pattern, module, config.lora_alpha)
-    return strength / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0]) * (b @ a)
+class _Part(NamedTuple):
+    """One adapter's share of a merge."""
+
+    modules: dict[str, dict[str, torch.Tensor]]
+    config: Config
+    scale: float
+
+    @classmethod
+    def of(cls, adapter: Adapter, scale: float, model: torch.nn.Module, component: str) -> "_Part":
+        weights, config = adapter.weights[component], adapter.configs[component]
+        check_adapter(weights, config, model, component)
+        return cls(by_module(fit_names(weights, model)), config, scale)
+
+
+def _idle_error(who: str, component: str) -> UserError:
+    return UserError(
+        f"{who} changes nothing in the {component}: every weight is the same after the merge. It was saved before it "
+        "was trained, or its lora_B is zero."
+    )
+
+
+def _merged_weight(layer: Layer, weight: torch.Tensor, part: _Part, module: str) -> torch.Tensor:
+    """Return a layer's fp32 weight with one adapter merged into it by PEFT."""
+    with torch.device("meta"):
+        shell = _shell(layer)
+    shell.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    config = _layer_config(part.config, module, part.scale)
+    peft_model = get_peft_model(torch.nn.ModuleDict({"layer": shell}), config, low_cpu_mem_usage=True)
+    weights = {
+        f"base_model.model.layer.{name}": tensor.to(weight.device, torch.float32).contiguous()
+        for name, tensor in part.modules[module].items()
+    }
+    set_peft_model_state_dict(peft_model, weights, low_cpu_mem_usage=True)
+    # Of a weight in fp32 the merge is exact to fp32; safe_merge would only look for what is looked for anyway.
+    return peft_model.merge_and_unload(safe_merge=False)["layer"].weight.detach()
+
+
+def _layer_config(config: Config, module: str, scale: float) -> PeftConfig:
+    """Return the settings of one module alone, which is called layer."""
+    config = copy.deepcopy(config)
+    alpha = alpha_of(config, module) * scale
+    setattr(config, "lora_alpha" if kind_of(config) == "LORA" else "alpha", alpha)
+    config.r = rank_of(config, module)
+    config.target_modules, config.rank_pattern, config.alpha_pattern = ["layer"], {}, {}
+    # What they left out in the training has no weights here; PEFT would leave out more.
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    # How it was begun, or trained, no longer matters.
+    config.init_lora_weights, config.inference_mode = True, True
+    return config
+
+
+def _check_change(part: _Part, module: str, component: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Compare what PEFT added for a LoRA with the product of its matrices."""
+    if kind_of(part.config) != "LORA" or part.config.use_dora:
+        return
+    a, b = (part.modules[module][f"lora_{name}.weight"].to(before.device).float() for name in "AB")
+    change = part.scale * strength_of(part.config, module) * (b.flatten(1) @ a.flatten(1)).view_as(before)
+    difference = (after - before - change).norm()
+    # Far above what the two roundings of fp32 leave, far below a change that is missing.
+    if torch.isfinite(difference) and difference > 1e-3 * change.norm() + 1e-6 * before.norm():
+        raise UserError(
+            f"The merge left out {component}.{module}, or changed it otherwise than lora_B x lora_A says. Export the "
+            "adapter again with no other settings than r, lora_alpha and target_modules."
+        )

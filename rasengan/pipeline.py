@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image
 
-from rasengan import components, decoding, drawing, fused, lora, memory, merging
+from rasengan import components, decoding, drawing, fused, lora, memory, merging, sdxl
 from rasengan.adapters import Adapter
 
 
@@ -119,6 +119,17 @@ class Pipeline:
                 decoding.fuse_decoder(vae)
             self.vae = vae
         return self.vae
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of a picture's latents, for `drawing.draw` to begin with.
+
+        Args:
+            pixels: (1, 3, H, W), as `drawing.read_picture` returns them.
+        """
+        vae = self.load_vae()
+        with torch.no_grad():
+            moments = sdxl.encode_pictures(vae, pixels)
+        return tuple(part * vae.config.scaling_factor for part in moments)
 
     def decode_fits(self, budget_gib: float) -> bool:
         """Say whether the VAE fits into a budget beside the UNet and what drawing with it has taken so far."""

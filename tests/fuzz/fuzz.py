@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import load_script  # noqa: E402
 
-from rasengan import UserError, checkpoint, components, data, demo, export, resuming  # noqa: E402
+from rasengan import UserError, adapter_reader, adapters, checkpoint, components, data, demo, export, resuming  # noqa: E402
 
 
 # --- what reads files: each takes bytes, and may raise a UserError alone ---
@@ -64,17 +64,17 @@ class Targets:
         folders = {name: base / name for name in components.COMPONENTS}
         return {
             "adapter": (
-                work / "adapter" / export.DIFFUSERS_FILE,
-                lambda: export.read_adapter(work / "adapter", lora_alpha=None),
+                work / "adapter" / adapters.DIFFUSERS_FILE,
+                lambda: adapter_reader.read_adapter(work / "adapter", lora_alpha=None),
             ),
             "PEFT configuration": (
                 work / "peft" / "adapter_config.json",
-                lambda: export.read_adapter(work / "peft"),
+                lambda: adapter_reader.read_adapter(work / "peft"),
             ),
-            "PEFT weights": (work / "peft" / export.PEFT_FILE, lambda: export.read_adapter(work / "peft")),
+            "PEFT weights": (work / "peft" / adapters.PEFT_FILE, lambda: adapter_reader.read_adapter(work / "peft")),
             "pickled adapter": (
                 work / "adapter.bin",
-                lambda: export.read_adapter(work / "adapter.bin", 4, allow_pickle=True),
+                lambda: adapter_reader.read_adapter(work / "adapter.bin", 4, allow_pickle=True),
             ),
             "manifest": (
                 saved / checkpoint.MANIFEST_FILE,

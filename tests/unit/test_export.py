@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, components, export, lora, merging
+from rasengan import UserError, adapter_reader, adapters, components, export, lora, merging
 
 
 RANK, LORA_ALPHA = 4, 12.0
@@ -59,7 +60,7 @@ def adapted_pipeline(tiny_base, saved):
 @pytest.fixture
 def file(saved, tmp_path):
     """A copy of the file in diffusers' layout, to damage."""
-    return shutil.copy(saved / export.DIFFUSERS_FILE, tmp_path / "adapter.safetensors")
+    return shutil.copy(saved / adapters.DIFFUSERS_FILE, tmp_path / "adapter.safetensors")
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def difference(found, expected):
 
 
 def merged(tiny_base, name, adapter, dtype=torch.float32, scale=1.0):
-    return merging.merge(load(tiny_base, name, dtype), adapter.weights[name], adapter.configs[name], name, scale)
+    return merging.merge(load(tiny_base, name, dtype), [(adapter, scale)], name)
 
 
 def rewrite(file, change, metadata=None):
@@ -105,7 +106,7 @@ def test_diffusers_peft_and_the_merge_answer_as_the_live_model_does(tiny_base, m
     assert difference(answer(name, PeftModel.from_pretrained(load(tiny_base, name), folder)), live) < 1e-5
 
     for path in (saved, saved / "peft"):
-        model, report = merged(tiny_base, name, export.read_adapter(path))
+        model, report = merged(tiny_base, name, adapter_reader.read_adapter(path))
         assert type(model) is type(load(tiny_base, name))
         assert not any("lora" in key for key in model.state_dict())
         assert difference(answer(name, model), live) < 1e-5
@@ -115,7 +116,7 @@ def test_diffusers_peft_and_the_merge_answer_as_the_live_model_does(tiny_base, m
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_merge_into_fp16_rounds_once(tiny_base, saved, name):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     base = {key: tensor.double() for key, tensor in load(tiny_base, name, torch.float16).state_dict().items()}
     expected, squared_change, squared_norm = dict(base), 0, 0
     weights = adapter.weights[name]
@@ -141,7 +142,7 @@ def test_a_merge_into_fp16_rounds_once(tiny_base, saved, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scale_0_leaves_the_base_bit_for_bit(tiny_base, saved, dtype):
-    model, report = merged(tiny_base, "unet", export.read_adapter(saved), dtype, scale=0.0)
+    model, report = merged(tiny_base, "unet", adapter_reader.read_adapter(saved), dtype, scale=0.0)
     base = load(tiny_base, "unet", dtype).state_dict()
     assert report == (0, 0)  # modules changed, and by how much
     for key, tensor in model.state_dict().items():
@@ -185,13 +186,13 @@ def test_equal_weights_give_equal_files_in_a_process_with_another_hash_seed(tiny
 
 
 @pytest.mark.parametrize(
-    "name", [export.DIFFUSERS_FILE, f"peft/{export.PEFT_FILE}", f"peft/text_encoder/{export.PEFT_FILE}"]
+    "name", [adapters.DIFFUSERS_FILE, f"peft/{adapters.PEFT_FILE}", f"peft/text_encoder/{adapters.PEFT_FILE}"]
 )
 @pytest.mark.parametrize("bit", [0, 7])
 def test_one_changed_bit_on_disk_is_noticed(models, saved, tmp_path, name, bit):
     shutil.copytree(saved, tmp_path / "copy")
     damaged = tmp_path / "copy" / name
-    path = damaged if damaged.name == export.DIFFUSERS_FILE else tmp_path / "copy" / "peft"
+    path = damaged if damaged.name == adapters.DIFFUSERS_FILE else tmp_path / "copy" / "peft"
     export.verify_saved(path, models)
     content = bytearray(damaged.read_bytes())
     content[-len(content) // 4] ^= 1 << bit
@@ -222,9 +223,9 @@ def test_a_diverged_adapter_is_not_blamed_on_the_disk(tiny_base, tmp_path):
 
 
 def test_a_missing_adapter_is_refused(tmp_path):
-    for path, missing in ((tmp_path / "no", tmp_path / "no"), (tmp_path, tmp_path / export.DIFFUSERS_FILE)):
+    for path, missing in ((tmp_path / "no", tmp_path / "no"), (tmp_path, tmp_path / adapters.DIFFUSERS_FILE)):
         with pytest.raises(UserError, match=f"no adapter at {missing}.*--lora_weights"):
-            export.read_adapter(path)
+            adapter_reader.read_adapter(path)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 5000, -1])
@@ -232,21 +233,21 @@ def test_a_truncated_file_is_refused(file, kept):
     content = file.read_bytes()
     file.write_bytes(content[:kept])
     with pytest.raises(UserError, match="adapter.safetensors is no whole safetensors file.*[Cc]opy or download"):
-        export.read_adapter(file)
+        adapter_reader.read_adapter(file)
 
 
 def test_a_file_without_alpha_names_both_readings_and_loads_with_the_flag(tiny_base, models, file):
     rewrite(file, dict, metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
-        export.read_adapter(file)
+        adapter_reader.read_adapter(file)
     assert "does not say its alpha" in str(caught.value)
     assert f"alpha = rank = {RANK}" in str(caught.value)
     assert "alpha that is unknown" in str(caught.value)
     assert f"--lora_alpha {RANK}" in str(caught.value)
 
-    adapter = export.read_adapter(file, lora_alpha=LORA_ALPHA)
+    adapter = adapter_reader.read_adapter(file, lora_alpha=LORA_ALPHA)
     assert difference(answer("unet", merged(tiny_base, "unet", adapter)[0]), answer("unet", models["unet"])) < 1e-5
-    weaker = merged(tiny_base, "unet", export.read_adapter(file, lora_alpha=RANK))[0]
+    weaker = merged(tiny_base, "unet", adapter_reader.read_adapter(file, lora_alpha=RANK))[0]
     assert difference(answer("unet", weaker), answer("unet", models["unet"])) > 0.01
 
 
@@ -255,9 +256,9 @@ def test_damaged_metadata_are_refused(file, metadata):
     def only_unet(tensors):
         return {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
 
-    rewrite(file, only_unet, metadata={export.LORA_ADAPTER_METADATA_KEY: metadata})
+    rewrite(file, only_unet, metadata={LORA_ADAPTER_METADATA_KEY: metadata})
     with pytest.raises(UserError, match="adapter.safetensors"):
-        export.read_adapter(file)
+        adapter_reader.read_adapter(file)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"peft_type": "LORA", "r": 4, "target_modules": ["to_q"]}'])
@@ -265,7 +266,7 @@ def test_a_peft_folder_with_a_damaged_config_or_without_alpha_is_refused(saved, 
     shutil.copytree(saved / "peft", tmp_path / "peft")
     (tmp_path / "peft" / "adapter_config.json").write_text(text)
     with pytest.raises(UserError, match="adapter_config.json"):
-        export.read_adapter(tmp_path / "peft")
+        adapter_reader.read_adapter(tmp_path / "peft")
 
 
 # What the merge reads of an adapter's settings, each with a value that it cannot be.
@@ -290,31 +291,31 @@ UNUSABLE = [
 def test_settings_that_cannot_be_used_are_refused_by_name(saved, tmp_path, file, layout, setting, value):
     if layout == "diffusers":
         with safe_open(file, framework="pt") as content:
-            settings = json.loads(content.metadata()[export.LORA_ADAPTER_METADATA_KEY])
+            settings = json.loads(content.metadata()[LORA_ADAPTER_METADATA_KEY])
         settings[f"unet.{setting}"] = value
-        rewrite(file, dict, metadata={export.LORA_ADAPTER_METADATA_KEY: json.dumps(settings)})
+        rewrite(file, dict, metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(settings)})
     else:
         file = shutil.copytree(saved / "peft", tmp_path / "peft")
         settings = json.loads((file / "adapter_config.json").read_text())
         (file / "adapter_config.json").write_text(json.dumps(settings | {setting: value}))
     with pytest.raises(UserError, match=f"adapter.*{setting}|adapter.*task type"):
-        export.read_adapter(file)
+        adapter_reader.read_adapter(file)
 
 
 def test_patterns_that_are_null_are_none(tiny_base, saved, tmp_path):
     folder = shutil.copytree(saved / "peft", tmp_path / "peft")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": None, "alpha_pattern": None}))
-    _, report = merged(tiny_base, "unet", export.read_adapter(folder))
+    _, report = merged(tiny_base, "unet", adapter_reader.read_adapter(folder))
     assert report.modules == MODULES["unet"]
 
 
-@pytest.mark.parametrize("kind", ["IA3", "LOKR", "unheard of"])
+@pytest.mark.parametrize("kind", ["IA3", "OFT", "unheard of"])
 def test_a_peft_folder_of_another_kind_is_refused_by_its_name(saved, tmp_path, kind):
     folder = shutil.copytree(saved / "peft", tmp_path / "peft")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "target_modules": ["to_q"]}))
-    with pytest.raises(UserError, match=f"holds a {kind} adapter, not a LoRA"):
-        export.read_adapter(folder)
+    with pytest.raises(UserError, match=f"holds a {kind} adapter, not a LoRA, LoHa or LoKr"):
+        adapter_reader.read_adapter(folder)
 
 
 @pytest.mark.parametrize("lora_alpha", [None, 16.0])
@@ -330,7 +331,7 @@ def test_a_peft_folder_of_another_kind_is_refused_by_its_name(saved, tmp_path, k
 def test_a_file_of_the_layout_without_a_lora_in_it_is_refused_whatever_its_alpha(tmp_path, tensors, lora_alpha):
     save_file(tensors, tmp_path / "adapter.safetensors")
     with pytest.raises(UserError, match=r"adapter.safetensors holds no LoRA weights"):
-        export.read_adapter(tmp_path / "adapter.safetensors", lora_alpha)
+        adapter_reader.read_adapter(tmp_path / "adapter.safetensors", lora_alpha)
 
 
 WRONG_OPTIONS = [
@@ -356,12 +357,12 @@ def change_options(saved, tmp_path, layout, changes):
         kept = {name: value for name, value in options.items() if value != "absent"}
         (folder / "adapter_config.json").write_text(json.dumps(kept))
         return folder
-    file = shutil.copy(saved / export.DIFFUSERS_FILE, tmp_path / "adapter.safetensors")
+    file = shutil.copy(saved / adapters.DIFFUSERS_FILE, tmp_path / "adapter.safetensors")
     with safe_open(file, framework="pt") as content:
-        options = json.loads(content.metadata()[export.LORA_ADAPTER_METADATA_KEY])
+        options = json.loads(content.metadata()[LORA_ADAPTER_METADATA_KEY])
     options |= {f"unet.{name}": value for name, value in changes.items()}
     kept = {name: value for name, value in options.items() if value != "absent" and name.startswith("unet.")}
-    metadata = {export.LORA_ADAPTER_METADATA_KEY: json.dumps(kept)}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(kept)}
     rewrite(file, lambda tensors: {k: v for k, v in tensors.items() if k.startswith("unet.")}, metadata)
     return file
 
@@ -372,7 +373,7 @@ def test_options_of_another_kind_are_refused_by_the_files_name(saved, tmp_path, 
     path = change_options(saved, tmp_path, layout, changes)
     name = "adapter_config.json" if layout == "peft" else "adapter.safetensors"
     with pytest.raises(UserError, match=f"{name}.*({'|'.join(changes)}|missing|unterminated)") as error:
-        export.read_adapter(path)
+        adapter_reader.read_adapter(path)
     assert "\n" not in str(error.value)
 
 
@@ -410,30 +411,30 @@ def of_another_width(weights):
     ],
 )
 def test_an_adapter_that_does_not_fit_or_act_is_refused(tiny_base, saved, change, reason):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     adapter.weights["unet"] = change(adapter.weights["unet"])
     with pytest.raises(UserError, match=reason):
         merged(tiny_base, "unet", adapter)
 
 
 def test_keys_of_another_layout_are_refused(file):
-    rewrite(file, lambda tensors: tensors | {"lora_unet_mid_block.lora_down.weight": torch.ones(1)})
-    with pytest.raises(UserError, match="1 keys that are not of diffusers' layout, such as 'lora_unet_mid_block"):
-        export.read_adapter(file)
+    rewrite(file, lambda tensors: tensors | {"lora_unet_nothing": torch.ones(1)})
+    with pytest.raises(UserError, match="1 keys of 313 that no layout of an SDXL adapter has: 'lora_unet_nothing"):
+        adapter_reader.read_adapter(file)
 
 
 # --- what others write ---
 
 
 def test_a_module_that_a_regular_expression_targets_must_have_weights(tiny_base, saved):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     adapter.configs["unet"].target_modules = r".*\.(to_[qkv]|to_out\.0|proj_in)"
     with pytest.raises(UserError, match="proj_in is targeted, but has no weights"):
         merged(tiny_base, "unet", adapter)
 
 
 def test_an_adapter_whose_targets_are_a_regular_expression_or_exclude_modules_fits(tiny_base, saved):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     for options in (
         {"target_modules": r".*\.(to_[qkv]|to_out\.0)"},
         {"target_modules": [*lora.UNET_TARGETS, "proj_in"], "exclude_modules": r".*\.proj_in"},
@@ -453,7 +454,7 @@ def test_text_encoder_keys_are_written_under_text_model_and_read_with_or_without
     assert all(key.split(".")[1] == "text_model" for key in keys)
     rewrite(file, lambda tensors: {key.replace("text_model.", ""): tensor for key, tensor in tensors.items()})
     for name in encoders:
-        model, _ = merged(tiny_base, name, export.read_adapter(file))
+        model, _ = merged(tiny_base, name, adapter_reader.read_adapter(file))
         assert difference(answer(name, model), answer(name, models[name])) < 1e-5
 
 
@@ -463,7 +464,7 @@ def test_text_encoder_keys_are_written_under_text_model_and_read_with_or_without
     ids=lambda options: next(iter(options)),
 )
 def test_what_a_training_left_out_does_not_keep_a_merge_from_changing_what_has_weights(tiny_base, saved, options):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     expected = merged(tiny_base, "unet", adapter)[0].state_dict()
     for field, value in options.items():
         setattr(adapter.configs["unet"], field, value)
@@ -474,21 +475,23 @@ def test_what_a_training_left_out_does_not_keep_a_merge_from_changing_what_has_w
 
 
 def test_a_merge_counts_the_modules_that_it_changed(tiny_base, saved):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     key = next(key for key in adapter.weights["unet"] if "attn2.to_k.lora_B" in key)
     adapter.weights["unet"][key] = torch.zeros_like(adapter.weights["unet"][key])
     assert merged(tiny_base, "unet", adapter)[1].modules == MODULES["unet"] - 1
 
 
 def test_a_module_that_a_merge_leaves_out_is_refused_by_name(tiny_base, saved, monkeypatch):
-    adapter = export.read_adapter(saved)
+    adapter = adapter_reader.read_adapter(saved)
     key = next(key for key in adapter.weights["unet"] if "attn2.to_k.lora_B" in key)
+    left_out = adapter.weights["unet"][key]
 
-    def forget_one(folder, weights, config, write=export.write_peft):
-        write(folder, weights | {key: torch.zeros_like(weights[key])}, config)
+    def forget_one(model, weights, load=merging.set_peft_model_state_dict, **options):
+        kept = {k: torch.zeros_like(w) if torch.equal(w, left_out) else w for k, w in weights.items()}
+        return load(model, kept, **options)
 
-    monkeypatch.setattr(export, "write_peft", forget_one)
-    with pytest.raises(UserError, match=rf"left out 1 of 136 modules of the unet, such as {key.split('.lora_')[0]}"):
+    monkeypatch.setattr(merging, "set_peft_model_state_dict", forget_one)
+    with pytest.raises(UserError, match=rf"left out unet\.{key.split('.lora_')[0]}"):
         merged(tiny_base, "unet", adapter)
 
 
@@ -509,7 +512,7 @@ def patterned(tiny_base):
 @pytest.mark.parametrize("place", [".", "peft"])
 def test_ranks_and_alphas_of_single_modules_are_merged_as_they_were_trained(tiny_base, patterned, tmp_path, place):
     export.publish(tmp_path, {"unet": patterned})
-    adapter = export.read_adapter(tmp_path / place)
+    adapter = adapter_reader.read_adapter(tmp_path / place)
     assert difference(answer("unet", merged(tiny_base, "unet", adapter)[0]), answer("unet", patterned)) < 1e-5
     adapter.configs["unet"].rank_pattern["attn2.to_k"] = 3
     with pytest.raises(UserError, match=r"attn2.to_k is 64 x 96 at rank 3, but its lora_B and lora_A are 64 x 2"):
@@ -518,10 +521,10 @@ def test_ranks_and_alphas_of_single_modules_are_merged_as_they_were_trained(tiny
 
 def test_ranks_of_single_modules_in_a_file_without_metadata_are_those_of_the_shapes(tiny_base, patterned, tmp_path):
     export.publish(tmp_path, {"unet": patterned})
-    file = tmp_path / export.DIFFUSERS_FILE
-    weights = export.read_adapter(file).weights["unet"]
+    file = tmp_path / adapters.DIFFUSERS_FILE
+    weights = adapter_reader.read_adapter(file).weights["unet"]
     rewrite(file, dict, metadata={"format": "pt"})
-    model, report = merged(tiny_base, "unet", export.read_adapter(file, lora_alpha=5.0))
+    model, report = merged(tiny_base, "unet", adapter_reader.read_adapter(file, lora_alpha=5.0))
     assert report.modules == MODULES["unet"]
     base = load(tiny_base, "unet")
     for key, a in weights.items():
@@ -533,9 +536,9 @@ def test_ranks_of_single_modules_in_a_file_without_metadata_are_those_of_the_sha
 
 def test_an_alpha_that_contradicts_the_files_is_refused(saved):
     for path in (saved, saved / "peft"):
-        assert export.read_adapter(path, lora_alpha=LORA_ALPHA).configs["unet"].lora_alpha == LORA_ALPHA
+        assert adapter_reader.read_adapter(path, lora_alpha=LORA_ALPHA).configs["unet"].lora_alpha == LORA_ALPHA
         with pytest.raises(UserError, match=r"--lora_alpha is 5, but .* says 12 for the unet.*--lora_scale"):
-            export.read_adapter(path, lora_alpha=5.0)
+            adapter_reader.read_adapter(path, lora_alpha=5.0)
 
 
 def test_published_files_can_be_read_by_whom_the_umask_allows(models, tmp_path):

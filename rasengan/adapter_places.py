@@ -1,0 +1,93 @@
+"""Where an adapter is: a path, a hub repository, or a file or folder in one."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from rasengan import UserError, first_line
+from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+
+
+# What a repository's folder is looked through for. No patterns: theirs would reach into every folder below, and fetch
+# a whole base model.
+KNOWN_FILES = (
+    DIFFUSERS_FILE,
+    *(f"{folder}{name}" for folder in ("", *(f"{n}/" for n in ADAPTABLE[1:])) for name in (PEFT_CONFIG, PEFT_FILE)),
+)
+
+
+def fetch_adapter(place: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Return the local file or folder of an adapter, downloading it from the hub first where it is not local.
+
+    Args:
+        place: a path; or `organization/name`, whose repository holds a PEFT folder, `pytorch_lora_weights.safetensors`
+            or a single .safetensors file at its top, or `peft/` below it; or `organization/name/folder-or-file`. Of
+            a repository safetensors and JSON files alone are fetched.
+        revision: git revision on the hub.
+        cache_dir: where downloads go.
+
+    Raises:
+        UserError: there is neither such a path nor such a repository, or it holds no adapter, or several.
+    """
+    path = Path(place).expanduser()
+    parts = place.split("/")
+    if path.exists() or len(parts) < 2 or not _is_repository("/".join(parts[:2])):
+        return path  # one that is not there is refused by who reads it, in the words for files
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    if not inside.endswith(".safetensors"):
+        prefix = f"{inside.strip('/')}/" if inside else ""
+        known = [prefix + name for name in KNOWN_FILES]
+        folder = _download(repository, known, revision, cache_dir) / inside
+        if any((folder / name).is_file() for name in KNOWN_FILES):
+            return folder
+        inside = _only_file(repository, prefix, revision)
+    file = _download(repository, [inside], revision, cache_dir) / inside
+    if not file.is_file():
+        raise UserError(f"{repository} on the hub has no {inside}. Correct the name behind the repository's.")
+    return file
+
+
+def _is_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _download(repository: str, files: list[str], revision: str | None, cache_dir: str | None) -> Path:
+    try:
+        return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise _refused(repository, revision, error) from error
+    except OSError as error:
+        raise UserError(
+            f"{repository} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or give another "
+            "--cache_dir."
+        ) from error
+
+
+def _only_file(repository: str, prefix: str, revision: str | None) -> str:
+    """Return the name of the only .safetensors file of a repository's folder."""
+    try:
+        names = HfApi().list_repo_files(repository, revision=revision)
+    except (HfHubHTTPError, OSError) as error:
+        raise _refused(repository, revision, error) from error
+    found = [name for name in names if name.endswith(".safetensors") and name.rpartition("/")[0] == prefix[:-1]]
+    if len(found) != 1:
+        raise UserError(
+            f"{repository}{'/' + prefix[:-1] if prefix else ''} on the hub holds no {DIFFUSERS_FILE} and no "
+            f"{PEFT_CONFIG}, and {len(found) or 'no'} other .safetensors files{': ' if found else ''}"
+            f"{', '.join(found[:5])}. Give the file as {repository}/NAME.safetensors."
+        )
+    return found[0]
+
+
+def _refused(repository: str, revision: str | None, error: Exception) -> UserError:
+    at = f" at --revision {revision}" if revision else ""
+    return UserError(
+        f"{repository} is no path here, and the hub did not give it{at}: {first_line(error)} Correct the name, log in "
+        "with `hf auth login` if it is private, or give a file or a folder."
+    )

@@ -1,0 +1,313 @@
+"""Read an adapter of any layout: diffusers', PEFT's, kohya's (which AUTOMATIC1111 reads) and ComfyUI's."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from rasengan import UserError, first_line
+from rasengan.adapters import (
+    ADAPTABLE,
+    DIFFUSERS_FILE,
+    KINDS,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    Adapter,
+    Config,
+    WithoutAlphaError,
+    by_module,
+    default_alpha,
+    infer_config,
+    split_key,
+)
+from rasengan.families import guess_family
+from rasengan.naming import KOHYA_PARTS, parse_kohya_name
+
+
+PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
+# What a merge reads of a LoRA's settings, beside r and alpha.
+SETTINGS = {"target_modules": str | list, "exclude_modules": str | list, "rank_pattern": dict, "alpha_pattern": dict}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool = False) -> Adapter:
+    """Read an adapter from a file, a PEFT folder, or a folder with `pytorch_lora_weights.safetensors`.
+
+    The weights have the dtype of the file. A module's own rank and alpha, as kohya's layout has them, stand in the
+    patterns of the component's settings.
+
+    Args:
+        path: a folder with an `adapter_config.json` is read as PEFT's; every `checkpoint-N` is one of the last kind.
+        lora_alpha: what alpha was in training, for a file that does not say.
+        allow_pickle: read a `.bin`, `.ckpt`, `.pt` or `.pth` too, tensors alone.
+
+    Raises:
+        UserError: there is no adapter, it is a pickle, damaged, of another layout or model family, without alpha, or
+            with another than `lora_alpha`.
+    """
+    if is_peft_folder(path):
+        adapter = _read_peft_folder(path, allow_pickle)
+    else:
+        file = _there(path / DIFFUSERS_FILE) if path.is_dir() else path
+        adapter = _read_single_file(file, lora_alpha, allow_pickle)
+    if not any(adapter.weights.values()):
+        raise _without_weights(path)
+    for name, config in adapter.configs.items():
+        if lora_alpha not in {None, default_alpha(config)}:
+            raise UserError(
+                f"--lora_alpha is {lora_alpha:g}, but {path} says {default_alpha(config):g} for the {name}. Drop the "
+                "flag: --lora_scale is what changes the strength."
+            )
+    return adapter
+
+
+def is_peft_folder(path: Path) -> bool:
+    """Say whether a folder is one of PEFT, perhaps with text encoders in folders of their own."""
+    return any((folder / PEFT_CONFIG).is_file() for folder in _peft_folders(path).values())
+
+
+def _peft_folders(path: Path) -> dict[str, Path]:
+    return {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
+
+
+def _without_weights(path: Path) -> UserError:
+    return UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
+
+
+# --- PEFT folders ---
+
+
+def _read_peft_folder(path: Path, allow_pickle: bool) -> Adapter:
+    folders = _peft_folders(path)
+    if not (path / PEFT_CONFIG).is_file():  # text encoders alone
+        del folders["unet"]
+    weights, configs = {}, {}
+    for name, folder in folders.items():
+        tensors, _ = _read_file(_there(folder / PEFT_FILE), allow_pickle)
+        bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+        # Some versions of PEFT keep the name of the module that holds DoRA's vector.
+        weights[name] = {key.replace("magnitude_vector.weight", "magnitude_vector"): bare[key] for key in bare}
+        configs[name] = _completed(_read_peft_config(folder), weights[name])
+    return Adapter(weights, configs)
+
+
+def _read_peft_config(folder: Path) -> Config:
+    file = folder / PEFT_CONFIG
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+        kind = options.get("peft_type", "LORA")
+        if kind in KINDS:
+            # PEFT would put its own defaults in place of an alpha or a rank that is not there.
+            _check_values(options, kind)
+            return KINDS[kind].from_pretrained(folder)
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}. Copy the folder again.") from error
+    raise UserError(f"{folder} holds a {kind} adapter, not a LoRA, LoHa or LoKr. Give one of these.")
+
+
+def _check_values(options: dict, kind: str = "LORA") -> None:
+    alpha = "lora_alpha" if kind == "LORA" else "alpha"
+    for name, numbers in {"r": int, alpha: int | float}.items():
+        value = options.get(name)
+        if not isinstance(value, numbers) or value is True or not 0 < value < math.inf:
+            raise TypeError(f"{name} is {value!r}, not a positive number")
+    for name, expected in SETTINGS.items():
+        value = options.get(name)
+        names = value if isinstance(value, list | dict) else []
+        if not isinstance(value, expected | None) or not all(isinstance(item, str) for item in names):
+            raise TypeError(f"{name} is {value!r}, not names")
+        for pattern in [value] if isinstance(value, str) else [*names] if isinstance(value, dict) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
+        numbers = value.values() if isinstance(value, dict) else []
+        if not all(isinstance(number, int | float) and number is not True for number in numbers):
+            raise TypeError(f"{name} is {value!r}, not names with numbers")
+    layers = options.get("layers_to_transform") or []
+    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers])):
+        raise TypeError(f"layers_to_transform is {layers!r}, not whole numbers")
+
+
+def _completed(config: Config, weights: Tensors) -> Config:
+    # Without targets PEFT would adapt nothing; the keys say what was adapted.
+    if not config.target_modules:
+        config.target_modules = sorted(by_module(weights))
+    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
+    return config
+
+
+# --- single files ---
+
+
+def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) -> Adapter:
+    tensors, metadata = _read_file(file, allow_pickle)
+    weights, alphas, strangers = _sort(tensors)
+    if strangers:
+        raise _stranger_error(file, tensors, strangers)
+    try:
+        settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        if not isinstance(settings, dict):
+            raise TypeError(f"they are a {type(settings).__name__}")
+        configs = {name: _config_from_metadata(name, part, settings) for name, part in weights.items()}
+    except (TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"The adapter metadata of {file} is not readable: {error}. Export the adapter again."
+        ) from error
+    for name, part in weights.items():
+        configs[name] = configs[name] or _config_from_weights(file, part, alphas[name], lora_alpha)
+    return Adapter(weights, configs)
+
+
+def _sort(tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, dict[str, float]], list[str]]:
+    """Return the weights and the alphas of each component by PEFT's names, and the keys that are neither."""
+    weights, alphas = {name: {} for name in ADAPTABLE}, {name: {} for name in ADAPTABLE}
+    strangers = []
+    for key, tensor in tensors.items():
+        component, _, name = key.partition(".")
+        if component not in weights:
+            component, name = _from_kohya(key) or (None, key)
+            tensor = tensor if component is None else _from_kohya_shape(name, tensor)
+        if component is None or name in weights[component]:
+            strangers.append(key)
+        elif name.endswith(".alpha"):
+            alphas[component][name.removesuffix(".alpha")] = _number(tensor)
+        else:
+            weights[component][name] = tensor
+    weights = {name: _peft_names(name, part) for name, part in weights.items() if part}
+    return weights, alphas, strangers
+
+
+def _from_kohya(key: str) -> tuple[str, str] | None:
+    # ComfyUI's names have dots of their own: where the part begins is told by its name.
+    match = re.fullmatch(r"(.+?)\.(alpha|dora_scale|lora_(?:down|up|A|B)\.weight|(?:hada|lokr)_\w+)", key)
+    found = parse_kohya_name(match[1]) if match else None
+    if found is None:
+        return None
+    component, module = found
+    return component, f"{module}.{KOHYA_PARTS.get(match[2], match[2])}"
+
+
+def _from_kohya_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return DoRA's vector in PEFT's shape; kohya's is (out, 1), and of a convolution (out, 1, 1, 1)."""
+    if not name.endswith("lora_magnitude_vector") or tensor.ndim not in {2, 4} or tensor.shape[1] != 1:
+        return tensor
+    return tensor[:, 0] if tensor.ndim == 2 else tensor.transpose(0, 1)
+
+
+def _number(tensor: torch.Tensor) -> float:
+    # The shortest number that rounds to this one: 0.1 comes back as 0.1.
+    return float(str(tensor.float().numpy().reshape(-1)[0])) if tensor.numel() == 1 else math.nan
+
+
+def _peft_names(component: str, weights: Tensors) -> Tensors:
+    # diffusers' converters know older names of LoRAs too; a text encoder's would change names that are PEFT's already.
+    if all(split_key(key) for key in weights):
+        return weights
+    if component == "unet":
+        return convert_unet_state_dict_to_peft(weights)
+    return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
+
+
+def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserError:
+    if all(key.startswith(PEFT_PREFIX) for key in tensors):
+        return UserError(f"{file} is a part of a PEFT folder. Give the folder, whose {PEFT_CONFIG} says its alpha.")
+    shown = ", ".join(repr(key) for key in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+    family = guess_family(tensors)
+    known = family is not None or len(strangers) == len(tensors)
+    guess = f"It looks as if made for {family or 'another model family'}. " if known else ""
+    return UserError(
+        f"{file} holds {len(strangers)} keys of {len(tensors)} that no layout of an SDXL adapter has: {shown}. {guess}"
+        "Give an SDXL adapter: a file of diffusers', kohya's or ComfyUI's layout, or a PEFT folder."
+    )
+
+
+def _config_from_metadata(component: str, weights: Tensors, metadata: dict) -> LoraConfig | None:
+    prefix = f"{component}."
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    options = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    options = {key: value for key, value in options.items() if key in known}
+    if "lora_alpha" not in options:
+        return None
+    _check_values(options)
+    try:
+        return _completed(LoraConfig(**options), weights)
+    except ValueError as error:
+        raise TypeError(first_line(error)) from error
+
+
+def _config_from_weights(file: Path, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None) -> Config:
+    wrong = {module: alpha for module, alpha in alphas.items() if not 0 < alpha < math.inf}
+    if wrong:
+        module, alpha = next(iter(wrong.items()))
+        raise UserError(f"{file} gives {module} the alpha {alpha:g}, not a positive number. Export the adapter again.")
+    try:
+        config = infer_config(weights, alphas, lora_alpha)
+    except WithoutAlphaError as error:
+        raise UserError(
+            f"{file} does not say its alpha. Either it was trained at alpha = rank = {error.rank} (strength 1), as "
+            f"files without it often are, or at an alpha that is unknown here. Give --lora_alpha {error.rank} for "
+            "the first reading, or the alpha of its training."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{file} cannot be used: {first_line(error)}. Give a LoRA.") from error
+    if config is None:
+        raise _without_weights(file)
+    return config
+
+
+# --- tensors ---
+
+
+def _there(file: Path) -> Path:
+    """Return the file, or the pickle that stands in its place."""
+    pickles = [file.with_suffix(suffix) for suffix in sorted(PICKLES)]
+    return next((path for path in (file, *pickles) if path.is_file()), file)
+
+
+def _read_file(file: Path, allow_pickle: bool) -> tuple[Tensors, dict[str, str]]:
+    if file.is_file() and file.suffix in PICKLES:
+        return _read_pickle(file, allow_pickle), {}
+    if not file.is_file():
+        raise UserError(
+            f"There is no adapter at {file}. Give --lora_weights a .safetensors file, a PEFT folder, a folder with "
+            f"{DIFFUSERS_FILE}, or a hub id."
+        )
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+        return load_file(file), metadata
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
+
+
+def _read_pickle(file: Path, allow_pickle: bool) -> Tensors:
+    if not allow_pickle:
+        raise UserError(
+            f"{file} is a pickle, which can run what a stranger wrote into it. Give the adapter as safetensors, or "
+            "--allow_pickle, which reads tensors alone from it."
+        )
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors by name")
+    except UnpicklingError as error:  # whose text advises to load it all the same
+        raise UserError(
+            f"{file} holds more than tensors, and is not read. Give the adapter as safetensors."
+        ) from error
+    except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"{file} cannot be read: {reason}. Give the adapter as safetensors.") from error
+    return tensors

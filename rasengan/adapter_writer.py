@@ -1,0 +1,124 @@
+"""Write an adapter in the layouts of diffusers, PEFT and kohya; alpha goes with it in each."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from rasengan.adapters import (
+    DIFFUSERS_FILE,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    Adapter,
+    Config,
+    alpha_of,
+    by_module,
+    default_alpha,
+    fit_names,
+    kind_of,
+)
+from rasengan.naming import KOHYA_PARTS, kohya_name
+
+
+_TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+_KOHYA_NAMES = {name: kohya for kohya, name in KOHYA_PARTS.items()}
+
+
+# --- diffusers ---
+
+
+def write_diffusers(directory: Path, adapter: Adapter, name: str = DIFFUSERS_FILE) -> None:
+    """Write a file as diffusers lays it out, with each LoRA's alpha in its metadata.
+
+    Without the metadata a reload would run at alpha = rank. Equal weights give a byte-identical file.
+
+    Args:
+        directory: made if missing.
+        adapter: of the unet and perhaps the text encoders, whose names begin with text_model.
+        name: of the file.
+    """
+    options = {}
+    for component, weights in adapter.weights.items():
+        if component != "unet":  # other programs know a text encoder's modules as older transformers named them
+            weights = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()}
+        weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+        options[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(weights)
+        options[f"{component}_lora_adapter_metadata"] = adapter.configs[component].to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(directory, weight_name=name, **options)
+    sort_metadata(directory / name)
+
+
+def sort_metadata(file: Path) -> None:
+    """Sort a safetensors file's metadata, whose order changes from one writing to the next."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+# --- PEFT ---
+
+
+def write_peft_folders(directory: Path, adapter: Adapter) -> None:
+    """Write the UNet's adapter as a PEFT folder, and each text encoder's as one inside it, named after the encoder.
+
+    The names are those of the transformers that is installed, so that `PeftModel.from_pretrained` finds every module.
+    """
+    for name, weights in adapter.weights.items():
+        if name != "unet":
+            with torch.device("meta"):
+                weights = fit_names(weights, _TEXT_ENCODERS[name](CLIPTextConfig(num_hidden_layers=1)))
+        write_peft(directory if name == "unet" else directory / name, weights, adapter.configs[name])
+
+
+def write_peft(folder: Path, weights: dict[str, torch.Tensor], config: Config) -> None:
+    """Write weights of one component, by name, and their configuration as a PEFT folder, made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # PeftModel.from_pretrained only warns about keys without this prefix, and leaves lora_B at zero.
+    save_file({PEFT_PREFIX + k: v for k, v in weights.items()}, folder / PEFT_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+# --- kohya ---
+
+
+def write_kohya(file: Path, adapter: Adapter) -> None:
+    """Write a file as kohya's sd-scripts lay it out for SDXL, with each module's alpha as an fp32 tensor.
+
+    Args:
+        file: its folder exists.
+        adapter: none of it an rsLoRA: the layout's strength is alpha / rank.
+    """
+    tensors = {}
+    for component, weights in adapter.weights.items():
+        config = adapter.configs[component]
+        for module, parts in by_module(weights).items():
+            name = kohya_name(component, module)
+            for part, tensor in parts.items():
+                tensor = _kohya_shape(tensor) if part == "lora_magnitude_vector" else tensor
+                tensors[f"{name}.{_KOHYA_NAMES.get(part, part)}"] = tensor.cpu().contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(alpha_of(config, module), dtype=torch.float32)
+    config = next(iter(adapter.configs.values()))
+    metadata = {
+        "format": "pt",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        # By which AUTOMATIC1111 lists it among the adapters of SDXL.
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora" if kind_of(config) == "LORA" else "lycoris.kohya",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(default_alpha(config)),
+    }
+    save_file(tensors, file, metadata=metadata)
+    sort_metadata(file)
+
+
+def _kohya_shape(magnitude: torch.Tensor) -> torch.Tensor:
+    """Return DoRA's vector, (out,) or of a convolution (1, out, 1, 1), in kohya's shape, which begins with out."""
+    return magnitude[:, None] if magnitude.ndim == 1 else magnitude.transpose(0, 1)

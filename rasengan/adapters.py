@@ -1,0 +1,206 @@
+"""What an adapter is: its weights by PEFT's names, and the settings that say how strongly they act.
+
+Weights are named without the adapter's name: of a LoRA `MODULE.lora_A.weight` (rank, in) and `MODULE.lora_B.weight`
+(out, rank), of a convolution's (rank, in, height, width) and (out, rank, 1, 1); of a DoRA
+`MODULE.lora_magnitude_vector` beside them; of a LoHa `MODULE.hada_w1_a` and so on, of a LoKr `MODULE.lokr_w1`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft.tuners.lokr.layer import factorization
+from peft.utils.other import get_pattern_key
+
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
+KINDS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
+
+Config = LoraConfig | LoHaConfig | LoKrConfig
+
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)"
+)
+# The tensors that show a module's rank, and on which of their sides.
+_RANK_SIDES = {"lora_A.weight": 0, "hada_w1_b": 0, "lokr_w1_b": 0, "lokr_w2_b": 0}
+
+
+class Adapter(NamedTuple):
+    """What an adapter file holds, for each component that it adapts."""
+
+    weights: dict[str, dict[str, torch.Tensor]]
+    configs: dict[str, Config]
+
+
+class WithoutAlphaError(ValueError):
+    """The weights do not say their alpha; `rank` is the commonest of their ranks."""
+
+    def __init__(self, rank: int):
+        super().__init__(rank)
+        self.rank = rank
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return the module and the part of it that a weight's name stands for; None for a name that is none."""
+    match = _KEY.fullmatch(key)
+    return (match["module"], match["part"]) if match else None
+
+
+def by_module(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the weights of each module by their part; what has no weight's name is left out."""
+    modules = {}
+    for key, tensor in weights.items():
+        if found := split_key(key):
+            modules.setdefault(found[0], {})[found[1]] = tensor
+    return modules
+
+
+def fit_names(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights under the model's names: only some versions of transformers begin them with text_model."""
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
+    return {f"text_model.{key}": tensor for key, tensor in bare.items()} if hasattr(model, "text_model") else bare
+
+
+# --- strength ---
+
+
+def kind_of(config: Config) -> str:
+    """Return "LORA", "LOHA" or "LOKR"."""
+    return config.peft_type.value
+
+
+def default_alpha(config: Config) -> float:
+    """Return the alpha of the modules that have none of their own."""
+    return config.lora_alpha if kind_of(config) == "LORA" else config.alpha
+
+
+def rank_of(config: Config, module: str) -> int:
+    """Return a module's rank: its own, where a pattern gives one."""
+    return _of_module(config.rank_pattern, module, config.r)
+
+
+def alpha_of(config: Config, module: str) -> float:
+    """Return a module's alpha: its own, where a pattern gives one."""
+    return _of_module(config.alpha_pattern, module, default_alpha(config))
+
+
+def strength_of(config: Config, module: str) -> float:
+    """Return what a module's product is multiplied by: alpha / rank, or alpha / sqrt(rank) of an rsLoRA."""
+    rank = rank_of(config, module)
+    return alpha_of(config, module) / (rank**0.5 if getattr(config, "use_rslora", False) else rank)
+
+
+def _of_module(pattern: Mapping[str, float], module: str, default: float) -> float:
+    # A whole name, as `infer_config` writes it, is found at once; a file with a rank for each module has 700 patterns.
+    escaped = re.escape(module.removeprefix("text_model."))
+    if escaped in pattern or not pattern:
+        return pattern.get(escaped, default)
+    # Else a pattern's keys are ends of names, or regular expressions for them.
+    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+
+
+# --- settings that the weights themselves show ---
+
+
+def infer_config(
+    weights: dict[str, torch.Tensor], alphas: dict[str, float], lora_alpha: float | None = None
+) -> Config | None:
+    """Return the settings of a component's weights, or None where there is no rank to be seen.
+
+    The commonest rank and alpha become the component's; the others stand in its patterns, each by a module's whole
+    name.
+
+    Args:
+        weights: of one component, by name.
+        alphas: of the modules whose alpha is known.
+        lora_alpha: of the others.
+
+    Raises:
+        WithoutAlphaError: a module's alpha is not known.
+        ValueError: the weights are of several kinds, or no LoKr of PEFT has their shapes.
+    """
+    modules = by_module(weights)
+    ranks = {module: rank for module, parts in modules.items() if (rank := _rank_shown(parts))}
+    if not ranks:
+        return None
+    kinds = {part.partition("_")[0] for parts in modules.values() for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"it holds weights of several kinds ({', '.join(sorted(kinds))})")
+    rank = _commonest(ranks)
+    # A LoKr of whole matrices has no rank, and so no alpha that could weaken it.
+    whole = {module for module, parts in modules.items() if parts.keys() == {"lokr_w1", "lokr_w2"}}
+    known = {module: alpha for module, alpha in alphas.items() if module in ranks} | {m: ranks[m] for m in whole}
+    if ranks.keys() - known.keys() and lora_alpha is None:
+        raise WithoutAlphaError(rank)
+    known |= {module: lora_alpha for module in ranks if module not in known}
+    alpha = _commonest(known)
+    options = {
+        "r": rank,
+        "target_modules": sorted(module.removeprefix("text_model.") for module in modules),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(known, alpha),
+        "inference_mode": True,
+    }
+    (kind,) = kinds
+    if kind == "lora":
+        use_dora = any("lora_magnitude_vector" in parts for parts in modules.values())
+        config = LoraConfig(lora_alpha=alpha, use_dora=use_dora, **options)
+    elif kind == "hada":
+        effective = any("hada_t1" in parts for parts in modules.values())
+        config = LoHaConfig(alpha=alpha, use_effective_conv2d=effective, **options)
+    else:
+        config = LoKrConfig(
+            alpha=alpha,
+            use_effective_conv2d=any("lokr_t2" in parts for parts in modules.values()),
+            decompose_both=any("lokr_w1_b" in parts for parts in modules.values()),
+            decompose_factor=_decompose_factor(modules),
+            **options,
+        )
+    config.target_modules = options["target_modules"]  # which it made a set of, in an order of the hash seed
+    return config
+
+
+def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+    return {re.escape(m.removeprefix("text_model.")): value for m, value in values.items() if value != default}
+
+
+def _commonest(values: dict[str, float]) -> float:
+    found = list(values.values())
+    return max(found, key=found.count)
+
+
+def _rank_shown(parts: dict[str, torch.Tensor]) -> int:
+    for part, side in _RANK_SIDES.items():
+        if part in parts and parts[part].ndim > 1:
+            return parts[part].shape[side]
+    if parts.keys() == {"lokr_w1", "lokr_w2"}:  # at this rank PEFT makes whole matrices
+        return max(*parts["lokr_w1"].shape, *parts["lokr_w2"].shape[:2])
+    return 0
+
+
+def _decompose_factor(modules: dict[str, dict[str, torch.Tensor]]) -> int:
+    """Return the factor by which PEFT splits each of these modules into matrices of these very shapes."""
+    splits = set()
+    for parts in modules.values():
+        # (out, in) of the left matrix, and of the right one
+        splits |= set(zip(_lokr_shape(parts, 1), _lokr_shape(parts, 2), strict=True))
+    for factor in (-1, *sorted({left for left, _ in splits})):
+        if all(factorization(left * right, factor) == (left, right) for left, right in splits):
+            return factor
+    raise ValueError("no single factor of a LoKr gives its shapes")
+
+
+def _lokr_shape(parts: dict[str, torch.Tensor], number: int) -> tuple[int, int]:
+    name = f"lokr_w{number}"
+    if name in parts:
+        return tuple(parts[name].shape[:2])
+    a, b = parts.get(f"{name}_a"), parts.get(f"{name}_b")
+    if a is None or b is None:
+        raise ValueError(f"half of its {name} is missing")
+    return a.shape[1 if number == 2 and "lokr_t2" in parts else 0], b.shape[1]

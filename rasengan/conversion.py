@@ -1,0 +1,125 @@
+"""Write an adapter in another layout: whole or not at all, and read back bit for bit."""
+
+import copy
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from rasengan import UserError, first_line
+from rasengan.adapter_reader import read_adapter
+from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
+from rasengan.adapters import Adapter, alpha_of, by_module, kind_of, rank_of, strength_of
+from rasengan.files import give_default_mode, sync
+
+
+LAYOUTS = ("diffusers", "peft", "kohya")
+
+
+def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype = torch.float32) -> None:
+    """Write an adapter whole or not at all, and compare what can be read back of it bit for bit.
+
+    Args:
+        path: a file that ends in .safetensors, or for PEFT's layout a folder; nothing is there yet.
+        adapter: alpha in kohya's layout is an fp32 tensor; the alpha of an rsLoRA becomes there the one that gives
+            the same strength.
+        layout: one of `LAYOUTS`.
+        dtype: of the weights in the file.
+
+    Raises:
+        UserError: the layout cannot hold such an adapter, or the place cannot be written.
+        RuntimeError: reading back gave another adapter.
+    """
+    adapter = _cast(adapter, dtype)
+    adapter = without_rslora(adapter) if layout == "kohya" else adapter
+    check_layout(adapter, layout)
+    try:
+        # The name of this folder is dropped when all is in its place.
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=path.resolve().parent) as unfinished:
+            written = Path(unfinished) / path.name
+            if layout == "diffusers":
+                write_diffusers(written.parent, adapter, path.name)
+            elif layout == "kohya":
+                write_kohya(written, adapter)
+            else:
+                write_peft_folders(written, adapter)
+            _verify(written, adapter, path)
+            for file in [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]:
+                give_default_mode(file)
+                sync(file)
+            written.rename(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        raise UserError(f"{path} cannot be written: {reason}. Make room, or give another place.") from error
+
+
+def check_layout(adapter: Adapter, layout: str) -> None:
+    """Check that a layout can hold an adapter of this kind.
+
+    Raises:
+        UserError: it cannot.
+    """
+    for name, config in adapter.configs.items():
+        if layout == "diffusers" and kind_of(config) != "LORA":
+            raise UserError(
+                f"The {name}'s adapter is a {kind_of(config)}, and diffusers' layout holds LoRAs alone. Give --format "
+                "peft or kohya."
+            )
+        for module, parts in by_module(adapter.weights[name]).items():
+            whole = parts.keys() == {"lokr_w1", "lokr_w2"}
+            if layout == "kohya" and whole and strength_of(config, module) != 1:
+                raise UserError(
+                    f"{module} is a LoKr of whole matrices at strength {strength_of(config, module):g}, which kohya's "
+                    "layout has at strength 1 alone. Give --format peft."
+                )
+
+
+def without_rslora(adapter: Adapter) -> Adapter:
+    """Return the same adapter with the alphas that give an rsLoRA's strength as alpha / rank."""
+    configs = {}
+    for name, config in adapter.configs.items():
+        if getattr(config, "use_rslora", False):
+            modules = by_module(adapter.weights[name])
+            alphas = {module: strength_of(config, module) * rank_of(config, module) for module in modules}
+            config = copy.copy(config)
+            config.use_rslora, config.lora_alpha = False, next(iter(alphas.values()))
+            config.alpha_pattern = {re.escape(m.removeprefix("text_model.")): alpha for m, alpha in alphas.items()}
+        configs[name] = config
+    return Adapter(adapter.weights, configs)
+
+
+def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    weights = {
+        name: {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in part.items()}
+        for name, part in adapter.weights.items()
+    }
+    return Adapter(weights, adapter.configs)
+
+
+def _verify(written: Path, adapter: Adapter, path: Path) -> None:
+    found = read_adapter(written)
+    if not same_adapter(found, adapter):
+        raise RuntimeError(f"{path} was not written: reading it back gave another adapter. The disk may be damaged.")
+
+
+def same_adapter(one: Adapter, other: Adapter) -> bool:
+    """Say whether two adapters have the same bits in every weight, and the same rank and (as fp32) alpha."""
+    if one.weights.keys() != other.weights.keys():
+        return False
+    for name in one.weights:
+        left, right = (
+            {key.removeprefix("text_model."): tensor for key, tensor in adapter.weights[name].items()}
+            for adapter in (one, other)
+        )
+        if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
+            return False
+        for module in by_module(left):
+            strengths = [
+                (rank_of(config, module), torch.tensor(alpha_of(config, module), dtype=torch.float32).item())
+                for config in (one.configs[name], other.configs[name])
+            ]
+            if strengths[0] != strengths[1]:
+                return False
+    return True

@@ -1,0 +1,180 @@
+"""Write an SDXL as one safetensors file in the original checkpoint's layout, which ComfyUI and AUTOMATIC1111 read."""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rasengan import UserError, first_line
+from rasengan.files import sync, sync_folder
+from rasengan.naming import original_unet_name
+
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Rules from diffusers' names to the original's, in order; a rule's number is a regular expression's group.
+_VAE_PLACES = (
+    (r"down_blocks\.(\d)\.resnets\.(\d)\.", r"down.\1.block.\2."),
+    (r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample."),
+    (r"up_blocks\.(\d)\.resnets\.(\d)\.", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}."),
+    (r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"up.{3 - int(m[1])}.upsample."),
+    (r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"conv_norm_out\.", "norm_out."),
+    (r"conv_shortcut\.", "nin_shortcut."),
+    (r"group_norm\.", "norm."),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0\.", "proj_out."),
+)
+_BIGG_PLACES = (
+    (r"^embeddings\.token_embedding\.weight", "token_embedding.weight"),
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^encoder\.layers\.", "transformer.resblocks."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def original_weights(component: str, weights: Weights) -> dict[str, torch.Tensor]:
+    """Return a component's weights by the names, and in the shapes, of the original checkpoint.
+
+    Args:
+        component: one of `COMPONENTS`.
+        weights: by diffusers' or transformers' names, on any device, meta too.
+    """
+    if component == "unet":
+        return {f"model.diffusion_model.{original_unet_name(name)}": tensor for name, tensor in weights.items()}
+    if component == "vae":
+        return dict(_vae_tensor(name, tensor) for name, tensor in weights.items())
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    if component == "text_encoder":
+        return {f"conditioner.embedders.0.transformer.text_model.{name}": tensor for name, tensor in bare.items()}
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in _bigg(bare).items()}
+
+
+def _rename(name: str, rules) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _vae_tensor(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    # The original's attention is made of 1x1 convolutions.
+    is_projection = ".attentions." in name and tensor.ndim == 2
+    return f"first_stage_model.{_rename(name, _VAE_PLACES)}", tensor[:, :, None, None] if is_projection else tensor
+
+
+def _bigg(weights: Weights) -> dict[str, torch.Tensor]:
+    """Return OpenCLIP's layout: q, k and v stacked, the projection transposed."""
+    original, stacked = {}, {}
+    for name, tensor in weights.items():
+        if match := re.match(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
+            stacked.setdefault((match[1], match[3]), {})[match[2]] = tensor
+        elif name == "text_projection.weight":
+            original["text_projection"] = tensor.T
+        else:
+            original[_rename(name, _BIGG_PLACES)] = tensor
+    for (layer, kind), parts in stacked.items():
+        original[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat([parts[part] for part in "qkv"])
+    return original
+
+
+def write_single_file(
+    path: Path,
+    skeletons: Mapping[str, torch.nn.Module],
+    dtypes: Mapping[str, torch.dtype],
+    load_weights: Callable[[str], Weights],
+    prediction_type: str = "epsilon",
+) -> None:
+    """Write all components as one file, one of them in memory at a time; it appears under its name whole.
+
+    Each component is read back and compared bit for bit before the next one is loaded.
+
+    Args:
+        path: of the file.
+        skeletons: the model of each of `COMPONENTS`, on the meta device say: its names and shapes.
+        dtypes: of each component in the file.
+        load_weights: called once for each component, gives its state dict.
+        prediction_type: of the model; programs that read single files know v_prediction by an empty tensor.
+
+    Raises:
+        UserError: the file cannot be written.
+        RuntimeError: it does not read back as it was written, or the weights are not those of the skeleton.
+    """
+    planned = {}
+    for name in COMPONENTS:
+        tensors = original_weights(name, skeletons[name].state_dict())
+        planned |= {key: (dtypes[name], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    if prediction_type == "v_prediction":
+        planned["v_pred"] = (torch.float32, (0,))
+    header, places, size = _header(planned)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(header)
+            file.truncate(size)  # so that safetensors opens it before its end is written
+            for name in COMPONENTS:
+                tensors = original_weights(name, load_weights(name))
+                tensors = {key: tensor.detach().to("cpu", dtypes[name]) for key, tensor in tensors.items()}
+                _write(file, tensors, planned, places)
+                _verify(unfinished, tensors)
+        sync(unfinished)
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        raise UserError(
+            f"{path} cannot be written: {reason}. It takes {size / 2**30:.1f} GiB: make room, or give another place."
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _header(planned: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """Return a safetensors file's beginning, where in it each tensor begins, and its size, in bytes.
+
+    Source: https://github.com/huggingface/safetensors#format.
+    """
+    entries, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for key, (dtype, shape) in planned.items():
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        entries[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        places[key] = begin
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {key: len(header) + begin for key, begin in places.items()}, len(header) + end
+
+
+def _write(file: BinaryIO, tensors: Weights, planned: dict, places: dict[str, int]) -> None:
+    for key, tensor in tensors.items():
+        if planned.get(key) != (tensor.dtype, tuple(tensor.shape)):
+            raise RuntimeError(f"{key} is {tuple(tensor.shape)}, where the model's configuration says {planned[key]}")
+        file.seek(places[key])
+        file.write(memoryview(_bytes(tensor).numpy()))
+    file.flush()
+
+
+def _verify(path: Path, tensors: Weights) -> None:
+    with safe_open(path, framework="pt") as found:
+        for key, tensor in tensors.items():
+            if not torch.equal(_bytes(found.get_tensor(key)), _bytes(tensor)):
+                raise RuntimeError(
+                    f"{path.name}: {key} does not read back as it was written. The disk may be damaged."
+                )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # Compared as numbers, NaN would differ from itself; and NumPy has no bf16.
+    return tensor.contiguous().flatten().view(torch.uint8)

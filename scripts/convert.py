@@ -1,0 +1,118 @@
+r"""Write an adapter in another layout, dtype or rank, or extract one from a tuned model; alpha goes with it.
+
+    python scripts/convert.py --input naruto-lora --output naruto.safetensors --format kohya --dtype fp16
+
+    python scripts/convert.py --extract_from naruto-sdxl --base stabilityai/stable-diffusion-xl-base-1.0 --rank 32 \
+        --output naruto.safetensors --format kohya
+
+What is written is read back and compared bit for bit. ComfyUI and AUTOMATIC1111 read kohya's layout.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from rasengan import UserError, components, low_rank
+from rasengan.adapter_places import fetch_adapter
+from rasengan.adapter_reader import read_adapter
+from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
+from rasengan.command_line import Parser, number_type, path_type
+from rasengan.conversion import LAYOUTS, write_adapter
+from rasengan.files import check_writable, lost_place
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("what is read").add_argument
+    add("--input", type=path_type, metavar="PLACE", help="an adapter of any layout: file, folder or hub id")
+    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+    add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
+    add("--extract_from", type=path_type, metavar="TUNED", help="instead: hub id or folder of a tuned SDXL")
+    add("--base", type=path_type, help="hub id or folder of the SDXL that it was tuned from")
+    add("--rank", type=number_type(1), help="of the extracted LoRA")
+    add("--variant", help="of the weight files of TUNED and BASE")
+    add("--cache_dir", type=path_type, help="where downloads go")
+
+    add = parser.add_argument_group("what is written").add_argument
+    add("--output", type=path_type, required=True, metavar="PLACE", help="a .safetensors file; of PEFT a folder")
+    add("--format", choices=LAYOUTS, required=True, help="kohya is what ComfyUI and AUTOMATIC1111 read")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights [%(default)s]")
+    add("--resize_rank", type=number_type(1), metavar="N", help="give the nearest LoRA of this rank")
+    return parser.parse_args(argv)
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what the arguments say by themselves."""
+    if (args.input is None) == (args.extract_from is None):
+        raise UserError("Give either --input, or --extract_from with --base and --rank.")
+    of_extraction = {"--base": args.base, "--rank": args.rank}
+    if args.extract_from and None in of_extraction.values():
+        raise UserError("--extract_from needs --base and --rank.")
+    if args.input and any(value is not None for value in (*of_extraction.values(), args.variant)):
+        raise UserError(
+            "--base, --rank and --variant belong to --extract_from. Drop them; --resize_rank is for --input."
+        )
+    if args.extract_from and (args.resize_rank or args.lora_alpha or args.allow_pickle):
+        raise UserError("--resize_rank, --lora_alpha and --allow_pickle belong to --input. Drop them.")
+    output = Path(args.output)
+    if (output.suffix == ".safetensors") == (args.format == "peft"):
+        kind = "a folder, without .safetensors" if args.format == "peft" else "a file that ends in .safetensors"
+        raise UserError(f"--output is {args.output}, but --format {args.format} is {kind}. Correct one of them.")
+    if output.exists():
+        raise UserError(f"--output {args.output} exists. Give a name that does not.")
+    check_writable(output.resolve().parent, "--output: the folder")
+
+
+def extract(args: argparse.Namespace) -> tuple[Adapter, dict[str, low_rank.Kept]]:
+    """Return the LoRA between the two models."""
+    folders = []
+    for place in (args.extract_from, args.base):
+        sources = components.component_sources(place, {}, None, args.variant, args.cache_dir)
+        found = {name: components.fetch(name, sources[name], weights=False) for name in ADAPTABLE}
+        components.check_components(found)
+        folders.append({name: components.fetch(name, sources[name]) for name in ADAPTABLE})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tqdm(desc="Comparing", unit=" tensors", dynamic_ncols=True) as bar:
+        return low_rank.extract_lora(*folders, args.rank, args.variant, device, bar.update)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read or extract, resize, write, and say what is there now."""
+    validate_args(args)
+    if args.extract_from:
+        adapter, kept = extract(args)
+    else:
+        adapter = read_adapter(fetch_adapter(args.input, cache_dir=args.cache_dir), args.lora_alpha, args.allow_pickle)
+        adapter, kept = low_rank.resize_rank(adapter, args.resize_rank) if args.resize_rank else (adapter, {})
+    for name, (share, left_out) in kept.items():
+        print(f"{name}: {share:.2%} of the norm of its changes kept")
+        if left_out:
+            print(f"warning: {left_out} tensors of the {name} differ outside of its linear layers, and are left out")
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_adapter(output, adapter, args.format, DTYPES[args.dtype])
+    for name, config in adapter.configs.items():
+        modules = len(by_module(adapter.weights[name]))
+        print(f"{name}: {modules} modules, alpha {default_alpha(config):g} / rank {config.r}")
+    print(f"Saved and verified {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        text = lost_place(error, "--output")
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
