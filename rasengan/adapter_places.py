@@ -1,5 +1,6 @@
 """Where an adapter is: a path, a hub repository, or a file or folder in one."""
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -18,14 +19,13 @@ KNOWN_FILES = (
 )
 
 
-def fetch_adapter(place: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+def fetch_adapter(place: str, cache_dir: str | None = None) -> Path:
     """Return the local file or folder of an adapter, downloading it from the hub first where it is not local.
 
     Args:
-        place: a path; or `organization/name`, whose repository holds a PEFT folder, `pytorch_lora_weights.safetensors`
-            or a single .safetensors file at its top, or `peft/` below it; or `organization/name/folder-or-file`. Of
-            a repository safetensors and JSON files alone are fetched.
-        revision: git revision on the hub.
+        place: a path; or `organization/name`, a repository that holds `pytorch_lora_weights.safetensors`, a PEFT
+            folder or a single .safetensors file at its top; or `organization/name/folder-or-file`. Nothing else of a
+            repository is fetched.
         cache_dir: where downloads go.
 
     Raises:
@@ -39,11 +39,11 @@ def fetch_adapter(place: str, revision: str | None = None, cache_dir: str | None
     if not inside.endswith(".safetensors"):
         prefix = f"{inside.strip('/')}/" if inside else ""
         known = [prefix + name for name in KNOWN_FILES]
-        folder = _download(repository, known, revision, cache_dir) / inside
+        folder = _download(repository, known, cache_dir) / inside
         if any((folder / name).is_file() for name in KNOWN_FILES):
             return folder
-        inside = _only_file(repository, prefix, revision)
-    file = _download(repository, [inside], revision, cache_dir) / inside
+        inside = _only_file(repository, prefix)
+    file = _download(repository, [inside], cache_dir) / inside
     if not file.is_file():
         raise UserError(f"{repository} on the hub has no {inside}. Correct the name behind the repository's.")
     return file
@@ -57,11 +57,13 @@ def _is_repository(name: str) -> bool:
     return True
 
 
-def _download(repository: str, files: list[str], revision: str | None, cache_dir: str | None) -> Path:
+def _download(repository: str, files: list[str], cache_dir: str | None) -> Path:
     try:
-        return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=files))
+        # Patterns are what it takes; a name may have brackets in it.
+        patterns = [glob.escape(file) for file in files]
+        return Path(snapshot_download(repository, cache_dir=cache_dir, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise _refused(repository, revision, error) from error
+        raise _refused(repository, error) from error
     except OSError as error:
         raise UserError(
             f"{repository} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or give another "
@@ -69,12 +71,12 @@ def _download(repository: str, files: list[str], revision: str | None, cache_dir
         ) from error
 
 
-def _only_file(repository: str, prefix: str, revision: str | None) -> str:
+def _only_file(repository: str, prefix: str) -> str:
     """Return the name of the only .safetensors file of a repository's folder."""
     try:
-        names = HfApi().list_repo_files(repository, revision=revision)
+        names = HfApi().list_repo_files(repository)
     except (HfHubHTTPError, OSError) as error:
-        raise _refused(repository, revision, error) from error
+        raise _refused(repository, error) from error
     found = [name for name in names if name.endswith(".safetensors") and name.rpartition("/")[0] == prefix[:-1]]
     if len(found) != 1:
         raise UserError(
@@ -85,9 +87,8 @@ def _only_file(repository: str, prefix: str, revision: str | None) -> str:
     return found[0]
 
 
-def _refused(repository: str, revision: str | None, error: Exception) -> UserError:
-    at = f" at --revision {revision}" if revision else ""
+def _refused(repository: str, error: Exception) -> UserError:
     return UserError(
-        f"{repository} is no path here, and the hub did not give it{at}: {first_line(error)} Correct the name, log in "
+        f"{repository} is no path here, and the hub did not give it: {first_line(error)} Correct the name, log in "
         "with `hf auth login` if it is private, or give a file or a folder."
     )

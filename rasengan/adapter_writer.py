@@ -46,10 +46,18 @@ def write_diffusers(directory: Path, adapter: Adapter, name: str = DIFFUSERS_FIL
         if component != "unet":  # other programs know a text encoder's modules as older transformers named them
             weights = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()}
         weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
-        options[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(weights)
+        options[f"{component}_lora_layers"] = _diffusers_names(component, weights)
         options[f"{component}_lora_adapter_metadata"] = adapter.configs[component].to_dict()
     StableDiffusionXLPipeline.save_lora_weights(directory, weight_name=name, **options)
     sort_metadata(directory / name)
+
+
+def _diffusers_names(component: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = convert_state_dict_to_diffusers(weights)
+    # It gives new names to attention projections alone; of a UNet with both kinds diffusers' loader, in silence, takes
+    # only those with the other names. It takes PEFT's for all.
+    is_mixed = len({".lora.down." in key for key in names if ".lora.up." not in key and ".lora_B." not in key}) > 1
+    return weights if component == "unet" and is_mixed else names
 
 
 def sort_metadata(file: Path) -> None:

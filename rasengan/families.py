@@ -9,11 +9,9 @@ import torch
 SDXL = "Stable Diffusion XL"
 # Width of the text that other families' UNets take.
 OTHER_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
-_MARKS = {
-    "Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
-    "Stable Diffusion 3": re.compile(
-        r"joint_blocks|context_embedder|^transformer\.transformer_blocks|lora_transformer"
-    ),
+_MARKS = {  # kohya's names have underscores where others have dots
+    "Flux": re.compile(r"(double|single|single_transformer)[._]blocks"),
+    "Stable Diffusion 3": re.compile(r"joint[._]blocks|context_embedder|^transformer\.transformer_blocks"),
 }
 _TEXT_KEY = re.compile(r"attn2[._](?:processor\.)?to_[kv]")
 

@@ -226,7 +226,7 @@ def _merged_weight(layer: Layer, weight: torch.Tensor, part: _Part, module: str)
 
 def _layer_config(config: Config, module: str, scale: float) -> PeftConfig:
     """Return the settings of one module alone, which is called layer."""
-    config = copy.deepcopy(config)
+    config = copy.copy(config)
     alpha = alpha_of(config, module) * scale
     setattr(config, "lora_alpha" if kind_of(config) == "LORA" else "alpha", alpha)
     config.r = rank_of(config, module)

@@ -58,6 +58,12 @@ def infer_script():
 
 
 @pytest.fixture(scope="session")
+def convert_script():
+    """scripts/convert.py as a module."""
+    return load_script("convert")
+
+
+@pytest.fixture(scope="session")
 def run_script():
     """Function that runs a script in a new process, as a user does, and returns the CompletedProcess with its text.
 

@@ -1,14 +1,18 @@
 """An adapter that does not fit, or says too little, is never merged in silence."""
 
 import json
+import re
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, checkpoint
+from rasengan import UserError, checkpoint, naming
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -172,3 +176,57 @@ def test_a_checkpoint_whose_optimizer_runs_something_is_refused(train, trained, 
     with pytest.raises(UserError, match=r"checkpoint-2 is damaged: optimizer\.bin: "):
         train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
     assert not mark.exists()
+
+
+# --- the script's end ---
+
+
+def idle(weights):
+    return {key: 0 * tensor if ".up." in key else tensor for key, tensor in weights.items()}
+
+
+def of_stable_diffusion_1(weights):
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora"
+    return {f"{block}.down.weight": torch.ones(16, 768), f"{block}.up.weight": torch.ones(320, 16)}
+
+
+def half_of_another(weights):
+    return weights | of_stable_diffusion_1(weights)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize(
+    ("change", "keeps_alpha", "error"),
+    [
+        (idle, True, "The adapter changes nothing in the unet"),
+        (of_stable_diffusion_1, True, "does not fit the unet: .*looks as if made for Stable Diffusion 1.x"),
+        (half_of_another, True, "does not fit the unet: down_blocks.0.attentions.0.*Stable Diffusion 1.x"),
+        (dict, False, "does not say its alpha.*Give --lora_alpha 16"),
+    ],
+    ids=["no-op", "wrong family", "half", "without alpha"],
+)
+def test_the_script_ends_with_one_line_and_exit_code_2(
+    change, keeps_alpha, error, layout, trained, tiny_base, tmp_path, monkeypatch, capsys
+):
+    tensors = change(load_file(trained / ADAPTER))
+    if layout == "kohya":
+        modules = {key: naming.kohya_name("unet", key.removeprefix("unet.").partition(".lora.")[0]) for key in tensors}
+        renamed = {
+            f"{modules[key]}.lora_{key.rpartition('.lora.')[2]}": tensor.clone() for key, tensor in tensors.items()
+        }
+        alphas = {f"{module}.alpha": torch.tensor(32.0) for module in modules.values()}
+        save_file(renamed | (alphas if keeps_alpha else {}), tmp_path / "a.safetensors")
+    else:
+        with safe_open(trained / ADAPTER, framework="pt") as file:
+            save_file(tensors, tmp_path / "a.safetensors", file.metadata() if keeps_alpha else None)
+    script = Path(__file__).parents[2] / "scripts" / "infer.py"
+    words = ["--pretrained_model_name_or_path", tiny_base, "--lora", tmp_path / "a.safetensors", "--prompt", "a star"]
+    words += ["--height", 64, "--width", 64, "--num_inference_steps", 1, "--output_dir", tmp_path / "pictures"]
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert re.search(error, lines[0]), lines[0]
+    assert not list((tmp_path / "pictures").glob("*tuned*"))

@@ -252,3 +252,63 @@ def test_a_prompt_that_was_encoded_needs_no_text_encoder(draw, loaded, trained):
     again = draw("--lora_weights", trained, "--compare", *words)
     assert not {"text_encoder", "text_encoder_2"} & set(loaded)
     assert same(*(next(iter(pictures.values())) for pictures in (first, again)))
+
+
+# --- adapters of other layouts, and several ---
+
+
+@pytest.fixture(scope="module")
+def other(train):
+    """Another run's adapter."""
+    return train("--seed", 7, "--rank", 4, "--max_train_steps", 2, "--max_train_samples", 8)
+
+
+def test_several_adapters_are_drawn_with_their_weights_in_any_order(compared, draw, trained, other, capsys):
+    prompt = ["--prompt", PROMPT, "--seed", 3]
+    capsys.readouterr()
+    (both,) = draw(*prompt, "--lora", f"{trained}:0.5", "--lora", f"{other}:2", "--lora_scale", 0.5).values()
+    printed = capsys.readouterr().out
+    assert "Merged 136 modules of the unet at alpha 32 / rank 16 x 0.25 + alpha 8 / rank 4 x 1: relative" in printed
+    assert both.text["adapter"] == f"{trained} at scale 0.25 + {other} at scale 1"
+    (turned,) = draw(*prompt, "--lora", other, "--lora", f"{trained}:0.25").values()
+    assert np.abs(pixels(both) - pixels(turned)).max() <= 1
+    assert not same(both, compared[TUNED])
+    assert same(draw(*prompt, "--lora", trained)[TUNED], compared[TUNED])
+    assert same(draw(*prompt, "--lora", trained, "--lora", f"{other}:0")[TUNED], compared[TUNED])
+
+
+def test_diffusers_draws_the_same_with_both_adapters_fused(draw, trained, other, tiny_base):
+    drawn = draw("--prompt", PROMPT, "--seed", 3, "--lora", f"{trained}:0.5", "--lora", f"{other}:1.5")[TUNED]
+    pipeline = load_pipeline(tiny_base)
+    pipeline.load_lora_weights(trained, adapter_name="one")
+    pipeline.load_lora_weights(other, adapter_name="two")
+    pipeline.set_adapters(["one", "two"], [0.5, 1.5])
+    assert np.abs(draw_with_diffusers(pipeline) - pixels(drawn)).max() <= 1
+
+
+def test_a_place_with_a_colon_that_exists_has_no_weight(compared, draw, trained, tmp_path):
+    (tmp_path / "a:2").symlink_to(trained)
+    assert same(draw("--prompt", PROMPT, "--seed", 3, "--lora", tmp_path / "a:2")[TUNED], compared[TUNED])
+
+
+def test_wrong_ways_to_name_adapters_are_refused(draw, refused, trained):
+    prompt = ["--prompt", PROMPT]
+    both = ["--lora", trained, "--lora_weights", trained]
+    refused("--lora_weights and --lora both name adapters. Give each by a --lora", draw, *prompt, *both)
+    refused("does not end with a finite weight", draw, *prompt, "--lora", f"{trained}:nan")
+    refused("--compare and --save_merged need an adapter", draw, *prompt, "--compare")
+
+
+def test_a_single_merged_file_is_the_original_layout_of_the_merged_folder(compared, draw, trained, tmp_path):
+    draw("--lora_weights", trained, "--save_merged", tmp_path / "tuned")
+    draw("--lora_weights", trained, "--save_merged", tmp_path / "tuned.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "tuned.safetensors"}
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        str(tmp_path / "tuned.safetensors"), config=str(tmp_path / "tuned"), local_files_only=True
+    )
+    folder = StableDiffusionXLPipeline.from_pretrained(tmp_path / "tuned")
+    for name in components.MODELS:
+        found, expected = (getattr(of, name).state_dict() for of in (pipeline, folder))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), name
+    assert np.abs(draw_with_diffusers(pipeline) - pixels(compared[TUNED])).max() <= 1

@@ -288,8 +288,8 @@ def test_flags_that_do_something_are_not_named(train_script, parse):
     assert train_script.idle_flags(parse(words)) == []
 
 
-def test_help_shows_the_example_as_it_is_typed(train_script, infer_script, capsys):
-    for script in (train_script, infer_script):
+def test_help_shows_the_example_as_it_is_typed(train_script, infer_script, convert_script, capsys):
+    for script in (train_script, infer_script, convert_script):
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
         shown = capsys.readouterr().out
@@ -301,9 +301,13 @@ def test_a_number_beyond_all_floats_is_refused_by_the_name_of_its_flag(parse):
     assert_refused(parse, ["--rank", "1" + 400 * "0"], named="--rank")
 
 
-def test_no_flag_that_names_a_place_takes_an_empty_text(train_script, infer_script, parse):
-    for script, words in ((train_script, []), (infer_script, ["--prompt", "a"])):
+PLACES = {"dataset_name", "resume_from_checkpoint", "lora", "input", "output", "extract_from", "base"}
+
+
+def test_no_flag_that_names_a_place_takes_an_empty_text(train_script, infer_script, convert_script, parse):
+    convert = ["--output", "a.safetensors", "--format", "kohya"]
+    for script, words in ((train_script, []), (infer_script, ["--prompt", "a"]), (convert_script, convert)):
         args = vars(script.parse_args(words))
         places = [name for name in args if name.endswith(("_dir", "_path", "_file", "_weights", "_merged", "config"))]
-        for name in [*places, *{"dataset_name", "resume_from_checkpoint"} & args.keys()]:
+        for name in [*places, *PLACES & args.keys()]:
             assert_refused(script.parse_args, [*words, f"--{name}", ""], named=f"--{name}: it is empty")

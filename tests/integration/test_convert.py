@@ -1,0 +1,237 @@
+"""scripts/convert.py: an adapter in every layout, of another rank, or out of a tuned model."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from rasengan import UserError, adapters, components, conversion, low_rank
+from rasengan.adapter_reader import read_adapter
+
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def convert(convert_script):
+    """Function that runs the script in this process with an output and further arguments, and returns the output."""
+
+    def run(output, *further):
+        words = [*map(str, further), "--output", str(output)]
+        convert_script.main(convert_script.parse_args(words))
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def with_text(train):
+    """Output folder of a run that trained the text encoders too, with more than the attention."""
+    targets = ["to_q", "to_k", "proj_in", "ff.net.2"]
+    few = ["--max_train_samples", 4, "--max_train_steps", 2, "--train_text_encoder", "--rank", 8, "--lora_alpha", 20]
+    return train(*few, "--lora_target_modules", *targets)
+
+
+# --- layouts ---
+
+
+@pytest.mark.parametrize("run", ["trained", "with_text"])
+def test_from_a_run_over_every_layout_and_back_no_bit_is_lost(convert, request, tmp_path, run):
+    folder = request.getfixturevalue(run)
+    kohya = convert(tmp_path / "kohya.safetensors", "--input", folder, "--format", "kohya")
+    diffusers = convert(tmp_path / "diffusers.safetensors", "--input", kohya, "--format", "diffusers")
+    peft = convert(tmp_path / "peft", "--input", diffusers, "--format", "peft")
+    again = convert(tmp_path / "again.safetensors", "--input", peft, "--format", "kohya")
+    assert again.read_bytes() == kohya.read_bytes()
+    first = read_adapter(folder)
+    for path in (kohya, diffusers, peft, again):
+        found = read_adapter(path)
+        assert conversion.same_adapter(found, first)
+        for name, config in first.configs.items():
+            assert (found.configs[name].r, found.configs[name].lora_alpha) == (config.r, config.lora_alpha)
+    assert {path.name for path in tmp_path.iterdir()} == {kohya.name, diffusers.name, peft.name, again.name}
+
+
+def test_diffusers_loads_what_a_run_with_more_than_attention_has_published(tiny_base, with_text):
+    pipeline = StableDiffusionXLPipeline(
+        **{name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
+    )
+    pipeline.load_lora_weights(with_text)
+    for name, weights in read_adapter(with_text).weights.items():
+        live = {key for key, _ in getattr(pipeline, name).named_parameters() if ".lora_A." in key}
+        assert len(live) == len(adapters.by_module(weights)), name
+
+
+def test_every_layout_draws_the_same_picture(convert, draw, trained, tmp_path):
+    paths = [trained]
+    for layout in conversion.LAYOUTS:
+        output = tmp_path / (layout if layout == "peft" else f"{layout}.safetensors")
+        paths.append(convert(output, "--input", trained, "--format", layout))
+    drawn = {next(iter(draw("--prompt", "a star", "--lora_weights", path).values())).tobytes() for path in paths}
+    assert len(drawn) == 1
+
+
+def test_the_script_says_what_it_wrote(convert, trained, tmp_path, capsys):
+    file = convert(tmp_path / "a.safetensors", "--input", trained, "--format", "kohya", "--dtype", "fp16")
+    assert capsys.readouterr().out.splitlines() == [
+        "unet: 136 modules, alpha 32 / rank 16",
+        f"Saved and verified {file}",
+    ]
+    assert {t.dtype for key, t in load_file(file).items() if ".lora_" in key} == {torch.float16}
+
+
+def test_a_file_without_alpha_is_converted_with_the_alpha_that_is_given(convert, trained, tmp_path):
+    save_file(load_file(trained / adapters.DIFFUSERS_FILE), tmp_path / "plain.safetensors")
+    options = ["--input", tmp_path / "plain.safetensors", "--format", "kohya"]
+    with pytest.raises(UserError, match="does not say its alpha"):
+        convert(tmp_path / "a.safetensors", *options)
+    file = convert(tmp_path / "a.safetensors", *options, "--lora_alpha", 32)
+    assert conversion.same_adapter(read_adapter(file), read_adapter(trained))
+
+
+# --- rank ---
+
+
+def products(adapter, name="unet"):
+    """Each module's change, float64."""
+    found = {}
+    for module, parts in adapters.by_module(adapter.weights[name]).items():
+        a, b = (parts[f"lora_{part}.weight"].double().flatten(1) for part in "AB")
+        found[module.removeprefix("text_model.")] = adapters.strength_of(adapter.configs[name], module) * b @ a
+    return found
+
+
+@pytest.mark.parametrize("run", ["trained", "with_text"])
+def test_another_rank_keeps_the_greatest_singular_values_and_says_their_share(convert, request, tmp_path, capsys, run):
+    folder = request.getfixturevalue(run)
+    file = convert(tmp_path / "a.safetensors", "--input", folder, "--format", "kohya", "--resize_rank", 3)
+    printed, before, after = capsys.readouterr().out, read_adapter(folder), read_adapter(file)
+    for name in before.weights:
+        kept, whole = 0.0, 0.0
+        old, new = products(before, name), products(after, name)
+        assert old.keys() == new.keys()
+        for module, change in old.items():
+            u, values, v = torch.linalg.svd(change, full_matrices=False)
+            expected = u[:, :3] * values[:3] @ v[:3]
+            assert (new[module] - expected).norm() <= 1e-5 * change.norm()
+            kept, whole = kept + values[:3].square().sum(), whole + values.square().sum()
+        assert f"{name}: {(kept / whole).sqrt():.2%} of the norm of its changes kept" in printed
+        assert (after.configs[name].r, after.configs[name].lora_alpha) == (3, 3)
+
+
+def test_a_rank_above_the_files_changes_nothing_but_the_form(convert, trained, tmp_path, capsys):
+    file = convert(tmp_path / "a.safetensors", "--input", trained, "--format", "diffusers", "--resize_rank", 64)
+    assert "unet: 100.00% of the norm" in capsys.readouterr().out
+    old, new = products(read_adapter(trained)), products(read_adapter(file))
+    assert all((new[module] - change).norm() <= 1e-5 * change.norm() for module, change in old.items())
+
+
+# --- a tuned model ---
+
+
+@pytest.fixture(scope="module")
+def tuned(draw, trained, tmp_path_factory):
+    """The tiny base with the run's LoRA merged into it, as a pipeline folder in fp32."""
+    folder = tmp_path_factory.mktemp("tuned") / "sdxl"
+    draw("--lora_weights", trained, "--save_merged", folder)
+    return folder
+
+
+def test_a_lora_between_two_models_is_the_one_that_was_merged(convert, trained, tuned, tiny_base, tmp_path, capsys):
+    options = ["--extract_from", tuned, "--base", tiny_base, "--format", "kohya"]
+    file = convert(tmp_path / "a.safetensors", *options, "--rank", 16)
+    assert "unet: 100.00% of the norm of its changes kept" in capsys.readouterr().out
+    found, expected = products(read_adapter(file)), products(read_adapter(trained))
+    assert found.keys() == expected.keys()
+    for module, change in expected.items():
+        assert (found[module] - change).norm() <= 1e-3 * change.norm(), module
+    convert(tmp_path / "b.safetensors", *options, "--rank", 2)
+    assert "unet: 100.00%" not in capsys.readouterr().out
+
+
+def test_the_greatest_singular_values_of_a_large_change_are_found_by_projection(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(96, 12, generator=generator) @ torch.randn(12, 200, generator=generator)
+    change += 0.01 * torch.randn(96, 200, generator=generator)
+    exact = low_rank._nearest(change, 8)
+    monkeypatch.setattr(low_rank, "FULL_SVD_SIZE", 4)
+    state = torch.get_rng_state()
+    a, b, norm = low_rank._nearest(change, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (b @ a - exact[1] @ exact[0]).norm() < 1e-4 * change.norm()
+    assert norm == pytest.approx(exact[2], rel=1e-5)
+
+
+def test_what_differs_outside_of_linear_layers_is_counted_and_models_that_do_not_differ_are_refused(
+    convert, tuned, tiny_base, tmp_path, capsys
+):
+    weights = load_file(tuned / UNET)
+    save_file(weights | {"conv_in.weight": 2 * weights["conv_in.weight"]}, tuned / UNET)
+    options = ["--format", "kohya", "--rank", 4, "--base", tiny_base]
+    convert(tmp_path / "a.safetensors", "--extract_from", tuned, *options)
+    assert "warning: 1 tensors of the unet differ outside of its linear layers" in capsys.readouterr().out
+    save_file(weights, tuned / UNET)
+    with pytest.raises(UserError, match="do not differ in any linear layer"):
+        convert(tmp_path / "b.safetensors", "--extract_from", tiny_base, *options)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--format", "kohya"], "Give either --input, or --extract_from with --base and --rank"),
+        (["--input", "a", "--extract_from", "b", "--format", "kohya"], "Give either --input"),
+        (["--extract_from", "b", "--format", "kohya"], "--extract_from needs --base and --rank"),
+        (["--input", "a", "--rank", 4, "--format", "kohya"], "--base, --rank and --variant belong to --extract_from"),
+        (
+            ["--extract_from", "b", "--base", "c", "--rank", 4, "--resize_rank", 2, "--format", "kohya"],
+            "belong to --input",
+        ),
+        (["--input", "a", "--format", "peft"], "--output is .*a.safetensors, but --format peft is a folder"),
+        (["--input", "/no/such/adapter", "--format", "kohya"], "There is no adapter at /no/such/adapter"),
+        (["--input", "a"], "required: --format"),
+    ],
+)
+def test_wrong_arguments_are_refused(convert, tmp_path, words, pattern):
+    with pytest.raises(UserError, match=pattern) as error:
+        convert(tmp_path / "a.safetensors", *words)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_never_overwritten(convert, trained, tmp_path):
+    (tmp_path / "a.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="--output .* exists"):
+        convert(tmp_path / "a.safetensors", "--input", trained, "--format", "kohya")
+    assert (tmp_path / "a.safetensors").read_text() == "mine"
+
+
+def test_a_damaged_write_leaves_nothing_under_the_final_name(convert, trained, tmp_path, monkeypatch):
+    def damage(file, adapter, write=conversion.write_kohya):
+        write(file, adapter)
+        content = bytearray(file.read_bytes())
+        content[-40] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(conversion, "write_kohya", damage)
+    with pytest.raises(RuntimeError, match="reading it back gave another adapter"):
+        convert(tmp_path / "a.safetensors", "--input", trained, "--format", "kohya")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_ends_with_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    words = ["--input", str(tmp_path / "no"), "--output", str(tmp_path / "a.safetensors"), "--format", "kohya"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert [line.startswith("error: There is no adapter at") for line in error] == [True]

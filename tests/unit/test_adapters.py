@@ -1,0 +1,477 @@
+"""Adapters of every kind and layout: read, merged, written. PEFT, diffusers and float64 say what is right."""
+
+import copy
+import re
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+
+from rasengan import UserError, adapters, components, conversion, merging, naming
+from rasengan.adapter_reader import read_adapter
+from rasengan.adapters import DIFFUSERS_FILE, Adapter
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["to_q", "conv1", "conv_shortcut", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv"]
+EVERYTHING = [*CONVOLUTIONS, "conv2", "time_emb_proj", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+EVERYTHING += ["time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1", *ATTENTION]
+PATTERNS = {
+    "rank_pattern": {"attn2.to_k": 2, ".*mid_block.*to_v": 6},
+    "alpha_pattern": {"attn2.to_k": 7.0, "attn1.to_q": 0.1},
+}
+KINDS = {
+    "LoRA": LoraConfig(r=4, lora_alpha=12, target_modules=ATTENTION),
+    "rsLoRA": LoraConfig(r=4, lora_alpha=3, target_modules=ATTENTION, use_rslora=True),
+    "patterns": LoraConfig(r=4, lora_alpha=12, target_modules=ATTENTION, **PATTERNS),
+    "DoRA": LoraConfig(r=4, lora_alpha=12, target_modules=ATTENTION, use_dora=True),
+    "LoCon": LoraConfig(r=4, lora_alpha=6, target_modules=EVERYTHING),
+    "DoRA of convolutions": LoraConfig(r=4, lora_alpha=6, target_modules=CONVOLUTIONS, use_dora=True),
+    "LoHa": LoHaConfig(r=4, alpha=6, target_modules=ATTENTION),
+    "LoHa of convolutions": LoHaConfig(r=3, alpha=6, target_modules=CONVOLUTIONS, use_effective_conv2d=True),
+    "LoKr": LoKrConfig(r=2, alpha=3, target_modules=ATTENTION, decompose_both=True),
+    "LoKr by 4": LoKrConfig(r=2, alpha=3, target_modules=ATTENTION, decompose_factor=4),
+    "LoKr of whole matrices": LoKrConfig(r=64, alpha=64, target_modules=ATTENTION),
+}
+LORAS = [name for name, config in KINDS.items() if isinstance(config, LoraConfig)]
+
+
+def load(tiny_base, name="unet", dtype=torch.float32):
+    return components.load(name, tiny_base / name, dtype)
+
+
+def trained(tiny_base, config, seed=0, name="unet"):
+    """A component under PEFT, as a training would leave it."""
+    model = get_peft_model(load(tiny_base, name), copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" in key:
+            parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=generator)
+        elif parameter.requires_grad:
+            # Products of four matrices are smaller; too great a change makes the model amplify every rounding.
+            size = 0.05 if "lora" in key else 0.3
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def adapter_of(**models):
+    """The adapter of some components under PEFT."""
+    configs = {name: copy.deepcopy(model.peft_config["default"]) for name, model in models.items()}
+    for config in configs.values():
+        config.target_modules = sorted(config.target_modules)
+    weights = {name: get_peft_model_state_dict(model) for name, model in models.items()}
+    weights = {
+        name: {key.removeprefix(adapters.PEFT_PREFIX): tensor.detach().clone() for key, tensor in part.items()}
+        for name, part in weights.items()
+    }
+    return Adapter(weights, configs)
+
+
+@pytest.fixture(scope="module")
+def live(tiny_base):
+    """Each kind's UNet under PEFT."""
+    return {kind: trained(tiny_base, config) for kind, config in KINDS.items()}
+
+
+@torch.no_grad()
+def answer(model):
+    generator = torch.Generator().manual_seed(1)
+    sample, states, pooled = (torch.randn(s, generator=generator) for s in ((2, 4, 8, 8), (2, 5, 96), (2, 64)))
+    added = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
+    return model(sample, torch.tensor([3, 700]), states, added_cond_kwargs=added).sample
+
+
+def merged(tiny_base, *adapters, name="unet", dtype=torch.float32):
+    """The tuned component; each adapter may come with its scale."""
+    pairs = [pair if type(pair) is tuple else (pair, 1.0) for pair in adapters]
+    return merging.merge(load(tiny_base, name, dtype), pairs, name)[0]
+
+
+def difference(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def assert_close(found, expected):
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=2e-6, msg=key)
+
+
+def write(path, adapter, layout, dtype=torch.float32):
+    conversion.write_adapter(path, adapter, layout, dtype)
+    return path
+
+
+# --- merged = unmerged = diffusers' fuse_lora ---
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, -1.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_answers_as_the_unmerged_adapter_does(tiny_base, live, kind, scale):
+    model = copy.deepcopy(live[kind])
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_scale("default", scale)
+    expected = answer(model)
+    tuned = merged(tiny_base, (adapter_of(unet=live[kind]), scale))
+    assert not any("lora" in key for key in tuned.state_dict())
+    assert difference(answer(load(tiny_base)), expected) > 0.01
+    assert difference(answer(tuned), expected) < 1e-5
+    assert_close(tuned.state_dict(), model.merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    # Of kohya's layout diffusers drops DoRA's vectors, and every alpha but the commonest.
+    [*(("diffusers", kind) for kind in LORAS), ("kohya", "LoRA"), ("kohya", "rsLoRA"), ("kohya", "LoCon")],
+)
+def test_diffusers_own_loader_fuses_the_file_to_the_same_weights(tiny_base, live, tmp_path, kind, scale, layout):
+    adapter = adapter_of(unet=live[kind], text_encoder_2=trained(tiny_base, TEXT, name="text_encoder_2"))
+    file = write(tmp_path / "a.safetensors", adapter, layout)
+    pipeline = StableDiffusionXLPipeline(**{name: load(tiny_base, name) for name in components.COMPONENTS})
+    pipeline.load_lora_weights(file)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+    for name in adapter.weights:
+        tuned = merged(tiny_base, (read_adapter(file), scale), name=name)
+        assert_close(getattr(pipeline, name).state_dict(), tuned.state_dict())
+
+
+TEXT = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "out_proj", "fc1"])
+
+
+# --- several adapters ---
+
+
+def test_several_adapters_are_summed_and_rounded_once(tiny_base, live):
+    base = load(tiny_base, dtype=torch.float16).state_dict()
+    pairs = [(adapter_of(unet=live[kind]), scale) for kind, scale in (("LoRA", 0.8), ("patterns", -0.4))]
+    pairs.append((adapter_of(unet=trained(tiny_base, KINDS["LoCon"], seed=5)), 0.7))
+    expected = {key: tensor.double() for key, tensor in base.items()}
+    for adapter, scale in pairs:
+        for module, parts in adapters.by_module(adapter.weights["unet"]).items():
+            a, b = (parts[f"lora_{part}.weight"].double() for part in "AB")
+            strength = adapters.strength_of(adapter.configs["unet"], module)
+            if a.ndim == 2:
+                expected[f"{module}.weight"] += scale * strength * b @ a
+            else:
+                product = torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+                expected[f"{module}.weight"] += scale * strength * product
+    together = merged(tiny_base, *pairs, dtype=torch.float16).state_dict()
+    one_by_one = load(tiny_base, dtype=torch.float16)
+    for pair in pairs:
+        one_by_one, _ = merging.merge(one_by_one, [pair], "unet")
+    keys = [key for key in base if not torch.equal(expected[key], base[key].double())]
+    assert len(keys) > 200
+
+    def wrong(found):
+        count = sum(found[key].numel() for key in keys)
+        return sum((found[key] != expected[key].half()).sum().item() for key in keys) / count
+
+    assert wrong(together) < 1e-3
+    assert wrong(one_by_one.state_dict()) > 0.01
+    assert all(torch.equal(together[key], base[key]) for key in base.keys() - set(keys))
+
+
+def test_several_adapters_of_other_kinds_are_those_that_peft_merges_one_after_the_other(tiny_base, live):
+    kinds = ["LoHa", "LoRA", "LoKr"]
+    model = load(tiny_base)
+    for kind in kinds:
+        live_model = get_peft_model(model, copy.deepcopy(KINDS[kind]))
+        live_model.load_state_dict(
+            {key: tensor for key, tensor in live[kind].state_dict().items() if "base_layer" not in key}, strict=False
+        )
+        model = live_model.merge_and_unload()
+    assert_close(merged(tiny_base, *(adapter_of(unet=live[kind]) for kind in kinds)).state_dict(), model.state_dict())
+
+
+def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
+    idle = adapter_of(unet=live["LoRA"])
+    idle.weights["unet"] |= {key: 0 * w for key, w in idle.weights["unet"].items() if "lora_B" in key}
+    with pytest.raises(UserError, match="Adapter 2 of 2 changes nothing in the unet"):
+        merged(tiny_base, adapter_of(unet=live["LoHa"]), idle)
+    opposite = [(adapter_of(unet=live["LoRA"]), scale) for scale in (1.0, -1.0)]
+    with pytest.raises(UserError, match="All adapters together changes? nothing"):
+        merged(tiny_base, *opposite, dtype=torch.float16)
+
+
+# --- round trips ---
+
+
+def assert_same(one, other):
+    assert one.weights.keys() == other.weights.keys()
+    for name, part in one.weights.items():
+        assert part.keys() == other.weights[name].keys()
+        for key, tensor in part.items():
+            assert tensor.dtype == other.weights[name][key].dtype
+            assert torch.equal(tensor, other.weights[name][key]), key
+        for module in adapters.by_module(part):
+            for of in (adapters.rank_of, adapters.alpha_of):
+                assert of(one.configs[name], module) == of(other.configs[name], module), module
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LORAS if kind != "rsLoRA"])
+def test_from_diffusers_to_kohya_and_back_and_to_peft_every_bit_and_every_alpha_stays(tiny_base, live, tmp_path, kind):
+    encoders = {name: trained(tiny_base, TEXT, name=name) for name in components.TEXT_ENCODERS}
+    first = read_adapter(write(tmp_path / "1.safetensors", adapter_of(unet=live[kind], **encoders), "diffusers"))
+    second = read_adapter(write(tmp_path / "2.safetensors", first, "kohya"))
+    third = read_adapter(write(tmp_path / "3.safetensors", second, "diffusers"))
+    fourth = read_adapter(write(tmp_path / "4", third, "peft"))
+    assert_same(first, second)
+    assert_same(first, third)
+    assert conversion.same_adapter(first, fourth)
+    for name, model in {"unet": live[kind], **encoders}.items():
+        folder = tmp_path / "4" if name == "unet" else tmp_path / "4" / name
+        loaded = PeftModel.from_pretrained(load(tiny_base, name), folder)
+        expected = model.merge_and_unload().state_dict() if name != "unet" else None
+        if expected:
+            assert_close(loaded.merge_and_unload().state_dict(), expected)
+        else:
+            assert difference(answer(loaded), answer(live[kind])) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_merged_alike_from_every_layout_that_holds_it(tiny_base, live, tmp_path, kind, layout):
+    adapter = adapter_of(unet=live[kind])
+    path = write(tmp_path / ("a" if layout == "peft" else "a.safetensors"), adapter, layout)
+    assert_close(merged(tiny_base, read_adapter(path)).state_dict(), merged(tiny_base, adapter).state_dict())
+
+
+def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_left(live, tmp_path):
+    with pytest.raises(UserError, match="is a LOHA, and diffusers' layout holds LoRAs alone. Give --format peft"):
+        write(tmp_path / "a.safetensors", adapter_of(unet=live["LoHa"]), "diffusers")
+    adapter = adapter_of(unet=live["LoKr of whole matrices"])
+    adapter.configs["unet"].alpha = 32
+    with pytest.raises(UserError, match="whole matrices at strength 0.5, which kohya's layout has at strength 1"):
+        write(tmp_path / "a.safetensors", adapter, "kohya")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_encoders_alone_are_a_peft_folder_too(tiny_base, tmp_path):
+    adapter = adapter_of(text_encoder=trained(tiny_base, TEXT, name="text_encoder"))
+    assert conversion.same_adapter(read_adapter(write(tmp_path / "a", adapter, "peft")), adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_another_dtype_is_the_rounded_one_with_exact_alphas(live, tmp_path, dtype):
+    adapter = adapter_of(unet=live["patterns"])
+    for layout in conversion.LAYOUTS:
+        path = write(tmp_path / (layout if layout == "peft" else f"{layout}.safetensors"), adapter, layout, dtype)
+        weights = {"unet": {key: tensor.to(dtype) for key, tensor in adapter.weights["unet"].items()}}
+        assert_same(read_adapter(path), Adapter(weights, adapter.configs))
+    alphas = {t.dtype for k, t in load_file(tmp_path / "kohya.safetensors").items() if k.endswith(".alpha")}
+    assert alphas == {torch.float32}
+
+
+# --- kohya's names, by a rule of the test's own ---
+
+
+def sgm_name(module):
+    """The name of a UNet's module in the original checkpoint, by the places that its blocks have there."""
+    resnet = {"norm1": "in_layers_0", "conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "norm2": "out_layers_0"}
+    resnet |= {"conv2": "out_layers_3", "conv_shortcut": "skip_connection"}
+    alone = {"conv_in": "input_blocks_0_0", "conv_out": "out_2", "conv_norm_out": "out_0"}
+    alone |= {f"time_embedding_linear_{n}": f"time_embed_{2 * n - 2}" for n in (1, 2)}
+    alone |= {f"add_embedding_linear_{n}": f"label_emb_0_{2 * n - 2}" for n in (1, 2)}
+    name = module.replace(".", "_")
+    if name in alone:
+        return alone[name]
+    side, rest = re.match(r"(down_blocks_\d|mid_block|up_blocks_\d)_(.+)", name).groups()
+    kind, layer, rest = re.match(r"(resnets|attentions|downsamplers|upsamplers)_(\d)_(.+)", rest).groups()
+    rest = resnet[rest] if kind == "resnets" else rest
+    level, layer = int(side[-1]) if side[-1].isdigit() else 0, int(layer)
+    if side == "mid_block":
+        return f"middle_block_{1 if kind == 'attentions' else 2 * layer}_{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks_{(3, 6)[level]}_0_op"
+    if kind == "upsamplers":
+        return f"output_blocks_{(2, 5)[level]}_2_{rest}"
+    first = (1, 4, 7)[level] if side.startswith("down") else (0, 3, 6)[level]
+    return (
+        f"{'input' if side.startswith('down') else 'output'}_blocks_{first + layer}_{int(kind == 'attentions')}_{rest}"
+    )
+
+
+def test_a_kohya_file_has_the_keys_of_sd_scripts_for_the_same_modules(tiny_base, live, tmp_path):
+    encoders = {name: trained(tiny_base, TEXT, name=name) for name in components.TEXT_ENCODERS}
+    adapter = adapter_of(unet=live["LoCon"], **encoders)
+    found = load_file(write(tmp_path / "a.safetensors", adapter, "kohya"))
+    expected = {f"lora_unet_{sgm_name(module)}" for module in adapters.by_module(adapter.weights["unet"])}
+    for number, layers in ((1, 2), (2, 3)):
+        for layer in range(layers):
+            prefix = f"lora_te{number}_text_model_encoder_layers_{layer}_"
+            expected |= {prefix + name for name in ("self_attn_q_proj", "self_attn_out_proj", "mlp_fc1")}
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(found) == {f"{module}.{part}" for module in expected for part in parts}
+    assert all(tensor.shape == () for key, tensor in found.items() if key.endswith(".alpha"))
+
+
+def test_every_module_of_the_unet_is_found_again_by_either_of_its_kohya_names(tiny_base):
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm)
+    modules = [name for name, module in load(tiny_base).named_modules() if isinstance(module, kinds)]
+    assert len(modules) > 200
+    for module in modules:
+        dotted = naming.original_unet_name(module)
+        names = (f"lora_unet_{sgm_name(module)}", f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{dotted}")
+        for name in names:
+            assert naming.parse_kohya_name(name) == ("unet", module), name
+
+
+# --- what others write ---
+
+
+def kohya_file(path, weights, alphas, name=sgm_name, dtype=torch.float16):
+    tensors = {}
+    for module, parts in adapters.by_module(weights).items():
+        tensors[f"lora_unet_{name(module)}.lora_down.weight"] = parts["lora_A.weight"].to(dtype)
+        tensors[f"lora_unet_{name(module)}.lora_up.weight"] = parts["lora_B.weight"].to(dtype)
+        if module in alphas:
+            tensors[f"lora_unet_{name(module)}.alpha"] = torch.tensor(alphas[module], dtype=dtype)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("name", [sgm_name, lambda module: module.replace(".", "_")], ids=["original", "diffusers"])
+def test_an_fp16_file_with_ranks_alphas_and_convolutions_of_its_own_is_merged_rightly(tiny_base, tmp_path, name):
+    unet, generator = load(tiny_base), torch.Generator().manual_seed(2)
+    weights, alphas, expected = {}, {}, {key: tensor.double() for key, tensor in unet.state_dict().items()}
+    layers = {n: m for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    for number, (module, layer) in enumerate(layers.items()):
+        rank, alpha = 1 + number % 5, 0.5 * (1 + number % 7)
+        a = 0.2 * torch.randn((rank, *layer.weight.shape[1:]), generator=generator)
+        b = 0.2 * torch.randn((len(layer.weight), rank, *(1 for _ in a.shape[2:])), generator=generator)
+        weights |= {f"{module}.lora_A.weight": a.half(), f"{module}.lora_B.weight": b.half()}
+        alphas[module] = alpha
+        product = b.half().double().flatten(1) @ a.half().double().flatten(1)
+        expected[f"{module}.weight"] += (alpha / rank * product).view(layer.weight.shape)
+    adapter = read_adapter(kohya_file(tmp_path / "a.safetensors", weights, alphas, name))
+    assert adapter.weights["unet"].keys() == weights.keys()
+    model, report = merging.merge(unet, [(adapter, 1.0)], "unet")
+    assert report.modules == len(layers)
+    assert_close({key: tensor.double() for key, tensor in model.state_dict().items()}, expected)
+
+
+def test_a_comfyui_file_is_read_with_the_alpha_that_is_given(tiny_base, live, tmp_path):
+    adapter = adapter_of(unet=live["LoCon"], text_encoder=trained(tiny_base, TEXT, name="text_encoder"))
+    tensors = {}
+    for name, prefix in (
+        ("unet", "diffusion_model."),
+        ("text_encoder", "text_encoders.clip_l.transformer.text_model."),
+    ):
+        for key, tensor in adapter.weights[name].items():
+            module, part = adapters.split_key(key)
+            module = naming.original_unet_name(module) if name == "unet" else module
+            tensors[f"{prefix}{module}.{'lora_down' if 'A' in part else 'lora_up'}.weight"] = tensor.contiguous()
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="does not say its alpha.*alpha = rank = 4"):
+        read_adapter(tmp_path / "a.safetensors")
+    assert conversion.same_adapter(read_adapter(tmp_path / "a.safetensors", lora_alpha=6.0), adapter)
+
+
+def family_file(path, keys):
+    tensors = {}
+    for key, in_size in keys.items():
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = (
+            torch.ones(4, in_size),
+            torch.ones(64, 4),
+        )
+        tensors[f"{key}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, path)
+    return path
+
+
+SD1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+FAMILIES = {
+    "Stable Diffusion 1.x": {SD1: 768, "lora_te_text_model_encoder_layers_0_mlp_fc1": 32},
+    "Stable Diffusion 2.x": {SD1: 1024},
+    "the SDXL refiner": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 1280},
+    "Stable Diffusion XL": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 2048},
+    "Stable Diffusion 3": {"lora_unet_joint_blocks_0_context_block_attn_qkv": 1536},
+    "Flux": {"lora_unet_double_blocks_0_img_attn_proj": 3072},
+    "another model family": {"lora_transformer_blocks_3_layer": 77},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_another_family_is_refused_with_a_guess_of_it(tiny_base, tmp_path, family):
+    file = family_file(tmp_path / "a.safetensors", FAMILIES[family])
+    with pytest.raises(UserError, match=f"(looks as if made for|of) {family}") as caught:
+        merged(tiny_base, read_adapter(file))
+    assert next(iter(FAMILIES[family])).split("_")[-1].split(".")[0] in str(caught.value)
+
+
+def test_a_text_encoder_of_stable_diffusion_1_is_not_taken_for_sdxls_first(tmp_path):
+    file = family_file(tmp_path / "a.safetensors", {"lora_te_text_model_encoder_layers_0_mlp_fc1": 32})
+    with pytest.raises(UserError, match="3 keys of 3 that no layout.*Stable Diffusion 1.x or 2.x"):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("part", ["lora_mid.weight", "diff", "norm"])
+def test_parts_that_no_kind_here_has_are_named(live, tmp_path, part):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    tensors = load_file(file)
+    key = next(iter(tensors)).partition(".")[0] + f".{part}"
+    save_file(tensors | {key: torch.ones(2, 2)}, file)
+    with pytest.raises(UserError, match=f"1 keys of 409 that no layout of an SDXL adapter has: '{key}'"):
+        read_adapter(file)
+
+
+def test_a_part_of_a_peft_folder_and_mixed_kinds_are_refused(live, tmp_path):
+    folder = write(tmp_path / "a", adapter_of(unet=live["LoRA"]), "peft")
+    with pytest.raises(UserError, match="adapter_model.safetensors is a part of a PEFT folder. Give the folder"):
+        read_adapter(folder / adapters.PEFT_FILE)
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    extra = load_file(write(tmp_path / "b.safetensors", adapter_of(unet=live["LoHa"]), "kohya"))
+    extra = {key: tensor for key, tensor in extra.items() if "hada" in key}
+    save_file(load_file(file) | extra, file)
+    with pytest.raises(UserError, match="several kinds"):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0, float("nan")])
+def test_an_alpha_that_is_no_strength_is_refused(live, tmp_path, alpha):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    tensors = load_file(file)
+    tensors[next(key for key in tensors if key.endswith(".alpha"))] = torch.tensor(alpha)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="the alpha (0|-4|nan), not a positive number"):
+        read_adapter(file)
+
+
+def test_one_module_without_alpha_among_others_needs_the_flag(live, tmp_path):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    tensors = load_file(file)
+    del tensors[next(key for key in tensors if key.endswith(".alpha"))]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="does not say its alpha"):
+        read_adapter(file)
+
+
+def test_dora_of_columns_is_refused(tiny_base, live, tmp_path):
+    """LyCORIS can norm the weight along its columns, which PEFT's DoRA cannot."""
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["DoRA"]), "kohya")
+    tensors = {k: t.T.contiguous() if k.endswith("dora_scale") else t for k, t in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="outputs, but its magnitude vector is 1 x"):
+        merged(tiny_base, read_adapter(file))
+
+
+def test_equal_adapters_give_equal_files(live, tmp_path):
+    adapter = adapter_of(unet=live["patterns"])
+    for layout in ("diffusers", "kohya"):
+        files = [
+            write(tmp_path / name / DIFFUSERS_FILE, adapter, layout) for name in map(mkdir(tmp_path, layout), "ab")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def mkdir(folder, layout):
+    def make(name):
+        (folder / f"{layout}-{name}").mkdir()
+        return f"{layout}-{name}"
+
+    return make
