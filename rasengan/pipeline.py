@@ -22,7 +22,7 @@ class SwitchableWeights:
 
     @torch.no_grad()
     def merge(self, adapters: list[tuple[Adapter, float]], is_last: bool = False) -> merging.MergeReport | None:
-        """Merge adapters, each with its strength, in place of those before; none gives the base, and no report.
+        """Merge adapters, each with the scale on its change, in place of those before; none gives the base.
 
         The weights that change are kept on the host, unless this `is_last`, after which the base is lost. All weights
         stay where they are on the card, so that a CUDA graph that reads them sees the new ones.
@@ -66,7 +66,7 @@ class Pipeline:
         """
         if self.denoiser is None:
             self._load_unet()
-        return self.weights.merge([(a, strength) for a, strength in adapters if "unet" in a.weights], is_last)
+        return self.weights.merge([(a, scale) for a, scale in adapters if "unet" in a.weights and scale], is_last)
 
     def _load_unet(self) -> None:
         unet = components.load("unet", self.folders["unet"], self.dtype, self.variant)

@@ -22,7 +22,7 @@ import transformers
 from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 
-from rasengan import UserError, cache, components, memory, merging, processes, sdxl, sheets, tuned_model
+from rasengan import UserError, components, memory, merging, processes, prompts, sdxl, sheets, tuned_model
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter, default_alpha
@@ -152,13 +152,14 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
     return variants
 
 
-def report(adapters: list[tuple[Adapter, float]], component: str, change: merging.MergeReport | None) -> None:
+def report(variant: Variant, component: str, change: merging.MergeReport) -> None:
     """Say what a merge changed."""
-    configs = [(adapter.configs[component], scale) for adapter, scale in adapters if component in adapter.configs]
-    if configs and change is not None:
-        how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
-        relative = f"relative weight change {change.relative_change:.3e}"
-        print(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
+    configs = [
+        (adapter.configs[component], scale) for adapter, scale in variant.adapters if component in adapter.configs
+    ]
+    how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
+    relative = f"relative weight change {change.relative_change:.3e}"
+    print(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
 
 
 def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
@@ -169,43 +170,18 @@ def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
     return scheduler
 
 
-# --- prompts ---
-
-
-def warn_of_long_prompts(prompts: list[str], folders: dict[str, Path]) -> None:
-    """Say which prompts are cut off."""
-    tokenizers = [components.load(name, folders[name]) for name in components.TOKENIZERS]
-    for prompt in prompts:
-        length, most = max(sdxl.count_tokens(prompt, t) for t in tokenizers), tokenizers[0].model_max_length
-        if length > most:
-            print(f"warning: only the first {most} of {length} tokens are used of: {prompt}")
-
-
-@torch.no_grad()
 def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, variant: Variant) -> dict:
-    """Return the embeddings (T, D) and pooled ones (P,) of each text, on the CPU; the encoders leave memory again.
-
-    Those of the base's own encoders are kept on disk, so that a prompt is encoded once for all runs.
-    """
+    """Return the embeddings of each prompt, and of the negative one, as this model's text encoders give them."""
     texts = list(dict.fromkeys([*args.prompt, *([] if args.negative_prompt is None else [args.negative_prompt])]))
-    device = accelerator.device
+    how = (texts, folders, args.variant, accelerator.device, dtype)
     if any(name in adapter.weights for adapter, _ in variant.adapters for name in components.TEXT_ENCODERS):
-        tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, dtype)
-        for name, model in zip(components.TEXT_ENCODERS, text_encoders, strict=True):
-            report(variant.adapters, name, merging.merge(model, variant.adapters, name)[1])
-        encoded = {text: sdxl.encode_prompts([text], tokenizers, text_encoders) for text in texts}
-        del text_encoders
-        components.free_memory()
-        return {text: tuple(part[0].cpu() for part in parts) for text, parts in encoded.items()}
-    where, names = Path(args.conditioning_cache_dir), (*components.TOKENIZERS, *components.TEXT_ENCODERS)
-    files = [file for name in names for file in components.component_files(name, folders[name], args.variant)]
-    digest = cache.weights_digest(files, where / "weights.json")
-    caches = [cache.prompt_cache(where, [text], digest, dtype, 1, device) for text in texts]
-    load_encoder = partial(cache.load_caption_encoder, folders, args.variant, device, dtype)
+        encoded, reports = prompts.encode_tuned(*how, variant.adapters)
+        for name, change in reports.items() if accelerator.is_main_process else ():
+            report(variant, name, change)
+        return encoded
     bar = partial(processes.progress_bar, accelerator, "Encoding prompts")
-    cache.fill(processes.machine_share(os.environ), caches, 1, load_encoder, bar)
-    rows = {text: prompts[text] for text, prompts in zip(texts, caches, strict=True)}
-    return {text: (row["prompt_embeds"], row["pooled_prompt_embeds"]) for text, row in rows.items()}
+    share = processes.machine_share(os.environ)
+    return prompts.encode_once(*how, Path(args.conditioning_cache_dir), share, bar)
 
 
 # --- pictures ---
@@ -258,12 +234,12 @@ def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants, embed
 
         for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True)):
             change = pipeline.use(variant.adapters, is_last=place == len(variants) - 1)
-            if accelerator.is_main_process:
-                report(variant.adapters, "unet", change)
+            if change is not None and accelerator.is_main_process:
+                report(variant, "unet", change)
             negative = None if args.negative_prompt is None else rows[args.negative_prompt]
             for number in mine:
-                prompts = sdxl.conditioning(rows[args.prompt[number]], negative, len(seeds))
-                latents = pipeline.draw(scheduler, prompts, seeds, on_step=bar.update, **options)
+                row = sdxl.conditioning(rows[args.prompt[number]], negative, len(seeds))
+                latents = pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options)
                 waiting.append((variant, number, latents.cpu()))
                 if pipeline.decode_fits(budget_gib):
                     decode_waiting()
@@ -329,8 +305,8 @@ def main(args: argparse.Namespace) -> None:
         )
 
     if args.prompt:
-        if accelerator.is_main_process:
-            warn_of_long_prompts(args.prompt, folders)
+        for prompt, length, most in prompts.too_long(args.prompt, folders) if accelerator.is_main_process else ():
+            print(f"warning: only the first {most} of {length} tokens are used of: {prompt}")
         embeds = [encode(args, accelerator, folders, dtype, variant) for variant in variants]
         pipeline = Pipeline(folders, args.variant, device, dtype)
         init = pipeline.encode(picture) if picture is not None else None

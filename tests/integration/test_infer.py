@@ -1,5 +1,7 @@
 """Pictures of the base and of the tuned model, and the proof that the adapter is in them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from rasengan import components, sdxl
 
 
 PROMPT = "a big red star"
+CONFIG = Path(__file__).parents[2] / "accelerate_configs" / "cpu.yaml"
+TWO = ["--config_file", str(CONFIG), "--main_process_port", "0", "--num_processes", "2"]
 BASE, TUNED = "000-3-a-big-red-star-base.png", "000-3-a-big-red-star-tuned.png"
 
 
@@ -312,3 +316,21 @@ def test_a_single_merged_file_is_the_original_layout_of_the_merged_folder(compar
         assert found.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), name
     assert np.abs(draw_with_diffusers(pipeline) - pixels(compared[TUNED])).max() <= 1
+
+
+# --- several processes ---
+
+
+def test_two_processes_draw_what_one_does(run_script, tiny_base, trained, tmp_path):
+    words = ["--pretrained_model_name_or_path", tiny_base, "--lora_weights", trained, "--compare", "--height", 64]
+    words += ["--width", 64, "--num_inference_steps", 2, "--num_images_per_prompt", 2, "--negative_prompt", "grey"]
+    words += ["--prompt", "a star", "a ring", "a disk"]
+    folders = {}
+    for name, launch in (("one", None), ("two", TWO)):
+        options = ["--output_dir", tmp_path / name, "--conditioning_cache_dir", tmp_path / f"cache {name}"]
+        finished = run_script("infer", *words, *options, launch=launch)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout.count("Merged 136 modules") == 1
+        folders[name] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+    assert len(folders["one"]) == 3 * 2 * 2 + 2  # the grid and the page
+    assert folders["one"] == folders["two"]

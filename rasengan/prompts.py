@@ -1,0 +1,79 @@
+"""The embeddings of prompts to draw: from a cache on disk, or from text encoders with adapters merged into them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from rasengan import cache, components, merging, sdxl
+from rasengan.adapters import Adapter
+
+
+Embeds = tuple[torch.Tensor, torch.Tensor]  # prompt_embeds (T, D) and pooled_prompt_embeds (P,)
+
+
+def too_long(prompts: list[str], folders: dict[str, Path]) -> list[tuple[str, int, int]]:
+    """Return the prompts that are cut off, each with its tokens and with how many are used."""
+    tokenizers = [components.load(name, folders[name]) for name in components.TOKENIZERS]
+    most = tokenizers[0].model_max_length
+    lengths = [(prompt, max(sdxl.count_tokens(prompt, tokenizer) for tokenizer in tokenizers)) for prompt in prompts]
+    return [(prompt, length, most) for prompt, length in lengths if length > most]
+
+
+def encode_once(
+    texts: list[str],
+    folders: dict[str, Path],
+    variant: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    directory: Path,
+    share: tuple[int, int],
+    make_bar: Callable[[int], tqdm],
+) -> dict[str, Embeds]:
+    """Return the embeddings of each text by the base's encoders, on the CPU; these are loaded for new texts alone.
+
+    Args:
+        texts: prompts and negative prompts.
+        folders: of the components.
+        variant: of their weight files.
+        device: to encode on.
+        dtype: of the encoders.
+        directory: of the cache, which training shares.
+        share: as `cache.fill` takes it.
+        make_bar: likewise.
+    """
+    names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
+    files = [file for name in names for file in components.component_files(name, folders[name], variant)]
+    digest = cache.weights_digest(files, directory / "weights.json")
+    # One for each text: which others a run draws must not matter.
+    caches = [cache.prompt_cache(directory, [text], digest, dtype, 1, device) for text in texts]
+    load_encoder = partial(cache.load_caption_encoder, folders, variant, device, dtype)
+    cache.fill(share, caches, 1, load_encoder, make_bar)
+    rows = [(text, prompts[text]) for text, prompts in zip(texts, caches, strict=True)]
+    return {text: (row["prompt_embeds"], row["pooled_prompt_embeds"]) for text, row in rows}
+
+
+@torch.no_grad()
+def encode_tuned(
+    texts: list[str],
+    folders: dict[str, Path],
+    variant: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapters: list[tuple[Adapter, float]],
+) -> tuple[dict[str, Embeds], dict[str, merging.MergeReport]]:
+    """Return the embeddings of each text by encoders with adapters merged into them, and what the merges changed.
+
+    The encoders leave memory again. Arguments are as in `encode_once`; each adapter has the scale on its change.
+    """
+    tokenizers, text_encoders = components.load_text_encoders(folders, variant, device, dtype)
+    reports = {}
+    for name, model in zip(components.TEXT_ENCODERS, text_encoders, strict=True):
+        if any(name in adapter.weights for adapter, _ in adapters):
+            reports[name] = merging.merge(model, adapters, name)[1]
+    encoded = {text: sdxl.encode_prompts([text], tokenizers, text_encoders) for text in texts}
+    del text_encoders, model
+    components.free_memory()
+    return {text: tuple(part[0].cpu() for part in parts) for text, parts in encoded.items()}, reports
