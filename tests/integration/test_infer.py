@@ -9,6 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from rasengan import components, sdxl
+from rasengan.pipeline import Pipeline
 
 
 PROMPT = "a big red star"
@@ -334,3 +335,13 @@ def test_two_processes_draw_what_one_does(run_script, tiny_base, trained, tmp_pa
         folders[name] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
     assert len(folders["one"]) == 3 * 2 * 2 + 2  # the grid and the page
     assert folders["one"] == folders["two"]
+
+
+# --- little memory ---
+
+
+def test_without_room_for_the_vae_pictures_are_decoded_at_the_end(compared, draw, trained, monkeypatch):
+    monkeypatch.setattr(Pipeline, "decode_fits", lambda self, budget_gib: False)
+    pictures = draw("--lora_weights", trained, "--compare", "--prompt", PROMPT, "--seed", 3)
+    assert pictures.keys() == compared.keys()
+    assert all(same(pictures[name], compared[name]) for name in pictures)
