@@ -41,7 +41,7 @@ from rasengan import (  # noqa: E402
     demo,
     export,
     resuming,
-)  # noqa: E402
+)
 
 
 # --- what reads files: each takes bytes, and may raise a UserError alone ---
