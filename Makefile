@@ -25,9 +25,9 @@ test: $(READY)
 test_gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
-# Compares with checkouts of the peers: make test_peers DIFFUSERS=path/to/diffusers
+# Compares with checkouts of the peers: make test_peers DIFFUSERS=path/to/diffusers SD_SCRIPTS=path/to/sd-scripts
 test_peers: $(READY)
-	DIFFUSERS="$(DIFFUSERS)" $(BIN)/python -m pytest -rs tests/peers
+	DIFFUSERS="$(DIFFUSERS)" SD_SCRIPTS="$(SD_SCRIPTS)" $(BIN)/python -m pytest -rs tests/peers
 
 # Half of the time with hypothesis, half with atheris.
 MINUTES ?= 10

@@ -5,15 +5,12 @@ import json
 import math
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import StateDictType
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from rasengan import UserError, first_line
 from rasengan.adapters import (
@@ -33,9 +30,9 @@ from rasengan.adapters import (
 )
 from rasengan.families import guess_family
 from rasengan.naming import KOHYA_PARTS, parse_kohya_name
+from rasengan.tensor_files import found_file, read_tensors
 
 
-PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 # What a merge reads of a LoRA's settings, beside r and alpha.
 SETTINGS = {"target_modules": str | list, "exclude_modules": str | list, "rank_pattern": dict, "alpha_pattern": dict}
 
@@ -60,7 +57,7 @@ def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool
     if is_peft_folder(path):
         adapter = _read_peft_folder(path, allow_pickle)
     else:
-        file = _there(path / DIFFUSERS_FILE) if path.is_dir() else path
+        file = found_file(path / DIFFUSERS_FILE) if path.is_dir() else path
         adapter = _read_single_file(file, lora_alpha, allow_pickle)
     if not any(adapter.weights.values()):
         raise _without_weights(path)
@@ -95,7 +92,7 @@ def _read_peft_folder(path: Path, allow_pickle: bool) -> Adapter:
         del folders["unet"]
     weights, configs = {}, {}
     for name, folder in folders.items():
-        tensors, _ = _read_file(_there(folder / PEFT_FILE), allow_pickle)
+        tensors, _ = read_tensors(found_file(folder / PEFT_FILE), allow_pickle)
         bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
         # Some versions of PEFT keep the name of the module that holds DoRA's vector.
         weights[name] = {key.replace("magnitude_vector.weight", "magnitude_vector"): bare[key] for key in bare}
@@ -153,7 +150,7 @@ def _completed(config: Config, weights: Tensors) -> Config:
 
 
 def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) -> Adapter:
-    tensors, metadata = _read_file(file, allow_pickle)
+    tensors, metadata = read_tensors(file, allow_pickle)
     weights, alphas, strangers = _sort(tensors)
     if strangers:
         raise _stranger_error(file, tensors, strangers)
@@ -266,48 +263,3 @@ def _config_from_weights(file: Path, weights: Tensors, alphas: dict[str, float],
     if config is None:
         raise _without_weights(file)
     return config
-
-
-# --- tensors ---
-
-
-def _there(file: Path) -> Path:
-    """Return the file, or the pickle that stands in its place."""
-    pickles = [file.with_suffix(suffix) for suffix in sorted(PICKLES)]
-    return next((path for path in (file, *pickles) if path.is_file()), file)
-
-
-def _read_file(file: Path, allow_pickle: bool) -> tuple[Tensors, dict[str, str]]:
-    if file.is_file() and file.suffix in PICKLES:
-        return _read_pickle(file, allow_pickle), {}
-    if not file.is_file():
-        raise UserError(
-            f"There is no adapter at {file}. Give --lora_weights a .safetensors file, a PEFT folder, a folder with "
-            f"{DIFFUSERS_FILE}, or a hub id."
-        )
-    try:
-        with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-        return load_file(file), metadata
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
-
-
-def _read_pickle(file: Path, allow_pickle: bool) -> Tensors:
-    if not allow_pickle:
-        raise UserError(
-            f"{file} is a pickle, which can run what a stranger wrote into it. Give the adapter as safetensors, or "
-            "--allow_pickle, which reads tensors alone from it."
-        )
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
-            raise TypeError("it holds more than tensors by name")
-    except UnpicklingError as error:  # whose text advises to load it all the same
-        raise UserError(
-            f"{file} holds more than tensors, and is not read. Give the adapter as safetensors."
-        ) from error
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
-        reason = first_line(error).rstrip(".")
-        raise UserError(f"{file} cannot be read: {reason}. Give the adapter as safetensors.") from error
-    return tensors

@@ -5,6 +5,7 @@ Weights are named without the adapter's name: of a LoRA `MODULE.lora_A.weight` (
 `MODULE.lora_magnitude_vector` beside them; of a LoHa `MODULE.hada_w1_a` and so on, of a LoKr `MODULE.lokr_w1`.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,7 +13,6 @@ from typing import NamedTuple
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.lokr.layer import factorization
-from peft.utils.other import get_pattern_key
 
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -97,12 +97,21 @@ def strength_of(config: Config, module: str) -> float:
 
 
 def _of_module(pattern: Mapping[str, float], module: str, default: float) -> float:
-    # A whole name, as `infer_config` writes it, is found at once; a file with a rank for each module has 700 patterns.
+    # A whole name, as `infer_config` writes it, is found at once; a file with a rank for each module has 700 of them.
     escaped = re.escape(module.removeprefix("text_model."))
-    if escaped in pattern or not pattern:
-        return pattern.get(escaped, default)
-    # Else a pattern's keys are ends of names, or regular expressions for them.
-    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+    if escaped in pattern:
+        return pattern[escaped]
+    return next((value for key, value in pattern.items() if _ending(key).match(module)), default)
+
+
+@functools.lru_cache(4096)
+def _ending(key: str) -> re.Pattern:
+    """Return what PEFT makes of a pattern's key: an end of a name, or a regular expression for one.
+
+    Source: get_pattern_key in https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/other.py; re itself
+    keeps too few for a file with a rank for each module.
+    """
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 # --- settings that the weights themselves show ---

@@ -30,7 +30,7 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
         dtype: of the weights in the file.
 
     Raises:
-        UserError: the layout cannot hold such an adapter, or the place cannot be written.
+        UserError: the layout or the dtype cannot hold such an adapter, or the place cannot be written.
         RuntimeError: reading back gave another adapter.
     """
     adapter = _cast(adapter, dtype)
@@ -96,6 +96,12 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
         name: {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in part.items()}
         for name, part in adapter.weights.items()
     }
+    for name, part in weights.items():
+        if wrong := next((key for key, tensor in part.items() if not torch.isfinite(tensor).all()), None):
+            raise UserError(
+                f"The {name}'s {wrong} is not finite in {str(dtype).removeprefix('torch.')}: the adapter is damaged, "
+                "or its weights are too great for --dtype. Give fp32, or another adapter."
+            )
     return Adapter(weights, adapter.configs)
 
 

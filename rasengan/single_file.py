@@ -112,12 +112,10 @@ def write_single_file(
         UserError: the file cannot be written.
         RuntimeError: it does not read back as it was written, or the weights are not those of the skeleton.
     """
-    planned = {}
-    for name in COMPONENTS:
-        tensors = original_weights(name, skeletons[name].state_dict())
-        planned |= {key: (dtypes[name], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    shapes = {name: _shapes(original_weights(name, skeletons[name].state_dict())) for name in COMPONENTS}
+    planned = {key: (dtypes[name], shape) for name in COMPONENTS for key, shape in shapes[name].items()}
     if prediction_type == "v_prediction":
-        planned["v_pred"] = (torch.float32, (0,))
+        planned["v_pred"] = (torch.float32, torch.Size([0]))
     header, places, size = _header(planned)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -126,9 +124,10 @@ def write_single_file(
             file.truncate(size)  # so that safetensors opens it before its end is written
             for name in COMPONENTS:
                 tensors = original_weights(name, load_weights(name))
-                tensors = {key: tensor.detach().to("cpu", dtypes[name]) for key, tensor in tensors.items()}
-                _write(file, tensors, planned, places)
-                _verify(unfinished, tensors)
+                if _shapes(tensors) != shapes[name]:
+                    raise RuntimeError(f"the {name}'s weights are not of the names and shapes of its configuration")
+                _write(file, tensors, dtypes[name], places)
+                _verify(unfinished, tensors, dtypes[name])
         sync(unfinished)
         os.replace(unfinished, path)
         sync_folder(path.parent)
@@ -141,14 +140,18 @@ def write_single_file(
         unfinished.unlink(missing_ok=True)
 
 
-def _header(planned: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+def _shapes(tensors: Weights) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def _header(planned: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, int], int]:
     """Return a safetensors file's beginning, where in it each tensor begins, and its size, in bytes.
 
     Source: https://github.com/huggingface/safetensors#format.
     """
     entries, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for key, (dtype, shape) in planned.items():
-        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        begin, end = end, end + shape.numel() * dtype.itemsize
         entries[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         places[key] = begin
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -157,24 +160,22 @@ def _header(planned: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[by
     return header, {key: len(header) + begin for key, begin in places.items()}, len(header) + end
 
 
-def _write(file: BinaryIO, tensors: Weights, planned: dict, places: dict[str, int]) -> None:
+def _write(file: BinaryIO, tensors: Weights, dtype: torch.dtype, places: dict[str, int]) -> None:
     for key, tensor in tensors.items():
-        if planned.get(key) != (tensor.dtype, tuple(tensor.shape)):
-            raise RuntimeError(f"{key} is {tuple(tensor.shape)}, where the model's configuration says {planned[key]}")
         file.seek(places[key])
-        file.write(memoryview(_bytes(tensor).numpy()))
+        file.write(memoryview(_bytes(tensor, dtype).numpy()))
     file.flush()
 
 
-def _verify(path: Path, tensors: Weights) -> None:
+def _verify(path: Path, tensors: Weights, dtype: torch.dtype) -> None:
     with safe_open(path, framework="pt") as found:
         for key, tensor in tensors.items():
-            if not torch.equal(_bytes(found.get_tensor(key)), _bytes(tensor)):
+            if not torch.equal(_bytes(found.get_tensor(key), dtype), _bytes(tensor, dtype)):
                 raise RuntimeError(
                     f"{path.name}: {key} does not read back as it was written. The disk may be damaged."
                 )
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # Compared as numbers, NaN would differ from itself; and NumPy has no bf16.
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)

@@ -30,7 +30,18 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import load_script  # noqa: E402
 
-from rasengan import UserError, adapter_reader, adapters, checkpoint, components, data, demo, export, resuming  # noqa: E402
+from rasengan import (  # noqa: E402
+    UserError,
+    adapter_reader,
+    adapter_writer,
+    adapters,
+    checkpoint,
+    components,
+    data,
+    demo,
+    export,
+    resuming,
+)
 
 
 # --- what reads files: each takes bytes, and may raise a UserError alone ---
@@ -49,6 +60,7 @@ class Targets:
         model.peft_config = {"default": config}
         export.save_diffusers(work / "adapter", {"unet": model})
         export.save_peft(work / "peft", {"unet": model})
+        adapter_writer.write_kohya(work / "kohya.safetensors", export.live_adapter({"unet": model}))
         self.checkpoint = work / "run" / "checkpoint-2"
         shutil.copytree(work / "adapter", self.checkpoint)
         state = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 2, "noise_offset": 0.0}
@@ -66,6 +78,10 @@ class Targets:
             "adapter": (
                 work / "adapter" / adapters.DIFFUSERS_FILE,
                 lambda: adapter_reader.read_adapter(work / "adapter", lora_alpha=None),
+            ),
+            "kohya's adapter": (
+                work / "kohya.safetensors",
+                lambda: adapter_reader.read_adapter(work / "kohya.safetensors"),
             ),
             "PEFT configuration": (
                 work / "peft" / "adapter_config.json",

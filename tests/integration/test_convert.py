@@ -207,6 +207,15 @@ def test_wrong_arguments_are_refused(convert, tmp_path, words, pattern):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_overflow_are_refused_by_their_name(convert, trained, tmp_path):
+    tensors = load_file(trained / adapters.DIFFUSERS_FILE)
+    save_file({key: 1e6 * tensor for key, tensor in tensors.items()}, tmp_path / "great.safetensors")
+    options = ["--input", tmp_path / "great.safetensors", "--lora_alpha", 32, "--format", "kohya"]
+    with pytest.raises(UserError, match="The unet's .*lora_[AB].weight is not finite in float16.*Give fp32"):
+        convert(tmp_path / "a.safetensors", *options, "--dtype", "fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["great.safetensors"]
+
+
 def test_what_is_there_is_never_overwritten(convert, trained, tmp_path):
     (tmp_path / "a.safetensors").write_text("mine")
     with pytest.raises(UserError, match="--output .* exists"):

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
-    {"__init__", "adapters", "command_line", "families", "files", "naming", "stopping"},
+    {"__init__", "adapters", "command_line", "families", "files", "naming", "stopping", "tensor_files"},
     {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "graphs", "kernels", "locks"}
     | {"memory", "objective", "optim", "sdxl", "sheets"},
     {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "single_file"},

@@ -104,19 +104,28 @@ def test_one_component_is_loaded_at_a_time_and_the_file_appears_whole(write, tin
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_the_configurations_are_refused(write, tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: {key: tensor[:1] for key, tensor in weights.items()},
+        lambda weights: dict(list(weights.items())[1:]),
+        lambda weights: weights | {"more": torch.ones(1)},
+    ],
+    ids=["other shapes", "one fewer", "one more"],
+)
+def test_weights_that_are_not_the_configurations_are_refused(write, tiny_base, tmp_path, change):
     def load(name):
         weights = weights_of(tiny_base, name)
-        return weights if name != "vae" else {key: tensor[:1] for key, tensor in weights.items()}
+        return change(weights) if name == "vae" else weights
 
-    with pytest.raises(RuntimeError, match="where the model's configuration says"):
+    with pytest.raises(RuntimeError, match="the vae's weights are not of the names and shapes of its configuration"):
         write(tmp_path / "sdxl.safetensors", load_weights=load)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_read_back_as_written_is_refused(write, tiny_base, tmp_path, monkeypatch):
-    def damage(file, tensors, planned, places, write=single_file._write):
-        write(file, tensors, planned, places)
+    def damage(file, tensors, dtype, places, write=single_file._write):
+        write(file, tensors, dtype, places)
         file.seek(next(iter(places.values())))
         file.write(b"\xff")
         file.flush()
