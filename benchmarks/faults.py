@@ -106,7 +106,7 @@ class Faults:
             sys.stderr.flush()
             os._exit(code)
 
-    def finish(self, pids: list[int], limit_s: float = 120) -> list[int]:
+    def finish(self, pids: list[int], limit_s: float = 300) -> list[int]:
         """Wait for the processes as a launcher does, and return how each ended.
 
         Raises:

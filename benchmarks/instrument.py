@@ -1,9 +1,10 @@
-"""Run a training script, any that steps a torch optimizer, and write what its steps took into a JSON file.
+"""Run a script that trains or draws, and write what its steps took into a JSON file.
 
-    python benchmarks/instrument.py [--profile_steps 3] [--as_t4] REPORT.json SCRIPT ARGUMENTS...
+    python benchmarks/instrument.py [--of drawing] [--profile_steps 3] [--as_t4] REPORT.json SCRIPT ARGUMENTS...
 
-The script runs as it would by itself. A hook after each optimizer step records a CUDA event and the host's clock; a
-step that the gradient scaler skips is not seen. Only --profile_steps slows the script down.
+The script runs as it would by itself. A hook after each optimizer step, or each step of diffusers' Euler sampler,
+records a CUDA event and the host's clock; an optimizer step that the gradient scaler skips is not seen. Only
+--profile_steps slows the script down.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def busy(events) -> tuple[float, int]:
 class Instrument:
     """What is recorded from the first optimizer step on."""
 
-    def __init__(self, report: str, warm_up_steps: int, profile_steps: int):
+    def __init__(self, report: str, warm_up_steps: int, profile_steps: int, of: str = "training"):
         self.report, self.warm_up_steps, self.profile_steps = report, warm_up_steps, profile_steps
         self.cuda = torch.cuda.is_available()
         self.events, self.clocks_s = [], []
@@ -54,8 +55,29 @@ class Instrument:
             # A script may start its own peak anew; the peak of everything is wanted here.
             self.reset_peaks = torch.cuda.reset_peak_memory_stats
             torch.cuda.reset_peak_memory_stats = self.note_and_reset_peaks
-        register_optimizer_step_post_hook(self.step_done)
+        if of == "training":
+            register_optimizer_step_post_hook(self.step_done)
+        else:
+            self.watch_drawing()
         atexit.register(self.finish)
+
+    def watch_drawing(self) -> None:
+        """Take the sampler's steps for the optimizer's, and note when the first picture is saved."""
+        from diffusers import EulerDiscreteScheduler
+        from PIL import Image
+
+        step, save = EulerDiscreteScheduler.step, Image.Image.save
+
+        def step_and_note(*inputs, **options):
+            result = step(*inputs, **options)
+            self.step_done()
+            return result
+
+        def save_and_note(*inputs, **options):
+            save(*inputs, **options)
+            self.found.setdefault("first_picture_s", round(seconds_since_start(), 2))
+
+        EulerDiscreteScheduler.step, Image.Image.save = step_and_note, save_and_note
 
     def note_and_reset_peaks(self, device=None) -> None:
         """Keep the peaks so far, of all and of the loop, and start them anew."""
@@ -120,8 +142,9 @@ def main() -> None:
     add("--memory_cap_gib", type=float, help="fail like a card that has no more")
     add("--no_flash_attention", action="store_true", help="as on cards before Ampere")
     add("--as_t4", action="store_true", help=f"both: {T4_BUDGET_GIB} GiB, and no flash attention")
+    add("--of", choices=["training", "drawing"], default="training", help="whose steps [%(default)s]")
     add("report", help="the JSON file to write")
-    add("script", help="the training script")
+    add("script", help="what to run")
     add("arguments", nargs=argparse.REMAINDER, help="the script's own")
     args = parser.parse_args()
     command = [args.script, *args.arguments]
@@ -132,7 +155,7 @@ def main() -> None:
     if args.no_flash_attention or args.as_t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    Instrument(os.path.abspath(args.report), args.warm_up_steps, args.profile_steps)
+    Instrument(os.path.abspath(args.report), args.warm_up_steps, args.profile_steps, args.of)
     sys.argv = command
     sys.path[0] = os.path.dirname(os.path.abspath(command[0]))  # where python would have put the script's folder
     runpy.run_path(command[0], run_name="__main__")

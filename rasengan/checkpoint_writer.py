@@ -80,7 +80,8 @@ class CheckpointWriter:
         path = self.output_dir / f"checkpoint-{global_step}"
         if path in list_checkpoints(self.output_dir) and find_damage(path) is None:
             return path  # the one that was resumed from: no other is there under a number to come
-        if not torch.isfinite(self.flat).all():
+        # By two numbers, for which even a full card has room.
+        if not torch.isfinite(torch.stack(torch.aminmax(self.flat.detach()))).all():
             export.check_finite(self.models, last_name(self.output_dir))
         parts = {"optimizer": self.optimizer.state_dict(), "flat": self.flat}
         if self.scaler is not None:

@@ -63,6 +63,17 @@ def number_type(minimum: float = -math.inf, kind: type = int, most: float = math
     return read
 
 
+def numbers_type(text: str) -> list[float]:
+    """Return the finite numbers of a list with commas, each once."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor several with commas between them")
+    return list(dict.fromkeys(values))
+
+
 def path_type(text: str) -> str:
     """Return a path or a hub id, with ~ as the home folder."""
     if not text.strip():

@@ -1,4 +1,4 @@
-"""SDXL's UNet with its LoRA, run for training: the modules stay diffusers' and PEFT's, only the way they run differs.
+"""SDXL's UNet, run fast for training or drawing: modules stay diffusers' and PEFT's, only how they run differs.
 
 The same arithmetic as theirs, but for the order of rounding, in a third of the kernels and two thirds of the memory:
 
@@ -8,7 +8,8 @@ The same arithmetic as theirs, but for the order of rounding, in a third of the 
 - nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
 - any number of blocks can be recomputed in the backward pass rather than kept.
 
-In evaluation mode (`unet.eval()`) the modules run as diffusers and PEFT wrote them.
+A UNet that has a LoRA runs so in training mode; in evaluation mode (`unet.eval()`) its modules run as diffusers and
+PEFT wrote them. One without, merged or never adapted, always runs so.
 """
 
 import types
@@ -28,7 +29,7 @@ from rasengan import lora, nodes
 
 
 def why_not(unet: nn.Module) -> str | None:
-    """Say what keeps a UNet with a LoRA from being run by this module; None where nothing does."""
+    """Say what keeps a UNet, with a LoRA or without, from being run by this module; None where nothing does."""
     inside = {id(layer) for block in unet.modules() for layer in _linear_layers(block)}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
@@ -64,17 +65,17 @@ def _linear_layers(module: nn.Module) -> list[nn.Module]:
 
 
 class FusedUNet:
-    """Gives a UNet its training forward, and holds what the steps share.
+    """Gives a UNet its forward, and holds what the steps share.
 
     The LoRA's gradient arrives in `flat.grad`, and so in that of PEFT's parameters, which are views of it.
     """
 
-    def __init__(self, unet: nn.Module, flat: nn.Parameter, scale: float):
-        """Take over the training forward of a UNet for which `why_not` has nothing to say.
+    def __init__(self, unet: nn.Module, flat: nn.Parameter | None = None, scale: float = 1.0):
+        """Take over the forward of a UNet for which `why_not` has nothing to say.
 
         Args:
-            unet: with a LoRA, on its device, its weights stacked by `lora.stack_weights`.
-            flat: begins with the UNet's part of `lora.flat_order`; has a gradient.
+            unet: on its device, its weights stacked by `lora.stack_weights`.
+            flat: begins with the UNet's part of `lora.flat_order`; has a gradient. None for a UNet without a LoRA.
             scale: alpha / rank.
         """
         self.unet, self.flat, self.scale = unet, flat, scale
@@ -82,6 +83,7 @@ class FusedUNet:
         self.by_layer = {id(layer): projection for projection in self.projections for layer in projection.layers}
         self.with_lora = [projection for projection in self.projections if projection.has_lora]
         self.ends = self._place_gradients()
+        self.anchor = None
         self.text = {}  # keys and values of each block's attention to the text, while the forward runs
         self.recomputed = set()
         unet.to(memory_format=torch.channels_last)
@@ -108,7 +110,8 @@ class FusedUNet:
         original = type(module).forward
 
         def dispatch(module, *inputs, **options):
-            return (forward if self.unet.training else original)(module, *inputs, **options)
+            is_fused = self.flat is None or self.unet.training
+            return (forward if is_fused else original)(module, *inputs, **options)
 
         module.forward = types.MethodType(dispatch, module)
 
@@ -137,7 +140,8 @@ class FusedUNet:
     # --- the forward, from the whole to the parts ---
 
     def _forward(self, unet, sample, timestep, encoder_hidden_states, **kwargs):
-        self._cast_lora(sample.dtype)
+        if self.flat is not None:
+            self._cast_lora(sample.dtype)
         try:
             self._project_text(encoder_hidden_states)
             return type(unet).forward(unet, sample, timestep, encoder_hidden_states, **kwargs)
@@ -242,8 +246,8 @@ class Projection:
         matrices = part_A.view(self.shape_A), part_B.view(self.shape_B)
         self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale)
 
-    def __call__(self, rows: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        """Return (T, n E) for rows (T, D); `anchor` is as `nodes.LoraProduct` takes it."""
+    def __call__(self, rows: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
+        """Return (T, n E) for rows (T, D); `anchor` is as `nodes.LoraProduct` takes it, None without a LoRA."""
         if self.has_lora:
             return nodes.LoraProduct.apply(rows, anchor, self.lora, self.weight, self.bias)
         return F.linear(rows, self.weight, self.bias)

@@ -1,9 +1,7 @@
-"""Encode prompts and pictures, and draw, with the components in memory.
+"""Encode prompts and pictures with the components in memory, and choose a sampler.
 
 Shapes: B batch, T tokens (77), D text width (2048 = 768 + 1280), P pooled width (1280), H and W picture size in px.
 """
-
-from collections.abc import Callable
 
 import torch
 from diffusers import (
@@ -15,14 +13,9 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from PIL import Image
 from transformers import CLIPTokenizer
-
-from rasengan import UserError
 
 
 SAMPLERS = {
@@ -87,7 +80,7 @@ def compute_time_ids(
     return [*original_size, *crop_top_left, *target_size]
 
 
-# --- drawing ---
+# --- what drawing needs ---
 
 
 def make_sampler(scheduler: SchedulerMixin, name: str | None) -> SchedulerMixin:
@@ -112,88 +105,3 @@ def conditioning(
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
     parts = (*prompt, *negative)
     return {name: torch.stack([part] * batch_size) for name, part in zip(names, parts, strict=True)}
-
-
-@torch.no_grad()
-def draw(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    scheduler: SchedulerMixin,
-    prompts: dict[str, torch.Tensor],
-    seeds: list[int],
-    height: int,
-    width: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    on_step: Callable[[], object] = lambda: None,
-) -> list[Image.Image]:
-    """Draw one picture for each seed, through diffusers' own pipeline.
-
-    Each picture's noise comes from its own CPU generator: it is the same on every device and in every batch.
-
-    Args:
-        unet: on the device to draw on, with or without an adapter.
-        vae: fp32, on the same device.
-        scheduler: a sampler, as `make_sampler` returns it.
-        prompts: what `conditioning` returned, a row for each seed.
-        seeds: one for each picture.
-        height: in px, a multiple of 8.
-        width: in px, a multiple of 8.
-        num_inference_steps: denoising steps.
-        guidance_scale: 1 or less draws without classifier-free guidance.
-        on_step: called after each denoising step.
-
-    Raises:
-        UserError: a picture came out with non-finite values.
-    """
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-
-    def end_of_step(pipeline, step, timestep, tensors):
-        on_step()
-        return tensors
-
-    latents = pipeline(
-        **prompts,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-        callback_on_step_end=end_of_step,
-    ).images
-    pixels = decode_latents(vae, latents)
-    if not torch.isfinite(pixels).all():
-        raise UserError(
-            "A picture came out with non-finite values: the UNet or the adapter overflows in this precision. "
-            "Use --mixed_precision no, or a smaller --lora_scale."
-        )
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")
-
-
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, tile_px: int = 512) -> torch.Tensor:
-    """Return pixels (B, 3, H, W), fp32 in [-1, 1], of latents (B, 4, H/8, W/8) in any dtype, outside autocast.
-
-    One picture at a time, in overlapping tiles where it is larger than `tile_px`: that bounds the memory of a decode
-    to 1.2 GiB at 512 px tiles. `enable_tiling` by itself does nothing at 1024 px, the tile of SDXL's VAE.
-    """
-    vae.enable_tiling()
-    vae.tile_sample_min_size = tile_px
-    vae.tile_latent_min_size = tile_px // 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor
-    try:
-        with torch.autocast(latents.device.type, enabled=False):
-            pixels = torch.cat([vae.decode(latent[None], return_dict=False)[0] for latent in latents])
-    finally:
-        vae.disable_tiling()  # which would also tile the encoding of training pictures
-    return pixels.clamp(-1, 1)

@@ -5,12 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from rasengan import memory, objective
+from rasengan import graphs, memory, objective
 from rasengan.samples import derive_seed
-
-
-# Runs before a capture: libraries load their kernels and choose their algorithms in the first.
-WARM_UP = 2
 
 
 def seed_step(seed: int, global_step: int, rank: int) -> None:
@@ -92,37 +88,20 @@ class TrainingStep:
         batch = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
         if not self.as_graph:
             return self.run(batch)
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
+        shapes = graphs.shapes_of(batch)
         if shapes not in self.graphs:
-            self.graphs[shapes] = self._capture(batch)
-        graph, inputs, losses = self.graphs[shapes]
-        for name, tensor in batch.items():
-            inputs[name].copy_(tensor, non_blocking=True)
-        graph.replay()
-        return losses
+            gradient = self.flat.grad.cpu()  # the warm-up adds to it
+            self.graphs[shapes] = graphs.capture(
+                self.run, batch, self.pool, after_warm_up=lambda: self.flat.grad.copy_(gradient)
+            )
+            self.pool = self.graphs[shapes].graph.pool()
+        return self.graphs[shapes](batch)
 
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the losses (B,) of a micro-batch, without a graph."""
         losses = self.compute(batch)
         self.backward(losses.mean() / self.accumulation_steps)
         return losses.detach()
-
-    def _capture(self, batch: dict[str, torch.Tensor]):
-        inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        gradient = self.flat.grad.cpu()  # the warm-up adds to it
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.run(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.flat.grad.copy_(gradient)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which load data, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-            losses = self.run(inputs)
-        self.pool = graph.pool()
-        return graph, inputs, losses
 
     def release(self) -> None:
         """Give the graphs' memory back, to draw pictures for example; the next step captures anew."""

@@ -1,11 +1,8 @@
-"""Pictures drawn while training, and grids that set pictures side by side."""
+"""Pictures drawn while training."""
 
-import io
 import logging
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +10,10 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from diffusers import SchedulerMixin
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
 
-from rasengan import UserError, sdxl
+from rasengan import UserError, drawing, sdxl
 from rasengan.components import free_memory
-from rasengan.files import write_atomically
 
 
 logger = logging.getLogger(__name__)
@@ -107,13 +103,14 @@ def draw_share(
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     home = vae.device
     vae.to(accelerator.device)
-    drawn = []
+    denoiser, drawn = drawing.Denoiser(unet), []
     for job in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         prompt, seed = jobs[job]
         row = sdxl.conditioning(prompt, None, 1)
         try:
             with accelerator.autocast():
-                images = sdxl.draw(unet, vae, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+                latents = drawing.draw(denoiser, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+            images = drawing.decode(vae, latents)
         # No further: another process may be waiting for this one's share.
         except UserError:  # its one reason
             images = [Image.new("RGB", (side_px, side_px), "grey")]
@@ -125,77 +122,6 @@ def draw_share(
     vae.to(home)
     free_memory()
     return [image for _, image in sorted(gather_object(drawn), key=lambda item: item[0])]
-
-
-def pair_grid(
-    base_images: list[Image.Image], images: list[Image.Image], prompts: list[str], label: str
-) -> Image.Image:
-    """Return a grid of base and tuned pictures side by side, as many rows for each prompt; `label` is the tuned's."""
-    rows = [list(pair) for pair in zip(base_images, images, strict=True)]
-    row_labels = [prompt for prompt in prompts for _ in range(len(rows) // len(prompts))]
-    return image_grid(rows, row_labels, ["base", label])
-
-
-def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
-    """Return one picture of rows of pictures, all of one size, with a label over each column and row.
-
-    Args:
-        rows: pictures, as many in each row as there are column labels.
-        row_labels: one for each row, wrapped to its width.
-        column_labels: one for each column.
-    """
-    width, height = rows[0][0].size
-    cell, margin = max(width, 256), max(width, 256) // 32
-    font = ImageFont.load_default(size=cell // 18)
-    line_height = round(cell / 18 * 1.4)
-    total_width = len(column_labels) * (cell + margin) + margin
-    height = round(height * cell / width)
-    labels = [wrap(label, font, total_width - 2 * margin) for label in row_labels]
-
-    header = line_height + margin
-    total_height = header + sum(len(lines) * line_height + height + 2 * margin for lines in labels)
-    grid = Image.new("RGB", (total_width, total_height), "white")
-    draw = ImageDraw.Draw(grid)
-    lefts = [margin + column * (cell + margin) for column in range(len(column_labels))]
-    for left, label in zip(lefts, column_labels, strict=True):
-        draw.text((left + cell / 2, margin), wrap(label, font, cell, max_lines=1)[0], "black", font, anchor="ma")
-    top = header
-    for row, lines in zip(rows, labels, strict=True):
-        top += margin
-        for line in lines:
-            draw.text((margin, top), line, "#444444", font)
-            top += line_height
-        for left, image in zip(lefts, row, strict=True):
-            grid.paste(image.convert("RGB").resize((cell, height), Image.Resampling.LANCZOS), (left, top))
-        top += height + margin
-    return grid
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
-    """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
-
-    Pillow's own font has ASCII only: accents are dropped, and what is left over becomes a question mark.
-    """
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    plain = plain.replace("\u2014", "-").replace("\u2013", "-").encode("ascii", "replace").decode()
-    lines, rest = [], " ".join(plain.split())
-    while rest and len(lines) < max_lines:
-        ellipsis = " ..." if len(lines) == max_lines - 1 and font.getlength(rest) > width_px else ""
-        fits = len(rest)
-        while fits > 1 and font.getlength(rest[:fits] + ellipsis) > width_px:
-            fits -= 1
-        if fits < len(rest) and rest[fits] != " ":
-            fits = rest.rfind(" ", 0, fits) if " " in rest[:fits] else fits  # a word longer than a line is cut
-        lines.append(rest[:fits] + ellipsis)
-        rest = rest[fits:].lstrip()
-    return lines or [""]
-
-
-def save_png(path: Path, image: Image.Image, about: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a picture whole or not at all, with what it was made from in its metadata."""
-    file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=about)
-    write_atomically(path, file.getvalue())
 
 
 def log_settings(trackers: list[GeneralTracker], settings: dict[str, object]) -> None:

@@ -4,78 +4,89 @@ r"""Draw with a LoRA merged hard into SDXL, and set base and tuned pictures side
         --lora_weights naruto-lora --compare --height 512 --width 512 --prompt "a wizard in a forest"
 
 The merge is proven: a key that fits nothing, half a pair, a lost alpha or weights that did not change stop it.
+`accelerate launch` in place of `python` divides the prompts among several GPUs.
 """
 
 import argparse
-import json
+import os
 import re
-import shutil
 import sys
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
 import transformers
+from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
-from tqdm.auto import tqdm
 
-from rasengan import UserError, components, merging, sdxl, single_file, validation
+from rasengan import UserError, cache, components, memory, merging, processes, sdxl, sheets, tuned_model
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter, default_alpha
-from rasengan.command_line import Parser, number_type, path_type, weighted_place_type
-from rasengan.files import check_writable, give_default_mode, lost_place, write_atomically
+from rasengan.command_line import Parser, number_type, numbers_type, path_type, weighted_place_type
+from rasengan.drawing import read_picture
+from rasengan.files import check_writable, lost_place
+from rasengan.pipeline import Pipeline
+
+
+GRID_ROWS = 8  # more rows go into further grids
+
+
+class Variant(NamedTuple):
+    """A model to draw with: the base, or the base with adapters, each with the scale on its whole change."""
+
+    label: str  # in grids
+    kind: str  # in file names
+    adapters: list[tuple[Adapter, float]]
+    places: str
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__)
+    positive = number_type(1)
     add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
+    add("--vram_budget_gib", type=number_type(0.1, float), help="[what the card has]")
+    add("--conditioning_cache_dir", type=path_type, help="for the prompts' embeddings [~/.cache/rasengan]")
 
     add = parser.add_argument_group("adapter").add_argument
-    what = "a .safetensors file, a run's --output_dir, checkpoint-N or PEFT folder, or a hub id (org/name[/file])"
-    add("--lora_weights", type=path_type, help=what)
-    add(
-        "--lora",
-        type=weighted_place_type,
-        action="append",
-        default=[],
-        metavar="PLACE[:WEIGHT]",
-        help="the same with a weight [1]; given several times, the adapters' changes are summed",
-    )
-    add("--lora_scale", type=number_type(kind=float), help="on the whole change; 0 is the base [1]")
+    what = "a .safetensors file, a run's --output_dir, checkpoint-N, a PEFT folder, or a hub id (org/name[/file])"
+    add("--lora_weights", type=path_type, nargs="+", default=[], help=f"{what}; several are compared")
+    what = "the same with a weight [1]; given several times, the adapters' changes are summed"
+    kind = {"type": weighted_place_type, "metavar": "PLACE[:WEIGHT]"}
+    add("--lora", action="append", default=[], help=what, **kind)
+    what = "on the whole change; 0 is the base; several, such as 0,0.5,1, are compared [1]"
+    add("--lora_scale", type=numbers_type, help=what)
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
     add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
-    add(
-        "--save_merged",
-        type=path_type,
-        metavar="PLACE",
-        help="write the tuned model: a pipeline folder, or a file for ComfyUI and A1111 if this ends in .safetensors",
-    )
+    what = "write the tuned model: a folder, or a file for ComfyUI and A1111 if this ends in .safetensors"
+    add("--save_merged", type=path_type, metavar="PLACE", help=what)
 
     add = parser.add_argument_group("pictures").add_argument
     add("--prompt", nargs="+", default=[], help="one or several")
     add("--prompt_file", type=path_type, help="one prompt a line")
     add("--negative_prompt", help="what to keep away from")
-    add("--compare", action="store_true", help="draw the base too, with the same seeds, and a labelled grid of both")
+    add("--compare", action="store_true", help="draw the base too, with the same seeds, and labelled grids of both")
     add("--output_dir", type=path_type, default="pictures", help="[%(default)s]")
-    add(
-        "--seed",
-        type=number_type(0, most=2**63 - 1),
-        default=0,
-        help="of a prompt's first picture, then counted up [%(default)s]",
-    )
-    add("--num_images_per_prompt", type=number_type(1), default=1, help="drawn together [%(default)s]")
-    add("--num_inference_steps", type=number_type(1), default=30, help="[%(default)s]")
+    kind = number_type(0, most=2**63 - 1)
+    add("--seed", type=kind, default=0, help="of a prompt's first picture, then counted up [%(default)s]")
+    add("--num_images_per_prompt", type=positive, default=1, help="drawn together [%(default)s]")
+    add("--num_inference_steps", type=positive, default=30, help="[%(default)s]")
     add("--guidance_scale", type=number_type(kind=float), default=7.5, help="[%(default)s]")
-    add("--height", type=number_type(8), help="in px [the base's, 1024]")
-    add("--width", type=number_type(8), help="in px [the base's, 1024]")
+    add("--height", type=number_type(8), help="in px [the base's, 1024; that of --init_image]")
+    add("--width", type=number_type(8), help="in px [the base's, 1024; that of --init_image]")
+    add("--init_image", type=path_type, help="a picture to begin with, in place of noise")
+    add("--strength", type=number_type(0, float, most=1), help="how much of --init_image is drawn anew [0.6]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
+    args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
+    return args
 
 
 def validate_args(args: argparse.Namespace) -> None:
@@ -98,93 +109,59 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--negative_prompt does nothing at --guidance_scale {args.guidance_scale:g}. Drop one of them."
         )
-    if args.lora_weights is not None and args.lora:
+    if args.strength is not None and not args.init_image:
+        raise UserError("--strength acts on --init_image, which is not given. Drop it, or give a picture.")
+    args.strength = 0.6 if args.strength is None else args.strength
+    if args.lora_weights and args.lora:
         raise UserError("--lora_weights and --lora both name adapters. Give each by a --lora of its own.")
-    args.lora = args.lora if args.lora_weights is None else [(args.lora_weights, 1.0)]
-    if not args.lora and (args.compare or args.save_merged):
+    has_adapter = bool(args.lora or args.lora_weights)
+    if not has_adapter and (args.compare or args.save_merged):
         raise UserError("--compare and --save_merged need an adapter: give --lora_weights.")
-    if not args.lora and not (args.lora_alpha is None and args.lora_scale is None):
+    if not has_adapter and not (args.lora_alpha is None and args.lora_scale is None):
         raise UserError("--lora_alpha and --lora_scale act on an adapter: give --lora_weights, or drop them.")
-    args.lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
+    args.lora_scale = args.lora_scale or [1.0]
+    if args.save_merged and (len(args.lora_scale) > 1 or len(args.lora_weights) > 1):
+        raise UserError("--save_merged writes one model: give one --lora_scale, and one --lora_weights.")
     if args.save_merged and Path(args.save_merged).exists():
         raise UserError(f"--save_merged {args.save_merged} exists. Give a name that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
+    check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
     if args.save_merged:
         check_writable(Path(args.save_merged).resolve().parent, "--save_merged: the folder")
 
 
-def read_adapters(args: argparse.Namespace) -> list[tuple[Adapter, float]]:
-    """Return the adapters, each with the scale on its whole change."""
-    adapters = []
-    for place, weight in args.lora:
-        path = fetch_adapter(place, cache_dir=args.cache_dir)
-        adapters.append((read_adapter(path, args.lora_alpha, args.allow_pickle), weight * args.lora_scale))
-    return adapters
+# --- what is drawn with ---
 
 
-def merge(adapters: list[tuple[Adapter, float]], component: str, model: torch.nn.Module):
-    """Return the component with the adapters merged into it, and say what that changed."""
+def read_variants(args: argparse.Namespace) -> list[Variant]:
+    """Return the models to draw with, the base first where it is compared; reads each adapter once."""
+    read = partial(read_adapter, lora_alpha=args.lora_alpha, allow_pickle=args.allow_pickle)
+    sets = [args.lora] if args.lora else [[(place, 1.0)] for place in args.lora_weights]
+    base = Variant("base", "base", [], "none")
+    variants = [base] if args.compare or not sets or 0.0 in args.lora_scale else []
+    for places in sets:
+        adapters = [(read(fetch_adapter(place, cache_dir=args.cache_dir)), weight) for place, weight in places]
+        name = Path(places[0][0]).name if len(sets) > 1 else "LoRA"
+        for scale in filter(None, args.lora_scale):  # 0 is the base
+            label = f"{name} x {scale:g}"
+            kind = "tuned" if len(sets) == len(args.lora_scale) == 1 else label
+            described = " + ".join(f"{place} at scale {weight * scale:g}" for place, weight in places)
+            variants.append(
+                Variant(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described)
+            )
+    return variants
+
+
+def report(adapters: list[tuple[Adapter, float]], component: str, change: merging.MergeReport | None) -> None:
+    """Say what a merge changed."""
     configs = [(adapter.configs[component], scale) for adapter, scale in adapters if component in adapter.configs]
-    if not configs:
-        return model
-    model, report = merging.merge(model, adapters, component)
-    how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
-    print(
-        f"Merged {report.modules} modules of the {component} at {how}: "
-        f"relative weight change {report.relative_change:.3e}"
-    )
-    return model
+    if configs and change is not None:
+        how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
+        relative = f"relative weight change {change.relative_change:.3e}"
+        print(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
 
 
-@torch.no_grad()
-def encode_prompts(args, folders: dict[str, Path], device, dtype, adapters: list[tuple[Adapter, float]]) -> list[dict]:
-    """Return each prompt's embeddings for the pipeline, on the CPU; the encoders leave memory again."""
-    tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, dtype)
-    pairs = zip(components.TEXT_ENCODERS, text_encoders, strict=True)
-    text_encoders = [merge(adapters, name, model) for name, model in pairs]
-    for prompt in args.prompt:
-        length = max(sdxl.count_tokens(prompt, tokenizer) for tokenizer in tokenizers)
-        if length > tokenizers[0].model_max_length:
-            print(f"warning: only the first {tokenizers[0].model_max_length} of {length} tokens are used of: {prompt}")
-    encode = partial(encode_prompt, tokenizers=tokenizers, text_encoders=text_encoders)
-    negative = None if args.negative_prompt is None else encode(args.negative_prompt)
-    return [sdxl.conditioning(encode(prompt), negative, args.num_images_per_prompt) for prompt in args.prompt]
-
-
-def encode_prompt(prompt: str, tokenizers: list, text_encoders: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the embeddings (T, D) and pooled embeddings (P,) of one prompt, on the CPU."""
-    return tuple(part[0].cpu() for part in sdxl.encode_prompts([prompt], tokenizers, text_encoders))
-
-
-def draw_all(args, unet, vae, scheduler, embeds: list[dict], kind: str, bar: tqdm) -> list[list[Image.Image]]:
-    """Draw every prompt's pictures, and save each as soon as it is there."""
-    seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
-    drawn = []
-    for number, (prompt, row) in enumerate(zip(args.prompt, embeds, strict=True)):
-        row = {name: tensor.to(unet.device) for name, tensor in row.items()}
-        size = (args.height, args.width, args.num_inference_steps, args.guidance_scale)
-        images = sdxl.draw(unet, vae, scheduler, row, seeds, *size, on_step=bar.update)
-        for seed, image in zip(seeds, images, strict=True):
-            slug = re.sub(r"\W+", "-", prompt).strip("-")[:40]
-            about = PngImagePlugin.PngInfo()
-            for name, value in describe(args, prompt, seed, kind).items():
-                about.add_itxt(name, str(value))
-            validation.save_png(Path(args.output_dir) / f"{number:03d}-{seed}-{slug}-{kind}.png", image, about)
-        drawn.append(images)
-    return drawn
-
-
-def describe(args: argparse.Namespace, prompt: str, seed: int, kind: str) -> dict:
-    """Return what a picture was made from, for its metadata."""
-    shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler")
-    about = {"prompt": prompt, "seed": seed} | {name: getattr(args, name) for name in shown}
-    about["model"] = args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path
-    shown = [f"{place} at scale {weight * args.lora_scale:g}" for place, weight in args.lora]
-    about["adapter"] = " + ".join(shown) if kind == "tuned" else "none"
-    return {name: value for name, value in about.items() if value is not None}
-
-
-def load_scheduler(args, folders: dict[str, Path]):
+def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
     """Return the base's scheduler, with the prediction type of the training."""
     scheduler = components.load("scheduler", folders["scheduler"])
     if args.prediction_type:
@@ -192,45 +169,129 @@ def load_scheduler(args, folders: dict[str, Path]):
     return scheduler
 
 
-def tuned_component(args, name: str, unet, folders: dict[str, Path], dtype: torch.dtype, adapters: list):
-    """Return a component of the tuned model, loaded anew but for the UNet."""
-    if name == "unet":
-        return unet
-    if name == "scheduler":
-        return load_scheduler(args, folders)
-    model = components.load(name, folders[name], dtype, args.variant)
-    return merge(adapters, name, model) if name in components.TEXT_ENCODERS else model
+# --- prompts ---
 
 
-def save_merged(args, unet, folders: dict[str, Path], dtype: torch.dtype, adapters: list[tuple[Adapter, float]]):
-    """Write the tuned model as a folder or a single file, one component in memory at a time beside the UNet."""
-    final = Path(args.save_merged)
-    tuned = partial(tuned_component, args, unet=unet, folders=folders, dtype=dtype, adapters=adapters)
-    if final.suffix == ".safetensors":
-        skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
-        dtypes = {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
-        prediction_type = load_scheduler(args, folders).config.prediction_type
-        single_file.write_single_file(final, skeletons, dtypes, lambda name: tuned(name).state_dict(), prediction_type)
-    else:
-        save_folder(final, tuned)
-    print(f"Saved the tuned model as {final}")
+def warn_of_long_prompts(prompts: list[str], folders: dict[str, Path]) -> None:
+    """Say which prompts are cut off."""
+    tokenizers = [components.load(name, folders[name]) for name in components.TOKENIZERS]
+    for prompt in prompts:
+        length, most = max(sdxl.count_tokens(prompt, t) for t in tokenizers), tokenizers[0].model_max_length
+        if length > most:
+            print(f"warning: only the first {most} of {length} tokens are used of: {prompt}")
 
 
-def save_folder(final: Path, tuned: Callable[[str], object]) -> None:
-    """Write a complete pipeline folder."""
-    unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
-    index["force_zeros_for_empty_prompt"] = True
-    for name in components.COMPONENTS:
-        model = tuned(name)
-        model.save_pretrained(unfinished / name)
-        library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
-        index[name] = [library, type(model).__name__]
-    write_atomically(unfinished / "model_index.json", json.dumps(index, indent=2).encode())
-    for file in unfinished.rglob("*.safetensors"):
-        give_default_mode(file)
-    unfinished.rename(final)
+@torch.no_grad()
+def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, variant: Variant) -> dict:
+    """Return the embeddings (T, D) and pooled ones (P,) of each text, on the CPU; the encoders leave memory again.
+
+    Those of the base's own encoders are kept on disk, so that a prompt is encoded once for all runs.
+    """
+    texts = list(dict.fromkeys([*args.prompt, *([] if args.negative_prompt is None else [args.negative_prompt])]))
+    device = accelerator.device
+    if any(name in adapter.weights for adapter, _ in variant.adapters for name in components.TEXT_ENCODERS):
+        tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, dtype)
+        for name, model in zip(components.TEXT_ENCODERS, text_encoders, strict=True):
+            report(variant.adapters, name, merging.merge(model, variant.adapters, name)[1])
+        encoded = {text: sdxl.encode_prompts([text], tokenizers, text_encoders) for text in texts}
+        del text_encoders
+        components.free_memory()
+        return {text: tuple(part[0].cpu() for part in parts) for text, parts in encoded.items()}
+    where, names = Path(args.conditioning_cache_dir), (*components.TOKENIZERS, *components.TEXT_ENCODERS)
+    files = [file for name in names for file in components.component_files(name, folders[name], args.variant)]
+    digest = cache.weights_digest(files, where / "weights.json")
+    caches = [cache.prompt_cache(where, [text], digest, dtype, 1, device) for text in texts]
+    load_encoder = partial(cache.load_caption_encoder, folders, args.variant, device, dtype)
+    bar = partial(processes.progress_bar, accelerator, "Encoding prompts")
+    cache.fill(processes.machine_share(os.environ), caches, 1, load_encoder, bar)
+    rows = {text: prompts[text] for text, prompts in zip(texts, caches, strict=True)}
+    return {text: (row["prompt_embeds"], row["pooled_prompt_embeds"]) for text, row in rows.items()}
+
+
+# --- pictures ---
+
+
+def picture_file(args: argparse.Namespace, variant: Variant, number: int, seed: int) -> Path:
+    """Return where a picture goes."""
+    prompt = re.sub(r"\W+", "-", args.prompt[number]).strip("-")[:40]
+    kind = re.sub(r"[^\w.]+", "-", variant.kind)
+    return Path(args.output_dir) / f"{number:03d}-{seed}-{prompt}-{kind}.png"
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """Return what all pictures were drawn with."""
+    shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "init_image")
+    about = {"model": args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path}
+    about |= {name: getattr(args, name) for name in shown} | ({"strength": args.strength} if args.init_image else {})
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def save(args: argparse.Namespace, variant: Variant, number: int, seed: int, image: Image.Image) -> None:
+    """Write a picture, with what it was made from in its metadata."""
+    about = PngImagePlugin.PngInfo()
+    made_of = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
+    for name, value in made_of.items():
+        about.add_itxt(name, str(value))
+    sheets.save_png(picture_file(args, variant, number, seed), image, about)
+
+
+def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants, embeds: list[dict], init) -> None:
+    """Draw this process's share of the prompts with each variant, and write the pictures."""
+    scheduler = sdxl.make_sampler(load_scheduler(args, pipeline.folders), args.scheduler)
+    on_gpu = accelerator.device.type == "cuda"
+    budget_gib = memory.limit(args.vram_budget_gib, accelerator.device) if on_gpu else float("inf")
+    seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
+    mine = range(accelerator.process_index, len(args.prompt), accelerator.num_processes)
+    options = {name: getattr(args, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
+    options |= {"init": init, "strength": args.strength}
+    steps = args.num_inference_steps * len(variants) * len(mine)
+    saved, waiting = [], []
+    with processes.progress_bar(accelerator, "Drawing", steps) as bar, ThreadPoolExecutor(2) as pool:
+
+        def decode_waiting() -> None:
+            for variant, number, latents in waiting:
+                for seed, image in zip(seeds, pipeline.decode(latents), strict=True):
+                    saved.append(pool.submit(save, args, variant, number, seed, image))
+            waiting.clear()
+            while len(saved) > 8:
+                saved.pop(0).result()
+
+        for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True)):
+            change = pipeline.use(variant.adapters, is_last=place == len(variants) - 1)
+            if accelerator.is_main_process:
+                report(variant.adapters, "unet", change)
+            negative = None if args.negative_prompt is None else rows[args.negative_prompt]
+            for number in mine:
+                prompts = sdxl.conditioning(rows[args.prompt[number]], negative, len(seeds))
+                latents = pipeline.draw(scheduler, prompts, seeds, on_step=bar.update, **options)
+                waiting.append((variant, number, latents.cpu()))
+                if pipeline.decode_fits(budget_gib):
+                    decode_waiting()
+        if waiting:  # there is no room for the VAE beside the UNet
+            pipeline.drop_unet()
+            decode_waiting()
+        for future in saved:
+            future.result()
+
+
+def show_together(args: argparse.Namespace, variants: list[Variant]) -> None:
+    """Write a contact sheet of all pictures, and grids where there is something to compare."""
+    seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
+    keys = [(number, seed) for number in range(len(args.prompt)) for seed in seeds]
+    texts, labels = [f"{args.prompt[n]} ({seed})" for n, seed in keys], [variant.label for variant in variants]
+    files = [[picture_file(args, variant, *key) for variant in variants] for key in keys]
+    output_dir = Path(args.output_dir)
+    about = settings_of(args) | {variant.label: variant.places for variant in variants}
+    sheet = sheets.contact_sheet("Pictures", about, list(zip(texts, files, strict=True)), labels)
+    (output_dir / "contact_sheet.html").write_text(sheet, encoding="utf-8")
+    if len(variants) == 1:
+        return
+    pages = range(0, len(keys), GRID_ROWS)
+    for page, start in enumerate(pages, 1):
+        rows = [[Image.open(file) for file in row] for row in files[start : start + GRID_ROWS]]
+        name = "grid.png" if len(pages) == 1 else f"grid-{page:03d}.png"
+        grid = sheets.image_grid(rows, texts[start : start + GRID_ROWS], labels)
+        sheets.save_png(output_dir / name, grid)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -238,8 +299,9 @@ def main(args: argparse.Namespace) -> None:
     validate_args(args)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    precision = args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
+    accelerator = processes.make_accelerator(os.environ, precision)
+    device = accelerator.device
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
@@ -249,43 +311,42 @@ def main(args: argparse.Namespace) -> None:
     )
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
-    adapters = read_adapters(args)
-    for adapter, _ in adapters:
+    variants = read_variants(args)
+    for adapter, _ in [pair for variant in variants for pair in variant.adapters]:
         for name, weights in adapter.weights.items():
             merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
-    folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
+    picture = read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
+    args.height, args.width = picture.shape[2:] if picture is not None else (args.height, args.width)
+    args.height, args.width = args.height or default_side, args.width or default_side
+    with processes.one_goes_first(accelerator.is_local_main_process):
+        folders = {name: components.fetch(name, source) for name, source in sources.items()}
     train_timesteps = load_scheduler(args, folders).config.num_train_timesteps
     if args.num_inference_steps > train_timesteps:
         raise UserError(
             f"--num_inference_steps is {args.num_inference_steps}, but the scheduler has {train_timesteps} timesteps. "
             "Give fewer; 30 is usual."
         )
-    default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
-    args.height, args.width = args.height or default_side, args.width or default_side
 
-    adapts_text = any(name in adapter.weights for adapter, _ in adapters for name in components.TEXT_ENCODERS)
-    embeds = encode_prompts(args, folders, device, dtype, adapters) if args.prompt else []
-    base_embeds = encode_prompts(args, folders, device, dtype, []) if args.compare and adapts_text else embeds
-    components.free_memory()
-
-    scheduler = sdxl.make_sampler(load_scheduler(args, folders), args.scheduler)
-    vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
-    unet = components.load("unet", folders["unet"], dtype, args.variant).to(device)
-    steps = args.num_inference_steps * len(args.prompt) * (2 if args.compare else 1)
-    with tqdm(total=steps, desc="Drawing", dynamic_ncols=True) as bar:
-        if args.compare:
-            base = draw_all(args, unet, vae, scheduler, base_embeds, "base", bar)
-        unet = merge(adapters, "unet", unet)
-        drawn = draw_all(args, unet, vae, scheduler, embeds, "tuned" if adapters else "base", bar)
-    if args.compare:
-        rows = [list(pair) for both in zip(base, drawn, strict=True) for pair in zip(*both, strict=True)]
-        labels = [f"{prompt} ({args.seed + n})" for prompt in args.prompt for n in range(args.num_images_per_prompt)]
-        columns = ["base", f"LoRA x {args.lora_scale:g}"]
-        validation.save_png(Path(args.output_dir) / "grid.png", validation.image_grid(rows, labels, columns))
     if args.prompt:
-        print(f"{sum(map(len, drawn)) * (2 if args.compare else 1)} pictures are in {args.output_dir}")
-    if args.save_merged:
-        save_merged(args, unet, folders, dtype, adapters)
+        if accelerator.is_main_process:
+            warn_of_long_prompts(args.prompt, folders)
+        embeds = [encode(args, accelerator, folders, dtype, variant) for variant in variants]
+        pipeline = Pipeline(folders, args.variant, device, dtype)
+        init = pipeline.encode(picture) if picture is not None else None
+        draw_all(args, accelerator, pipeline, variants, embeds, init)
+        processes.wait_for_everyone()
+        if accelerator.is_main_process:
+            show_together(args, variants)
+            count = len(variants) * len(args.prompt) * args.num_images_per_prompt
+            print(f"{count} pictures are in {args.output_dir}, and together in contact_sheet.html")
+            if device.type == "cuda":
+                print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
+        pipeline.drop_unet()
+    if args.save_merged and accelerator.is_main_process:
+        scheduler, (variant,) = load_scheduler(args, folders), [v for v in variants if v.adapters]
+        tuned_model.save(Path(args.save_merged), folders, args.variant, dtype, scheduler, variant.adapters)
+        print(f"Saved the tuned model as {args.save_merged}")
 
 
 if __name__ == "__main__":
@@ -295,7 +356,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        text = lost_place(error, "--output_dir or --save_merged")
+        text = lost_place(error, "--output_dir, --conditioning_cache_dir or --save_merged")
         if text is None:
             raise
         print(f"error: {text}", file=sys.stderr)

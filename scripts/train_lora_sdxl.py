@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,7 @@ from rasengan import (
     processes,
     resuming,
     samples,
+    sheets,
     step,
     validation,
 )
@@ -367,8 +369,8 @@ def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype)
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
     """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
     if accelerator.is_main_process:
-        grid = validation.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
-        validation.save_png(Path(args.output_dir) / "validation.png", grid)
+        grid = sheets.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
+        sheets.save_png(Path(args.output_dir) / "validation.png", grid)
         validation.log_image(accelerator.trackers, "validation", grid, global_step)
 
 
@@ -661,6 +663,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                     named = zip(batch["name"], losses.tolist(), strict=True)
                     accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
             saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
             raise UserError(memory.out_of_memory(plan, global_step, saved)) from error

@@ -38,8 +38,14 @@ def test_what_is_written_is_of_the_moment_of_the_call(use_8bit_adam, tmp_path):
             saved = load_file(folder / "pytorch_lora_weights.safetensors")
             assert torch.equal(torch.cat([tensor.flatten() for tensor in saved.values()]), values.cpu())
         state = torch.load(path / "optimizer.bin", weights_only=True)["state"][0]
+        # bitsandbytes saves what is 8-bit in a dictionary of its own.
+        state |= {
+            name: tensor for value in state.values() if isinstance(value, dict) for name, tensor in value.items()
+        }
         found = {name: state[name] for name in moments if name in state}
-        assert found
+        assert len(found) >= 2
         assert all(torch.equal(tensor, moments[name].cpu()) for name, tensor in found.items())
-        with torch.no_grad():
+        with torch.no_grad():  # what the next step goes on from
             flat.copy_(expected[0])
+            for name, moment in moments.items():
+                optimizer.state[flat][name].copy_(moment)

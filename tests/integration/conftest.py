@@ -56,13 +56,14 @@ def forget_accelerator() -> None:
 @pytest.fixture(scope="session")
 def draw(infer_script, tiny_base, tmp_path_factory) -> Callable[..., dict[str, Image.Image]]:
     """Function that draws small pictures with the tiny base, and returns them by file name."""
+    cache = tmp_path_factory.mktemp("prompts")
 
     def run(*arguments) -> dict[str, Image.Image]:
         folder = tmp_path_factory.mktemp("pictures")
         small = ["--height", "64", "--width", "64", "--num_inference_steps", "3", "--output_dir", str(folder)]
-        base = ["--pretrained_model_name_or_path", str(tiny_base)]
+        base = ["--pretrained_model_name_or_path", str(tiny_base), "--conditioning_cache_dir", str(cache)]
         infer_script.main(infer_script.parse_args([*base, *small, *map(str, arguments)]))
-        return {path.name: Image.open(path) for path in sorted(folder.iterdir())}
+        return {path.name: Image.open(path) for path in sorted(folder.glob("*.png"))}
 
     return run
 

@@ -69,7 +69,8 @@ def test_base_pictures_are_those_of_a_run_without_an_adapter_and_of_scale_0(comp
     assert list(alone) == [BASE]
     assert same(alone[BASE], compared[BASE])
     off = draw("--lora_weights", trained, "--lora_scale", 0, "--prompt", PROMPT, "--seed", 3)
-    assert same(off[TUNED], compared[BASE])
+    assert list(off) == [BASE]
+    assert same(off[BASE], compared[BASE])
 
 
 def test_a_smaller_scale_gives_a_picture_between_base_and_tuned(compared, draw, trained):
@@ -175,6 +176,82 @@ def test_components_given_one_by_one_draw_the_same(compared, infer_script, tiny_
     infer_script.main(infer_script.parse_args(arguments))
     assert (tmp_path / TUNED).is_file()
     assert same(Image.open(tmp_path / TUNED), compared[TUNED])
+
+
+# --- several variants ---
+
+
+def test_a_sweep_draws_each_scale_and_a_grid_and_a_page(compared, draw, trained):
+    pictures = draw("--lora_weights", trained, "--lora_scale", "0,0.5,1", "--prompt", PROMPT, "a ring", "--seed", 3)
+    name = BASE.removesuffix("base.png")
+    assert {f"{name}base.png", f"{name}LoRA-x-0.5.png", f"{name}LoRA-x-1.png", "grid.png"} < set(pictures)
+    assert len(pictures) == 2 * 3 + 1
+    assert pictures["grid.png"].width > 3 * 256
+    assert same(pictures[f"{name}base.png"], compared[BASE])
+    assert same(pictures[f"{name}LoRA-x-1.png"], compared[TUNED]), "each is merged into the base's weights"
+
+
+def test_checkpoints_are_compared(compared, draw, trained):
+    places = [trained / "checkpoint-2", trained / "checkpoint-4"]
+    pictures = draw("--compare", "--lora_weights", *places, "--prompt", PROMPT, "--seed", 3)
+    name = BASE.removesuffix("base.png")
+    assert same(pictures[BASE], compared[BASE])
+    assert same(pictures[f"{name}checkpoint-4-x-1.png"], compared[TUNED])
+    assert not same(pictures[f"{name}checkpoint-2-x-1.png"], compared[TUNED])
+
+
+def test_more_rows_than_a_grid_holds_go_into_further_ones(draw, trained):
+    pictures = draw("--lora_weights", trained, "--compare", "--prompt", *[f"star {n}" for n in range(9)])
+    assert {"grid-001.png", "grid-002.png"} < set(pictures)
+    assert pictures["grid-002.png"].height < pictures["grid-001.png"].height / 4
+
+
+def test_the_page_says_what_was_drawn(infer_script, tiny_base, trained, tmp_path):
+    words = ["--pretrained_model_name_or_path", str(tiny_base), "--lora_weights", str(trained), "--compare"]
+    words += ["--height", "64", "--width", "64", "--num_inference_steps", "1", "--prompt", "<b>bold</b>"]
+    infer_script.main(infer_script.parse_args([*words, "--output_dir", str(tmp_path)]))
+    page = (tmp_path / "contact_sheet.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;bold&lt;/b&gt; (0)" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert f"{trained} at scale 1" in page
+
+
+# --- from a picture ---
+
+
+def test_a_picture_is_the_start_and_strength_says_how_far_it_goes(draw, tmp_path):
+    Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / "start.png")
+    start = ["--init_image", tmp_path / "start.png", "--prompt", PROMPT, "--num_inference_steps", 10]
+    pictures = []
+    for strength in (0, 0.3, 1):
+        (image,) = draw(*start, "--width", 96, "--strength", strength).values()
+        assert image.size == (96, 64)
+        assert float(image.text["strength"]) == strength
+        pictures.append(pixels(image))
+    near, far = (np.abs(picture - pictures[0]).mean() for picture in pictures[1:])
+    assert 0 < near < far
+
+
+def test_a_picture_keeps_its_shape(infer_script, tiny_base, tmp_path):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "start.jpg")
+    words = ["--pretrained_model_name_or_path", str(tiny_base), "--init_image", str(tmp_path / "start.jpg")]
+    words += ["--num_inference_steps", "2", "--prompt", PROMPT, "--output_dir", str(tmp_path / "out")]
+    infer_script.main(infer_script.parse_args(words))
+    (file,) = (tmp_path / "out").glob("*.png")
+    assert Image.open(file).size == (160, 104)  # the area of the tiny base's 128 x 128, in multiples of 8
+
+
+# --- prompts are encoded once ---
+
+
+def test_a_prompt_that_was_encoded_needs_no_text_encoder(draw, loaded, trained):
+    first = draw("--prompt", "a prompt that no other test has", "--negative_prompt", "nor this one")
+    assert {"text_encoder", "text_encoder_2"} < set(loaded)
+    loaded.clear()
+    words = ["--prompt", "a prompt that no other test has", "--negative_prompt", "nor this one"]
+    again = draw("--lora_weights", trained, "--compare", *words)
+    assert not {"text_encoder", "text_encoder_2"} & set(loaded)
+    assert same(*(next(iter(pictures.values())) for pictures in (first, again)))
 
 
 # --- adapters of other layouts, and several ---

@@ -241,9 +241,11 @@ def test_a_home_in_a_path_is_the_users(train_script, infer_script, save_script, 
     (tmp_path / "mine.yaml").write_text("rank: 4\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert train_script.parse_args(["--config", "~/mine.yaml"]).rank == 4
+    assert infer_script.parse_args(["--lora_weights", "~/there"]).lora_weights == [f"{tmp_path}/there"]
     for name in (
-        "lora_weights",
         "save_merged",
+        "init_image",
+        "conditioning_cache_dir",
         "prompt_file",
         "output_dir",
         "pretrained_unet_name_or_path",

@@ -1,0 +1,172 @@
+"""Draw pictures: the loop of denoising steps, from noise or from a picture, and the UNet's share of it.
+
+Shapes: B pictures, T tokens, h and w the latents' size, an eighth of the picture's.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
+
+from rasengan import UserError, data, decoding, first_line, graphs, memory, sdxl
+
+
+class Denoiser:
+    """A UNet's predictions for one prompt after another, eagerly or by replaying a CUDA graph of its forward."""
+
+    def __init__(self, unet: UNet2DConditionModel, as_graph: bool = False):
+        """Take a UNet on the device to draw on, in evaluation mode; `as_graph` needs a CUDA device."""
+        self.unet, self.as_graph = unet, as_graph
+        self.graphs, self.condition = {}, None
+
+    def set_condition(self, prompts: dict[str, torch.Tensor], height: int, width: int, guided: bool) -> None:
+        """Take the embeddings of a batch, as `sdxl.conditioning` returns them, and the size of its pictures in px.
+
+        With `guided` each prediction is made twice, without and with the prompt, in one batch.
+        """
+        texts, pooled = prompts["prompt_embeds"], prompts["pooled_prompt_embeds"]
+        if guided:
+            texts = torch.cat([prompts["negative_prompt_embeds"], texts])
+            pooled = torch.cat([prompts["negative_pooled_prompt_embeds"], pooled])
+        time_ids = torch.tensor([sdxl.compute_time_ids((height, width), (0, 0), (height, width))] * len(texts))
+        device, dtype = self.unet.device, self.unet.dtype
+        self.condition = {
+            "encoder_hidden_states": texts.to(device, dtype),
+            "text_embeds": pooled.to(device, dtype),
+            # Sizes over 2048 px are not exact in fp16: they stay fp32 until their sinusoidal embedding.
+            "time_ids": time_ids.to(device, torch.float32),
+        }
+
+    def __call__(self, sample: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Return the prediction for a sample (B, 4, h, w) at a timestep; a graph overwrites it at its next call."""
+        timesteps = torch.full((len(sample),), timestep, dtype=torch.float32, device=sample.device)
+        inputs = self.condition | {"sample": sample.to(self.unet.dtype), "timestep": timesteps}
+        if not self.as_graph:
+            return self._predict(inputs)
+        shapes = graphs.shapes_of(inputs)
+        if shapes not in self.graphs:
+            self.graphs.clear()  # one size at a time: what another took is free for this one
+            self.graphs[shapes] = graphs.capture(self._predict, inputs)
+        return self.graphs[shapes](inputs)
+
+    def _predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        added = {name: inputs[name] for name in ("text_embeds", "time_ids")}
+        text = inputs["encoder_hidden_states"]
+        return self.unet(inputs["sample"], inputs["timestep"], text, added_cond_kwargs=added, return_dict=False)[0]
+
+    def release(self) -> None:
+        """Give the graphs' memory back; the next prediction captures anew."""
+        self.graphs.clear()
+        memory.give_back(self.unet.device)
+
+
+@torch.no_grad()
+def draw(
+    denoiser: Denoiser,
+    scheduler: SchedulerMixin,
+    prompts: dict[str, torch.Tensor],
+    seeds: list[int],
+    height: int,
+    width: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    init: tuple[torch.Tensor, torch.Tensor] | None = None,
+    strength: float = 1.0,
+    on_step: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """Return the latents (B, 4, h, w), fp32 on the UNet's device, of one picture for each seed, for `decode_latents`.
+
+    A picture's noise comes from its own CPU generator, in fp32: it is the same on every device and in every batch.
+    The steps are those of diffusers' pipelines, but that latents and guidance are fp32 whatever the UNet's dtype, and
+    that nothing waits for the card.
+
+    Args:
+        denoiser: of the UNet, in this precision.
+        scheduler: a sampler, as `sdxl.make_sampler` returns it.
+        prompts: what `sdxl.conditioning` returned, a row for each seed.
+        seeds: one for each picture.
+        height: in px, a multiple of 8.
+        width: in px, a multiple of 8.
+        num_inference_steps: denoising steps.
+        guidance_scale: 1 or less draws without classifier-free guidance.
+        init: mean and standard deviation (1, 4, h, w) of a picture to begin with, as `sdxl.encode_pictures` gives
+            them, times the VAE's scaling factor; None begins with noise.
+        strength: the share of the steps that are done from `init` on, 0 to 1.
+        on_step: called after each denoising step.
+    """
+    device, guided = denoiser.unet.device, guidance_scale > 1
+    denoiser.set_condition(prompts, height, width, guided)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scheduler.set_timesteps(num_inference_steps)  # on the CPU: indexing by one on the card would wait for it
+    timesteps = scheduler.timesteps
+    if init is not None:
+        first = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
+        timesteps = timesteps[first * scheduler.order :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
+    shape = (len(seeds), 4, height // 8, width // 8)
+    if init is not None:
+        mean, std = (part.to(device) for part in init)
+        start = mean + std * randn_tensor(shape, generators, device, torch.float32)
+    latents = randn_tensor(shape, generators, device, torch.float32)
+    if init is None:
+        latents = latents * scheduler.init_noise_sigma
+    elif len(timesteps):
+        latents = scheduler.add_noise(start, latents, timesteps[:1].repeat(len(seeds)))
+    else:
+        latents = start
+    options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for timestep in timesteps:
+        sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        prediction = denoiser(sample, float(timestep)).float()
+        if guided:
+            without, with_prompt = prediction.chunk(2)
+            prediction = without + guidance_scale * (with_prompt - without)
+        latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+        on_step()
+    return latents
+
+
+def read_picture(file: str, height: int | None, width: int | None, side: int) -> torch.Tensor:
+    """Return the pixels (1, 3, H, W), fp32 in [-1, 1], of a picture to begin with.
+
+    Args:
+        file: the picture's.
+        height: in px; None, for both, keeps the picture's shape at the area of a square of `side` px. Otherwise it is
+            cropped to the size that was asked for.
+        width: likewise; None for one of them takes `side`.
+        side: in px.
+
+    Raises:
+        UserError: there is no such picture, or it is broken.
+    """
+    try:
+        image = data.decode(Path(file).read_bytes())
+    except Exception as error:  # Pillow's plugins raise what they like
+        raise UserError(f"--init_image {file} cannot be read: {first_line(error)} Give a picture.") from error
+    if height is None and width is None:
+        scale = side / (image.width * image.height) ** 0.5
+        height, width = (max(8, round(length * scale / 8) * 8) for length in (image.height, image.width))
+    image = ImageOps.fit(image, (width or side, height or side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor, tile: int | None = decoding.TILE) -> list[Image.Image]:
+    """Return the pictures of latents (B, 4, h, w), decoded in tiles of `tile` latents.
+
+    Raises:
+        UserError: a picture came out with non-finite values.
+    """
+    pixels = decoding.decode_latents(vae, latents.to(vae.device), tile)
+    if not torch.isfinite(pixels).all():
+        raise UserError(
+            "A picture came out with non-finite values: the UNet or the adapter overflows in this precision. "
+            "Use --mixed_precision no, or a smaller --lora_scale."
+        )
+    levels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in levels]

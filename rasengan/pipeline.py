@@ -1,0 +1,152 @@
+"""An SDXL that draws with one adapter after another: one model in memory, base and tuned drawn from it."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin
+from PIL import Image
+
+from rasengan import components, decoding, drawing, fused, lora, memory, merging, sdxl
+from rasengan.adapters import Adapter
+
+
+# What the VAE and a decode take at most, in tiles of `decoding.TILE`; measured.
+DECODE_GIB = 1.5
+
+
+class SwitchableWeights:
+    """A model's weights with one set of adapters merged into them after another, each into those of the base."""
+
+    def __init__(self, model: torch.nn.Module, component: str):
+        self.model, self.component, self.base = model, component, {}
+
+    @torch.no_grad()
+    def merge(self, adapters: list[tuple[Adapter, float]], is_last: bool = False) -> merging.MergeReport | None:
+        """Merge adapters, each with its strength, in place of those before; none gives the base, and no report.
+
+        The weights that change are kept on the host, unless this `is_last`, after which the base is lost. All weights
+        stay where they are on the card, so that a CUDA graph that reads them sees the new ones.
+        """
+        for name, weight in self.base.items():
+            self.model.get_submodule(name).weight.copy_(weight)
+        if not adapters:
+            return None
+        if not is_last:
+            for adapter, _ in adapters:
+                of = adapter.weights[self.component], adapter.configs[self.component]
+                for name in merging.check_adapter(*of, self.model, self.component):
+                    if name not in self.base:
+                        self.base[name] = self.model.get_submodule(name).weight.detach().to("cpu", copy=True)
+        return merging.merge(self.model, adapters, self.component)[1]
+
+
+class Pipeline:
+    """A UNet and a VAE, each brought to the device when it is first needed."""
+
+    def __init__(self, folders: dict[str, Path], variant: str | None, device: torch.device, dtype: torch.dtype):
+        """Take where the components are.
+
+        Args:
+            folders: of each component, as `components.fetch` returns them.
+            variant: of the weight files.
+            device: to draw on.
+            dtype: of the UNet; the VAE is fp32.
+        """
+        self.folders, self.variant, self.device, self.dtype = folders, variant, device, dtype
+        self.weights = self.denoiser = self.vae = None
+        self.most_at_once = None  # pictures, once more were found not to fit
+
+    # --- the UNet ---
+
+    def use(self, adapters: list[tuple[Adapter, float]], is_last: bool = False) -> merging.MergeReport | None:
+        """Merge those of the adapters that change the UNet into it, as `SwitchableWeights.merge` does.
+
+        Raises:
+            UserError: one does not fit, or changes nothing; or the UNet does not fit into the card's memory.
+        """
+        if self.denoiser is None:
+            self._load_unet()
+        return self.weights.merge([(a, strength) for a, strength in adapters if "unet" in a.weights], is_last)
+
+    def _load_unet(self) -> None:
+        unet = components.load("unet", self.folders["unet"], self.dtype, self.variant)
+        try:
+            if self.device.type == "cuda" and fused.why_not(unet) is None:
+                lora.stack_weights(unet, self.device)
+                fused.FusedUNet(unet.to(self.device))
+            unet.to(self.device)
+        except torch.OutOfMemoryError as error:
+            raise memory.DoesNotFit("The UNet does not fit into what this card has left. Free some of it.") from error
+        self.denoiser = drawing.Denoiser(unet, as_graph=self.device.type == "cuda")
+        self.weights = SwitchableWeights(unet, "unet")
+
+    def drop_unet(self) -> None:
+        """Give the UNet's memory back; the next `use` loads it anew."""
+        self.weights = self.denoiser = None
+        memory.give_back(self.device)
+
+    def draw(
+        self, scheduler: SchedulerMixin, prompts: dict[str, torch.Tensor], seeds: list[int], **options
+    ) -> torch.Tensor:
+        """Return the latents of one picture for each seed, as `drawing.draw` does, in as large batches as fit.
+
+        Raises:
+            UserError: not even one picture fits into the card's memory.
+        """
+        drawn = []
+        while len(drawn) < len(seeds):
+            part = slice(len(drawn), len(drawn) + (self.most_at_once or len(seeds)))
+            rows = {name: tensor[part] for name, tensor in prompts.items()}
+            try:
+                drawn += drawing.draw(self.denoiser, scheduler, rows, seeds[part], **options)
+            except torch.OutOfMemoryError as error:
+                self.denoiser.release()
+                if len(seeds[part]) == 1:
+                    raise memory.DoesNotFit(
+                        "One picture takes more memory than this card has left. Give a smaller --height and --width."
+                    ) from error
+                self.most_at_once = len(seeds[part]) // 2
+        return torch.stack(drawn)
+
+    # --- the VAE ---
+
+    def load_vae(self) -> AutoencoderKL:
+        """Return the VAE, on the device."""
+        if self.vae is None:
+            vae = components.load("vae", self.folders["vae"], variant=self.variant).to(self.device)
+            # Without TF32, convolutions are not known to be faster in channels_last.
+            if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0):
+                decoding.fuse_decoder(vae)
+            self.vae = vae
+        return self.vae
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of a picture's latents, for `drawing.draw` to begin with.
+
+        Args:
+            pixels: (1, 3, H, W), as `drawing.read_picture` returns them.
+        """
+        vae = self.load_vae()
+        with torch.no_grad():
+            moments = sdxl.encode_pictures(vae, pixels)
+        return tuple(part * vae.config.scaling_factor for part in moments)
+
+    def decode_fits(self, budget_gib: float) -> bool:
+        """Say whether the VAE fits into a budget beside the UNet and what drawing with it has taken so far."""
+        reserved_gib = torch.cuda.memory_reserved(self.device) / memory.GIB if self.device.type == "cuda" else 0.0
+        return self.vae is not None or reserved_gib + DECODE_GIB <= budget_gib
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Return the pictures of latents (B, 4, h, w), in smaller tiles where the usual ones do not fit.
+
+        Raises:
+            UserError: a picture is not finite, or not even the small tiles fit.
+        """
+        for tile in (decoding.TILE, decoding.TILE // 2):
+            try:
+                return drawing.decode(self.load_vae(), latents, tile)
+            except torch.OutOfMemoryError:
+                if self.denoiser is not None:
+                    self.denoiser.release()
+                memory.give_back(self.device)
+        raise memory.DoesNotFit("This card has no room left to decode a picture. Free some of it.")

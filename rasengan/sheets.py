@@ -1,0 +1,148 @@
+"""Pictures beside each other for the eye: grids as PNG, contact sheets as HTML; and how a picture is saved."""
+
+import base64
+import html
+import io
+import unicodedata
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from rasengan.files import write_atomically
+
+
+# A page that holds everything itself: it can be sent, and opened anywhere.
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
+h1 {{ font-size: 1.4rem }}
+table.settings td {{ padding: 0 1rem 0 0; vertical-align: top; color: #555; overflow-wrap: anywhere }}
+section {{ margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }}
+section p {{ margin: 0 0 .6rem; max-width: 60rem; overflow-wrap: anywhere }}
+.row {{ display: flex; flex-wrap: wrap; gap: 12px }}
+figure {{ margin: 0; max-width: 100% }}
+img {{ display: block; max-width: 100%; height: auto }}
+figcaption {{ color: #555; text-align: center; overflow-wrap: anywhere }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #181818; color: #ddd }} section {{ border-color: #444 }}
+table.settings td, figcaption {{ color: #aaa }} }}
+</style></head><body>
+<h1>{title}</h1>
+<table class="settings">{settings}</table>
+{sections}
+</body></html>
+"""
+
+
+# --- grids ---
+
+
+def pair_grid(
+    base_images: list[Image.Image], images: list[Image.Image], prompts: list[str], label: str
+) -> Image.Image:
+    """Return a grid of base and tuned pictures side by side, as many rows for each prompt; `label` is the tuned's."""
+    rows = [list(pair) for pair in zip(base_images, images, strict=True)]
+    row_labels = [prompt for prompt in prompts for _ in range(len(rows) // len(prompts))]
+    return image_grid(rows, row_labels, ["base", label])
+
+
+def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
+    """Return one picture of rows of pictures, all of one size, with a label over each column and row.
+
+    Args:
+        rows: pictures, as many in each row as there are column labels.
+        row_labels: one for each row, wrapped to its width.
+        column_labels: one for each column.
+    """
+    width, height = rows[0][0].size
+    cell, margin = max(width, 256), max(width, 256) // 32
+    font = ImageFont.load_default(size=cell // 18)
+    line_height = round(cell / 18 * 1.4)
+    total_width = len(column_labels) * (cell + margin) + margin
+    height = round(height * cell / width)
+    labels = [wrap(label, font, total_width - 2 * margin) for label in row_labels]
+
+    header = line_height + margin
+    total_height = header + sum(len(lines) * line_height + height + 2 * margin for lines in labels)
+    grid = Image.new("RGB", (total_width, total_height), "white")
+    draw = ImageDraw.Draw(grid)
+    lefts = [margin + column * (cell + margin) for column in range(len(column_labels))]
+    for left, label in zip(lefts, column_labels, strict=True):
+        draw.text((left + cell / 2, margin), wrap(label, font, cell, max_lines=1)[0], "black", font, anchor="ma")
+    top = header
+    for row, lines in zip(rows, labels, strict=True):
+        top += margin
+        for line in lines:
+            draw.text((margin, top), line, "#444444", font)
+            top += line_height
+        for left, image in zip(lefts, row, strict=True):
+            grid.paste(image.convert("RGB").resize((cell, height), Image.Resampling.LANCZOS), (left, top))
+        top += height + margin
+    return grid
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
+    """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
+
+    Pillow's own font has ASCII only: accents are dropped, and what is left over becomes a question mark.
+    """
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    plain = plain.replace("\u2014", "-").replace("\u2013", "-").encode("ascii", "replace").decode()
+    lines, rest = [], " ".join(plain.split())
+    while rest and len(lines) < max_lines:
+        ellipsis = " ..." if len(lines) == max_lines - 1 and font.getlength(rest) > width_px else ""
+        fits = len(rest)
+        while fits > 1 and font.getlength(rest[:fits] + ellipsis) > width_px:
+            fits -= 1
+        if fits < len(rest) and rest[fits] != " ":
+            fits = rest.rfind(" ", 0, fits) if " " in rest[:fits] else fits  # a word longer than a line is cut
+        lines.append(rest[:fits] + ellipsis)
+        rest = rest[fits:].lstrip()
+    return lines or [""]
+
+
+# --- contact sheets ---
+
+
+def contact_sheet(
+    title: str, settings: dict[str, object], rows: list[tuple[str, list[Path]]], column_labels: list[str]
+) -> str:
+    """Return a page of rows of pictures, which it holds itself, as JPEGs of at most 512 px a side.
+
+    Args:
+        title: of the page.
+        settings: what the pictures were drawn with.
+        rows: a text, and the files of its pictures, as many as there are column labels.
+        column_labels: one for each column.
+    """
+    listed = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in settings.items()
+    )
+    sections = []
+    for text, files in rows:
+        figures = [_figure(file, label) for file, label in zip(files, column_labels, strict=True)]
+        sections.append(f'<section><p>{html.escape(text)}</p><div class="row">{"".join(figures)}</div></section>')
+    return PAGE.format(title=html.escape(title), settings=listed, sections="\n".join(sections))
+
+
+def _figure(file: Path, label: str) -> str:
+    with Image.open(file) as image:
+        small = image.convert("RGB")
+    small.thumbnail((512, 512), Image.Resampling.LANCZOS)
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=88)
+    source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+    size = f'width="{small.width}" height="{small.height}"'
+    label = html.escape(label)
+    return f'<figure><img src="{source}" alt="{label}" {size}><figcaption>{label}</figcaption></figure>'
+
+
+# --- files ---
+
+
+def save_png(path: Path, image: Image.Image, about: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write a picture whole or not at all, with what it was made from in its metadata."""
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=about)
+    write_atomically(path, file.getvalue())

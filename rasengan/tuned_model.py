@@ -1,0 +1,71 @@
+"""Write a model with adapters merged into its weights, as a pipeline folder or as one file of the original layout."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+
+from rasengan import components, merging, single_file
+from rasengan.adapters import Adapter
+from rasengan.files import give_default_mode, write_atomically
+
+
+def save(
+    place: Path,
+    folders: dict[str, Path],
+    variant: str | None,
+    dtype: torch.dtype,
+    scheduler: SchedulerMixin,
+    adapters: list[tuple[Adapter, float]],
+) -> None:
+    """Write the tuned model, one component in memory at a time.
+
+    Args:
+        place: that does not exist; one that ends in `.safetensors` becomes one file, for ComfyUI and A1111.
+        folders: of the base's components, as `components.fetch` returns them.
+        variant: of their weight files.
+        dtype: of the UNet and the text encoders; the VAE is fp32.
+        scheduler: with the prediction type of the training.
+        adapters: each with the scale on its whole change.
+
+    Raises:
+        UserError: an adapter does not fit, or changes nothing.
+    """
+    tuned = partial(_tuned_component, folders, variant, dtype, scheduler, adapters)
+    if place.suffix == ".safetensors":
+        skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
+        dtypes = {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
+        prediction_type = scheduler.config.prediction_type
+        single_file.write_single_file(place, skeletons, dtypes, lambda name: tuned(name).state_dict(), prediction_type)
+    else:
+        _save_folder(place, tuned)
+
+
+def _tuned_component(folders, variant, dtype, scheduler, adapters, name: str):
+    if name == "scheduler":
+        return scheduler
+    model = components.load(name, folders[name], dtype, variant)
+    return (
+        merging.merge(model, adapters, name)[0] if any(name in adapter.weights for adapter, _ in adapters) else model
+    )
+
+
+def _save_folder(final: Path, tuned: Callable[[str], object]) -> None:
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
+    index["force_zeros_for_empty_prompt"] = True
+    for name in components.COMPONENTS:
+        model = tuned(name)
+        model.save_pretrained(unfinished / name)
+        library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
+        index[name] = [library, type(model).__name__]
+    write_atomically(unfinished / "model_index.json", json.dumps(index, indent=2).encode())
+    for file in unfinished.rglob("*.safetensors"):
+        give_default_mode(file)
+    unfinished.rename(final)

@@ -1,0 +1,124 @@
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from rasengan import sheets
+
+
+# --- grids ---
+
+
+def pixels(image, *box):
+    return np.asarray(image.crop(box) if box else image, dtype=int)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (320, 200), (64, 96)])
+def test_a_grid_holds_each_picture_in_its_place_under_its_labels(size):
+    colors = [["red", "lime", "blue"], ["cyan", "magenta", "yellow"]]
+    rows = [[Image.new("RGB", size, color) for color in row] for row in colors]
+    grid = sheets.image_grid(rows, ["first", "second"], ["base", "LoRA x 1", "other"])
+    width = max(256, size[0])
+    height, margin = round(size[1] * width / size[0]), width // 32
+    assert grid.mode == "RGB"
+    assert grid.width == margin + 3 * (width + margin)
+
+    tops = []
+    array = pixels(grid)
+    for row in colors:
+        for column, color in enumerate(row):
+            ys, xs = np.nonzero((array == Image.new("RGB", (1, 1), color).getpixel((0, 0))).all(axis=-1))
+            left = margin + column * (width + margin)
+            assert (xs.min(), xs.max()) == (left, left + width - 1)
+            assert ys.max() - ys.min() == height - 1
+            assert len(xs) == width * height
+        tops.append(ys.min())
+    assert tops[1] >= tops[0] + height + margin
+    assert grid.height >= tops[1] + height + margin
+
+    # Every label, and nothing else, is ink on the white around the pictures.
+    column_labels, first, second = (
+        array[: tops[0] // 2],
+        array[tops[0] // 2 : tops[0]],
+        array[tops[0] + height : tops[1]],
+    )
+    for column in range(3):
+        left = margin + column * (width + margin)
+        ink = np.nonzero((column_labels[:, left : left + width] < 128).all(axis=-1))[1]
+        assert abs((ink.min() + ink.max()) / 2 - width / 2) < 3
+    for strip in (first, second):
+        assert (strip < 160).all(axis=-1).any()
+        assert (strip[:, grid.width // 2 :] == 255).all()
+    assert (array[:, : margin - 1] == 255).all()
+
+
+def test_a_picture_keeps_its_content_and_what_is_smaller_fits_its_cell():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    grid = sheets.image_grid([[picture, Image.new("L", (100, 100), 0)]], ["a prompt"], ["base", "tuned"])
+    top = grid.height - 9 - 300
+    assert (pixels(grid, 9, top, 309, top + 300) == pixels(picture)).all()
+    assert (pixels(grid, 318, top, 618, top + 300) == 0).all()
+
+
+def test_a_row_without_a_picture_for_each_column_is_an_error():
+    with pytest.raises(ValueError):
+        sheets.image_grid([[Image.new("RGB", (8, 8))]], ["a"], ["base", "tuned"])
+
+
+@pytest.mark.parametrize(
+    ("row_label", "column_label"),
+    [
+        ("a wizard in a forest of giant mushrooms " * 9, "LoRA"),
+        ("in heavy rain under a red umbrella, cinematic lighting, by a master painter " * 9, "LoRA"),
+        ("supercalifragilistic" * 9, "LoRA"),
+        ("a wizard", "step 2000 of a run with a very long name, longer than its column"),
+    ],
+)
+def test_labels_stay_off_the_margins(row_label, column_label):
+    rows = [[Image.new("RGB", (512, 512), "red"), Image.new("RGB", (512, 512), "red")]]
+    grid = sheets.image_grid(rows, [row_label], ["base", column_label])
+    for left in (0, grid.width - 15):  # margins are 16 px, and a letter may lean out by one
+        assert pixels(grid, left, 0, left + 15, grid.height).min() == 255
+
+
+def test_a_long_label_is_wrapped_into_full_lines_and_cut_with_an_ellipsis():
+    font = ImageFont.load_default(size=28)
+    words = [f"word{number}" for number in range(100)]
+    lines = sheets.wrap(" ".join(words), font, 500)
+    assert len(lines) == 3
+    assert lines[-1].endswith(" ...")
+    shown = " ".join(lines).removesuffix(" ...").split()
+    assert shown == words[: len(shown)]
+    for line, following in zip(lines, [lines[1].split()[0], lines[2].split()[0]], strict=False):
+        assert font.getlength(line) <= 500 < font.getlength(f"{line} {following}")
+    assert sheets.wrap("short", font, 500) == ["short"]
+    assert sheets.wrap(" ".join(words[:4]), font, 500) == [" ".join(words[:4])]
+
+
+@pytest.mark.parametrize("letter", ["é", "ü", "ñ", "—"])
+def test_letters_outside_ascii_are_not_drawn_as_a_box(letter):
+    grids = [sheets.image_grid([[Image.new("RGB", (256, 256))]], [text], ["base"]) for text in (letter, "\ue000")]
+    assert np.any(pixels(grids[0]) != pixels(grids[1]))
+
+
+# --- contact sheets ---
+
+
+def test_a_contact_sheet_holds_its_pictures_and_escapes_what_people_typed(tmp_path):
+    for name, color, size in (("a", "red", (1024, 512)), ("b", "blue", (64, 96))):
+        Image.new("RGB", size, color).save(tmp_path / f"{name}.png")
+    text = '<script>alert("らせんがん")</script> & {braces}'
+    rows = [(text, [tmp_path / "a.png", tmp_path / "b.png"])]
+    page = sheets.contact_sheet("a <b>title</b>", {"seed": "<i>0</i>"}, rows, ["base", "LoRA x 1"])
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&quot;らせんがん&quot;)&lt;/script&gt; &amp; {braces}" in page
+    assert "<title>a &lt;b&gt;title&lt;/b&gt;</title>" in page
+    assert "&lt;i&gt;0&lt;/i&gt;" in page
+    assert not re.findall(r"(?:src|href)=.(?!data:)", page)
+    found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page)]
+    assert [image.size for image in found] == [(512, 256), (64, 96)]
+    assert found[0].getpixel((0, 0))[0] > 240
+    assert found[1].getpixel((0, 0))[2] > 240
