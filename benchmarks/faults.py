@@ -36,6 +36,16 @@ STEPS, FULL_SIZE_STEPS = 12, 240  # a graph's steps are short beside the start o
 MOST_KILLS = 4  # of one run
 # When one of a run's processes has ended badly, `accelerate launch` ends the others, so patiently.
 TERMINATE_AFTER_S, KILL_AFTER_S = 5, 35
+# Import everything, wait for the arguments of a run, and begin.
+WAIT = """
+import json, os, sys, faults
+script, begin = faults.load_script(), json.loads(sys.stdin.readline() or "null")
+if begin:
+    out = os.open(begin["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.exit(script.run(begin["words"]))
+"""
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 
@@ -47,6 +57,7 @@ class Faults:
     script: object
     processes: int
     on_gpu: bool = False
+    waiting: subprocess.Popen | None = None
 
     @property
     def steps(self) -> int:
@@ -77,13 +88,33 @@ class Faults:
         words += ["--output_dir", str(output_dir), "--conditioning_cache_dir", str(cache_dir)]
         if self.on_gpu:
             words += ["--resolution", "512", "--train_batch_size", "1", "--mixed_precision", "fp16", "--deterministic"]
-            with open(log, "a") as out:
-                return [subprocess.Popen([sys.executable, self.script.__file__, *words], stdout=out, stderr=out).pid]
+            return [self._start_waiting(words, log)]
         words += ["--resolution", "64", "--train_batch_size", str(4 // self.processes)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         return [self._fork(words, rank, port, log) for rank in range(self.processes)]
+
+    def _start_waiting(self, words: list[str], log: Path) -> int:
+        """Let the process that has imported everything begin, and start the next one, which imports meanwhile.
+
+        One that has touched the card cannot be forked.
+        """
+        if self.waiting is None:
+            self.waiting = subprocess.Popen(
+                [sys.executable, "-c", WAIT], stdin=subprocess.PIPE, cwd=ROOT / "benchmarks"
+            )
+        begun = self.waiting
+        self.waiting = subprocess.Popen([sys.executable, "-c", WAIT], stdin=subprocess.PIPE, cwd=ROOT / "benchmarks")
+        begun.stdin.write(json.dumps({"words": words, "log": str(log)}).encode() + b"\n")
+        begun.stdin.close()
+        return begun.pid
+
+    def close(self) -> None:
+        """End the process that waits."""
+        if self.waiting is not None:
+            self.waiting.kill()
+            self.waiting.wait()
 
     def _fork(self, words: list[str], rank: int, port: int, log: Path) -> int:
         child = os.fork()
@@ -312,7 +343,8 @@ def main() -> None:
         command = [sys.executable, "-c", build, work]
         subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent)
         if args.gpu:
-            kill_at_random(Faults(Path(work), script, 1, on_gpu=True), args.kills, args.seed, results)
+            with contextlib.closing(Faults(Path(work), script, 1, on_gpu=True)) as faults:
+                kill_at_random(faults, args.kills, args.seed, results)
             return
         for processes in args.processes:
             faults = Faults(Path(work), script, processes)

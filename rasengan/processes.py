@@ -92,6 +92,11 @@ def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None
     return accelerator
 
 
+def device_of(accelerator: Accelerator) -> torch.device:
+    """Return the device as tensors name it: cuda:0 rather than cuda, and cpu rather than cpu:0."""
+    return torch.empty(0, device=accelerator.device).device
+
+
 def progress_bar(accelerator: Accelerator, description: str, total: int, initial: int = 0) -> tqdm:
     """Return a progress bar that one process on each machine shows."""
     disable = not accelerator.is_local_main_process

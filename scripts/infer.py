@@ -173,7 +173,7 @@ def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
 def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, variant: Variant) -> dict:
     """Return the embeddings of each prompt, and of the negative one, as this model's text encoders give them."""
     texts = list(dict.fromkeys([*args.prompt, *([] if args.negative_prompt is None else [args.negative_prompt])]))
-    how = (texts, folders, args.variant, accelerator.device, dtype)
+    how = (texts, folders, args.variant, processes.device_of(accelerator), dtype)
     if any(name in adapter.weights for adapter, _ in variant.adapters for name in components.TEXT_ENCODERS):
         encoded, reports = prompts.encode_tuned(*how, variant.adapters)
         for name, change in reports.items() if accelerator.is_main_process else ():
@@ -214,8 +214,8 @@ def save(args: argparse.Namespace, variant: Variant, number: int, seed: int, ima
 def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants, embeds: list[dict], init) -> None:
     """Draw this process's share of the prompts with each variant, and write the pictures."""
     scheduler = sdxl.make_sampler(load_scheduler(args, pipeline.folders), args.scheduler)
-    on_gpu = accelerator.device.type == "cuda"
-    budget_gib = memory.limit(args.vram_budget_gib, accelerator.device) if on_gpu else float("inf")
+    on_gpu = pipeline.device.type == "cuda"
+    budget_gib = memory.limit(args.vram_budget_gib, pipeline.device) if on_gpu else float("inf")
     seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
     mine = range(accelerator.process_index, len(args.prompt), accelerator.num_processes)
     options = {name: getattr(args, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
@@ -277,7 +277,7 @@ def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
     precision = args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
     accelerator = processes.make_accelerator(os.environ, precision)
-    device = accelerator.device
+    device = processes.device_of(accelerator)
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.

@@ -418,7 +418,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- processes, precision, seed ---
     accelerator = make_accelerator(args)
     is_main = accelerator.is_main_process
-    device = torch.empty(0, device=accelerator.device).device  # cuda:0 rather than cuda, and cpu rather than cpu:0
+    device = processes.device_of(accelerator)
     args.mixed_precision = accelerator.mixed_precision
     args.global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     weight_dtype = components.weight_dtype(args.mixed_precision, device)
