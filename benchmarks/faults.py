@@ -39,7 +39,9 @@ TERMINATE_AFTER_S, KILL_AFTER_S = 5, 35
 # Import everything, wait for the arguments of a run, and begin.
 WAIT = """
 import json, os, sys, faults
-script, begin = faults.load_script(), json.loads(sys.stdin.readline() or "null")
+script = faults.load_script()
+print("ready", flush=True)
+begin = json.loads(sys.stdin.readline() or "null")
 if begin:
     out = os.open(begin["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -100,12 +102,10 @@ class Faults:
 
         One that has touched the card cannot be forked.
         """
-        if self.waiting is None:
-            self.waiting = subprocess.Popen(
-                [sys.executable, "-c", WAIT], stdin=subprocess.PIPE, cwd=ROOT / "benchmarks"
-            )
-        begun = self.waiting
-        self.waiting = subprocess.Popen([sys.executable, "-c", WAIT], stdin=subprocess.PIPE, cwd=ROOT / "benchmarks")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": Path(__file__).parent}
+        begun = self.waiting or subprocess.Popen([sys.executable, "-c", WAIT], **pipes)
+        self.waiting = subprocess.Popen([sys.executable, "-c", WAIT], **pipes)
+        begun.stdout.readline()  # that it is ready
         begun.stdin.write(json.dumps({"words": words, "log": str(log)}).encode() + b"\n")
         begun.stdin.close()
         return begun.pid
