@@ -165,13 +165,13 @@ def read_picture(file: str, height: int | None, width: int | None, side: int) ->
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def decode(vae: AutoencoderKL, latents: torch.Tensor, tile: int | None = decoding.TILE) -> list[Image.Image]:
-    """Return the pictures of latents (B, 4, h, w), decoded in tiles of `tile` latents.
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+    """Return the pictures of latents (B, 4, h, w).
 
     Raises:
         UserError: a picture came out with non-finite values.
     """
-    pixels = decoding.decode_latents(vae, latents.to(vae.device), tile)
+    pixels = decoding.decode_latents(vae, latents.to(vae.device))
     if not torch.isfinite(pixels).all():
         raise UserError(
             "A picture came out with non-finite values: the UNet or the adapter overflows in this precision. "

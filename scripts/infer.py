@@ -257,7 +257,7 @@ def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[
     with ThreadPoolExecutor(1) as pool:
         for drawn in draw_share(args, accelerator, pipeline, variants, embeds, init):
             waiting.append(drawn)
-            if pipeline.decode_fits(budget_gib):
+            if pipeline.decode_fits(args.height, args.width, budget_gib):
                 decode(args, pipeline, waiting, pool)
                 waiting.clear()
         if waiting:  # there is no room for the VAE beside the UNet

@@ -342,7 +342,7 @@ def test_two_processes_draw_what_one_does(run_script, tiny_base, trained, tmp_pa
 
 
 def test_without_room_for_the_vae_pictures_are_decoded_at_the_end(compared, draw, trained, monkeypatch):
-    monkeypatch.setattr(Pipeline, "decode_fits", lambda self, budget_gib: False)
+    monkeypatch.setattr(Pipeline, "decode_fits", lambda *_: False)
     pictures = draw("--lora_weights", trained, "--compare", "--prompt", PROMPT, "--seed", 3)
     assert pictures.keys() == compared.keys()
     assert all(same(pictures[name], compared[name]) for name in pictures)
