@@ -46,6 +46,8 @@ def choose_adapter(root: Path, name: object) -> Path:
         UserError: it is none; nothing of that name was looked at.
     """
     found = find_adapters(root)
+    if not name:
+        raise UserError(f"No adapter is chosen. Choose one from the list, which holds {len(found)}.")
     if not isinstance(name, str) or name not in found:
         raise UserError(f"{str(name)[:100]!r} is none of the {len(found)} adapters here. Choose one from the list.")
     return found[name]

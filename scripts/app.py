@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import transformers
 from rasengan import UserError, components, memory, processes, sdxl, sheets
 from rasengan.adapter_reader import read_adapter
 from rasengan.command_line import Parser, number_type, path_type
-from rasengan.pairs import MOST_CHARACTERS, MOST_GUIDANCE, MOST_SCALE, MOST_SEED, SIDES, PairDrawer, Settings
+from rasengan.pairs import MOST_CHARACTERS, MOST_GUIDANCE, MOST_SCALE, MOST_SEED, SIDES, Pair, PairDrawer, Settings
 from rasengan.pipeline import Pipeline
 from rasengan.run_folders import choose_adapter, find_adapters
 
@@ -54,8 +55,8 @@ STYLE = """
 #history .thumbnail-item { aspect-ratio: auto; height: auto; overflow: visible; border: 0; box-shadow: none }
 #history .thumbnail-item, #history .caption-label { background: none }
 #history .thumbnail-item img { height: auto }
-#history .caption-label { position: static; max-width: 100%; border: 0; padding: 4px 0; text-align: left }
-#history .caption-label { white-space: normal; overflow-wrap: anywhere }
+#history .caption-label { position: static; max-width: 100%; border: 0; padding: 4px 0; text-align: left;
+  white-space: normal; overflow-wrap: anywhere }
 @media (max-width: 640px) { #history .grid-container { grid-template-columns: 1fr } }
 """
 
@@ -108,9 +109,8 @@ class Page:
     ):
         """Draw a pair; return both pictures, what they were made of, and the pairs of this page twice."""
         seed = random.randint(0, MOST_SEED) if seed == -1 else seed
-        settings = Settings(
-            prompt, negative_prompt or None, seed, steps, guidance_scale, height, width, scheduler or None
-        )
+        size, sampler = (height, width), scheduler or None
+        settings = Settings(prompt, negative_prompt or None, seed, steps, guidance_scale, *size, sampler)
 
         def on_step(picture: str, step: int) -> None:
             what = "Getting ready" if step == 0 else f"Drawing the {picture} picture"
@@ -125,25 +125,28 @@ class Page:
             raise gr.Error(self.shown(error), duration=None, print_exception=False) from error
         for sentence in self.drawer.warnings(settings):
             gr.Warning(html.escape(sentence))
-        about = {"prompt": prompt, "seed": seed, "model": self.model} | settings._asdict()
-        about = {name: value for name, value in about.items() if value is not None}
         tuned_by = f"{adapter} at scale {lora_scale:g}"
-        folder = self.pictures / str(next(self.numbers))
-        shutil.rmtree(self.pictures / str(int(folder.name) - KEPT), ignore_errors=True)
-        files = {}
-        for kind, image in (("base", pair.base), ("tuned", pair.tuned)):
-            files[kind] = folder / sheets.picture_name(prompt, seed, kind)
-            sheets.save_png(files[kind], image, about | {"adapter": "none" if kind == "base" else tuned_by})
-        both = folder / sheets.picture_name(prompt, seed, "both")
-        grid = sheets.image_grid([[pair.base, pair.tuned]], [f"seed {seed}, {steps} steps"], ["base", "tuned"])
-        sheets.save_png(both, grid, about | {"adapter": tuned_by})
+        base, tuned, both = self.save(pair, settings, tuned_by)
         made_of = f"{tuned_by}, seed {seed}, {steps} steps, guidance {guidance_scale:g}, {width} x {height} px"
         change = max((change.relative_change for change in pair.changes.values()), default=0.0)
         details = f"{made_of}; weights changed by {change:.2%}; {time.monotonic() - start:.1f} s"
         caption = f"<p>{html.escape(prompt)}</p><p>{html.escape(details)}</p>"
-        history = [(str(both), f"{prompt} ({made_of})"), *history][:HISTORY]
+        history = [(both, f"{textwrap.shorten(prompt, 200)} ({made_of})"), *history][:HISTORY]
         history = [entry for entry in history if Path(entry[0]).exists()]
-        return str(files["base"]), str(files["tuned"]), caption, history, history
+        return base, tuned, caption, history, history
+
+    def save(self, pair: Pair, settings: Settings, tuned_by: str) -> list[str]:
+        """Write both pictures and one of both side by side, each with what it was made from; return their files."""
+        grid = sheets.image_grid([[pair.base, pair.tuned]], [f"seed {settings.seed}"], ["base", "tuned"])
+        about = {"prompt": settings.prompt, "seed": settings.seed, "model": self.model} | settings._asdict()
+        about = {name: value for name, value in about.items() if value is not None}
+        number, files = next(self.numbers), []
+        shutil.rmtree(self.pictures / str(number - KEPT), ignore_errors=True)
+        for kind, image in {"base": pair.base, "tuned": pair.tuned, "both": grid}.items():
+            file = self.pictures / str(number) / sheets.picture_name(settings.prompt, settings.seed, kind)
+            sheets.save_png(file, image, about | {"adapter": "none" if kind == "base" else tuned_by})
+            files.append(str(file))
+        return files
 
     def shown(self, error: UserError) -> str:
         """Return an error's message for the page, without the folders that the runs are in."""
@@ -167,9 +170,8 @@ def build(page: Page) -> gr.Blocks:
                     refresh = gr.Button("Refresh", elem_id="refresh", **beside)
                 scale = gr.Slider(0, MOST_SCALE, 1.0, step=0.05, label="LoRA scale", info="0 is the base")
                 with gr.Row():
-                    seed = gr.Number(
-                        0, label="Seed (-1: any)", precision=0, minimum=-1, maximum=MOST_SEED, scale=5, min_width=180
-                    )
+                    bounds = {"precision": 0, "minimum": -1, "maximum": MOST_SEED}
+                    seed = gr.Number(0, label="Seed (-1: any)", scale=5, min_width=180, **bounds)
                     dice = gr.Button("Random", elem_id="dice", **beside)
                 steps = gr.Slider(1, most_steps, min(30, most_steps), step=1, precision=0, label="Steps")
                 with gr.Accordion("More", open=False):
@@ -193,15 +195,9 @@ def build(page: Page) -> gr.Blocks:
                 options |= {"interactive": False, "buttons": ["download", "fullscreen"], "elem_id": "history"}
                 earlier = gr.Gallery(label="Earlier pairs", **options)
         inputs = [prompt, negative, adapter, scale, seed, steps, guidance, sampler, width, height, alpha, history]
-        gr.on(
-            [button.click, prompt.submit],
-            page.generate,
-            inputs,
-            [base, tuned, made_of, history, earlier],
-            show_progress_on=[tuned],
-            concurrency_limit=1,
-            api_name="generate",
-        )
+        outputs = [base, tuned, made_of, history, earlier]
+        options = {"show_progress_on": [tuned], "concurrency_limit": 1, "api_name": "generate"}
+        gr.on([button.click, prompt.submit], page.generate, inputs, outputs, **options)
         gr.on([blocks.load, refresh.click], page.list_adapters, adapter, adapter, queue=False, api_name="adapters")
         dice.click(lambda: random.randint(0, MOST_SEED), None, seed, queue=False, api_visibility="private")
     return blocks

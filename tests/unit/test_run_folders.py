@@ -117,8 +117,6 @@ def test_the_folder_itself_may_be_a_link(runs, tmp_path):
         "/etc/passwd",
         "org/name",
         "naruto\0",
-        "",
-        None,
         ["naruto"],
         {"path": "naruto"},
     ],
@@ -131,6 +129,12 @@ def test_a_name_that_is_not_in_the_list_is_refused_and_nothing_read(name, runs, 
     with pytest.raises(UserError, match="is none of the .* adapters here. Choose one from the list."):
         choose_adapter(runs, name)
     assert all(file.is_relative_to(runs) for file in opened)
+
+
+@pytest.mark.parametrize("name", [None, "", []])
+def test_no_name_is_told_apart(name, runs):
+    with pytest.raises(UserError, match="No adapter is chosen. Choose one from the list, which holds 7"):
+        choose_adapter(runs, name)
 
 
 def test_an_absolute_path_of_an_adapter_is_refused_too(runs):
