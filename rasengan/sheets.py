@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 import unicodedata
 from pathlib import Path
 
@@ -141,8 +142,17 @@ def _figure(file: Path, label: str) -> str:
 # --- files ---
 
 
-def save_png(path: Path, image: Image.Image, about: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a picture whole or not at all, with what it was made from in its metadata."""
+def picture_name(prompt: str, seed: int, kind: str) -> str:
+    """Return a file name for a picture that tells it from others; what a prompt has besides letters is left out."""
+    prompt, kind = re.sub(r"\W+", "-", prompt).strip("-")[:40], re.sub(r"[^\w.]+", "-", kind)
+    return f"{seed}-{prompt}-{kind}.png"
+
+
+def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:
+    """Write a picture whole or not at all, with what it was made from in its metadata, as text by name."""
+    metadata = PngImagePlugin.PngInfo()
+    for name, value in (about or {}).items():
+        metadata.add_itxt(name, str(value))
     file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=about)
+    image.save(file, "PNG", pnginfo=metadata)
     write_atomically(path, file.getvalue())

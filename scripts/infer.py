@@ -9,7 +9,6 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 
 import argparse
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +19,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, tuned_model
 from rasengan.adapter_places import fetch_adapter
@@ -207,9 +206,7 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 
 def picture_file(args: argparse.Namespace, variant: Variant, number: int, seed: int) -> Path:
     """Return where a picture goes."""
-    prompt = re.sub(r"\W+", "-", args.prompt[number]).strip("-")[:40]
-    kind = re.sub(r"[^\w.]+", "-", variant.kind)
-    return Path(args.output_dir) / f"{number:03d}-{seed}-{prompt}-{kind}.png"
+    return Path(args.output_dir) / f"{number:03d}-{sheets.picture_name(args.prompt[number], seed, variant.kind)}"
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
@@ -222,10 +219,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
 def save(args: argparse.Namespace, variant: Variant, number: int, seed: int, image: Image.Image) -> None:
     """Write a picture, with what it was made from in its metadata."""
-    about = PngImagePlugin.PngInfo()
-    made_of = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
-    for name, value in made_of.items():
-        about.add_itxt(name, str(value))
+    about = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
     sheets.save_png(picture_file(args, variant, number, seed), image, about)
 
 

@@ -10,9 +10,11 @@ FLOORS = [
     {"__init__", "adapters", "command_line", "families", "files", "naming", "stopping", "tensor_files"},
     {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "graphs", "kernels", "locks"}
     | {"memory", "objective", "optim", "sdxl", "sheets"},
-    {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "single_file"},
+    {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
+    | {"single_file"},
     {"cache", "checkpoint", "drawing", "fused", "hub", "merging", "progress", "samples"},
     {"checkpoint_writer", "pipeline", "prompts", "resuming", "step", "tuned_model", "validation"},
+    {"pairs"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))
