@@ -1,0 +1,86 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rasengan.near_duplicates import MOST_BITS, MOST_LEVELS, Fingerprint, fingerprint, similar_groups
+
+
+def smooth(seed, width=160, height=120):
+    """A picture of large soft patches, as a photograph has and noise has not."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def recompressed(image, quality):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+CHANGES = {
+    "recompressed": lambda image: recompressed(image, 50),
+    "cropped": lambda image: image.crop((1, 1, image.width - 1, image.height - 1)),
+    "smaller": lambda image: image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS),
+}
+
+
+def test_the_hash_is_the_definition():
+    image = smooth(0)
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
+    bits = "".join(str(int(row[x + 1] > row[x] + 2)) for row in grey for x in range(8))
+    found = fingerprint(image)
+    assert found.difference_hash == int(bits, 2)
+    assert found.colors == image.resize((4, 4), Image.Resampling.BOX).tobytes()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_looks_alike_and_another_picture_does_not(change):
+    pictures = [smooth(seed) for seed in range(40)]
+    copies = [CHANGES[change](picture) for picture in pictures]
+    groups = similar_groups([fingerprint(image) for image in pictures + copies])
+    assert groups == [[place, place + 40] for place in range(40)]
+
+
+def test_plain_grounds_are_told_apart_by_color_and_found_under_compression():
+    plain = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "white")]
+    copies = [recompressed(image, 40) for image in plain]
+    assert similar_groups([fingerprint(image) for image in plain + copies]) == [[0, 3], [1, 4], [2, 5]]
+
+
+def flipped(value, bits):
+    return value ^ ((1 << bits) - 1)
+
+
+@pytest.mark.parametrize(("bits", "levels", "are_alike"), [(4, 4, True), (5, 0, False), (0, 5, False), (0, 0, True)])
+def test_the_limits_hold_for_bits_and_for_levels(bits, levels, are_alike):
+    assert (MOST_BITS, MOST_LEVELS) == (4, 4)
+    one = Fingerprint(2**64 - 1, bytes([100] * 48))
+    other = Fingerprint(flipped(one.difference_hash, bits), bytes([100 + levels] * 48))
+    assert similar_groups([one, other]) == ([[0, 1]] if are_alike else [])
+
+
+def test_groups_are_those_of_all_pairs_compared_one_by_one():
+    rng = np.random.default_rng(0)
+    hashes = [int(rng.integers(2**63))]
+    while len(hashes) < 300:  # chains of few changed bits
+        near = rng.random() < 0.6
+        hashes.append(hashes[-1] ^ (1 << int(rng.integers(64))) if near else int(rng.integers(2**63)))
+    rng.shuffle(hashes)
+    expected = {place: {place} for place in range(300)}
+    for place, value in enumerate(hashes):
+        for other in range(place):
+            if (int(value) ^ int(hashes[other])).bit_count() <= 4 and expected[place] is not expected[other]:
+                expected[place] |= expected[other]
+                for member in expected[place]:
+                    expected[member] = expected[place]
+    groups = sorted({tuple(sorted(group)) for group in expected.values() if len(group) > 1})
+    found = similar_groups([Fingerprint(int(value), bytes(48)) for value in hashes])
+    assert found == [list(group) for group in groups]
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_is_like_nothing(count):
+    assert similar_groups([Fingerprint(0, bytes(48))] * count) == []
