@@ -23,9 +23,10 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
     Source: dHash, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html
     """
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    small = image.resize((36, 32), Image.Resampling.BOX)  # large pictures are gone through once
+    grey = np.asarray(small.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + NOISE_LEVELS).tobytes()
-    return Fingerprint(int.from_bytes(bits), image.resize((4, 4), Image.Resampling.BOX).tobytes())
+    return Fingerprint(int.from_bytes(bits), small.resize((4, 4), Image.Resampling.BOX).tobytes())
 
 
 def similar_groups(fingerprints: list[Fingerprint]) -> list[list[int]]:
