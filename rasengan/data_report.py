@@ -347,9 +347,7 @@ def _is_missing(picture: Picture) -> bool:
 
 def _size_findings(pictures: list[Picture], resolution: int, center_crop: bool) -> list[Finding]:
     small = sorted((p for p in pictures if min(p.height_px, p.width_px) < resolution), key=_shorter_side)
-    sizes = [data.resized_size(picture.height_px, picture.width_px, resolution) for picture in pictures]
-    # In whole numbers: at an aspect of 3:2, which cameras have, a third is lost to the pixel.
-    cut = [p for p, (h, w) in zip(pictures, sizes, strict=True) if 3 * (h * w - resolution**2) > h * w]
+    cut = [picture for picture in pictures if crop_loss(picture, resolution) > 1 / 3]
     cut.sort(key=lambda picture: (-crop_loss(picture, resolution), picture.name))
     parts = "with --no-center_crop each epoch sees another part" if center_crop else "each epoch sees another part"
     return [

@@ -246,6 +246,12 @@ def test_a_thumbnail_has_at_most_256_px(check, folder):
     assert {picture.size for picture in pictures_of((output_dir / PAGE).read_text())} == {(256, 256)}
 
 
+def test_of_pictures_that_are_not_shown_no_thumbnail_is_kept(picture_set, tmp_path):
+    column = data.load_pictures(None, None, str(picture_set), "image", "text", str(tmp_path))["image"]
+    looks = data_report.look_at_pictures(column, RES, "lanczos", [3, 60])
+    assert [row for row, look in enumerate(looks) if look.thumbnail] == [3, 60]
+
+
 def test_no_more_pictures_are_shown_than_a_page_holds(check, tmp_path, check_script, monkeypatch):
     monkeypatch.setattr(check_script, "MOST_SHOWN", 6)
     monkeypatch.setattr(check_script, "MOST_IN_PNG", 4)

@@ -148,7 +148,7 @@ def test_shared_and_empty_captions_are_told_apart():
 # --- text and page ---
 
 
-TILE_NAME = "<img src=x onerror=alert(1)>.png"
+TILE_NAME = '"><img src=x onerror=alert(1)>.png'
 HOSTILE = ["<script>alert('x')</script>", 'a "quoted" & <b>bold</b>', "\x1b[31mred\u202e", "\udcff", ""]
 
 

@@ -54,6 +54,13 @@ def test_plain_grounds_are_told_apart_by_color_and_found_under_compression():
     assert similar_groups([fingerprint(image) for image in plain + copies]) == [[0, 3], [1, 4], [2, 5]]
 
 
+def test_noise_on_a_plain_ground_decides_nothing():
+    rng = np.random.default_rng(0)
+    noisy = [Image.fromarray(rng.integers(127, 130, (8, 9), dtype=np.uint8)) for _ in range(6)]
+    fingerprints = [fingerprint(image.resize((90, 80), Image.Resampling.NEAREST).convert("RGB")) for image in noisy]
+    assert similar_groups(fingerprints) == [list(range(6))]
+
+
 def flipped(value, bits):
     return value ^ ((1 << bits) - 1)
 
@@ -69,9 +76,9 @@ def test_the_limits_hold_for_bits_and_for_levels(bits, levels, are_alike):
 def test_groups_are_those_of_all_pairs_compared_one_by_one():
     rng = np.random.default_rng(0)
     hashes = [int(rng.integers(2**63))]
-    while len(hashes) < 300:  # chains of few changed bits
-        near = rng.random() < 0.6
-        hashes.append(hashes[-1] ^ (1 << int(rng.integers(64))) if near else int(rng.integers(2**63)))
+    while len(hashes) < 300:  # chains, whose neighbours differ in three bits
+        changed = sum(1 << int(bit) for bit in rng.choice(64, 3, replace=False))
+        hashes.append(hashes[-1] ^ changed if rng.random() < 0.9 else int(rng.integers(2**63)))
     rng.shuffle(hashes)
     expected = {place: {place} for place in range(300)}
     for place, value in enumerate(hashes):
