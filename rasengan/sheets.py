@@ -82,6 +82,18 @@ def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     return grid
 
 
+def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4) -> Image.Image:
+    """Return square pictures row after row, each `side_px` a side, on grey, where white ones end too."""
+    step_px = side_px + gap_px
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * step_px + gap_px, rows * step_px + gap_px), "#d0d0d0")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        small = image.convert("RGB").resize((side_px, side_px), Image.Resampling.LANCZOS)
+        sheet.paste(small, (gap_px + column * step_px, gap_px + row * step_px))
+    return sheet
+
+
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
     """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
 

@@ -25,7 +25,14 @@ from rasengan import UserError, components, drawing, memory, merging, processes,
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter, default_alpha
-from rasengan.command_line import Parser, number_type, numbers_type, path_type, weighted_place_type
+from rasengan.command_line import (
+    Parser,
+    conditioning_cache_dir,
+    number_type,
+    numbers_type,
+    path_type,
+    weighted_place_type,
+)
 from rasengan.files import check_writable, lost_place
 from rasengan.pipeline import Pipeline
 
@@ -82,8 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
     args = parser.parse_args(argv)
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
-    args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
+    args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
     return args
 
 
