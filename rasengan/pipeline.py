@@ -53,6 +53,7 @@ class Pipeline:
         """
         self.folders, self.variant, self.device, self.dtype = folders, variant, device, dtype
         self.weights = self.denoiser = self.vae = None
+        self.used = []  # the adapters that are merged, or will be when the UNet comes back
         self.most_at_once = None  # pictures, once more were found not to fit
 
     # --- the UNet ---
@@ -65,6 +66,7 @@ class Pipeline:
         """
         if self.denoiser is None:
             self._load_unet()
+        self.used = adapters
         return self.weights.merge([(a, scale) for a, scale in adapters if "unet" in a.weights and scale], is_last)
 
     def _load_unet(self) -> None:
@@ -80,7 +82,7 @@ class Pipeline:
         self.weights = SwitchableWeights(unet, "unet")
 
     def drop_unet(self) -> None:
-        """Give the UNet's memory back; the next `use` loads it anew."""
+        """Give the UNet's memory back; the next `use` or `draw` loads it anew."""
         self.weights = self.denoiser = None
         memory.give_back(self.device)
 
@@ -92,6 +94,8 @@ class Pipeline:
         Raises:
             UserError: not even one picture fits into the card's memory.
         """
+        if self.denoiser is None:  # a decode took its place
+            self.use(self.used)
         drawn = []
         while len(drawn) < len(seeds):
             part = slice(len(drawn), len(drawn) + (self.most_at_once or len(seeds)))
@@ -128,6 +132,7 @@ class Pipeline:
         vae = self.load_vae()
         with torch.no_grad():
             moments = sdxl.encode_pictures(vae, pixels)
+        memory.give_back(self.device)
         return tuple(part * vae.config.scaling_factor for part in moments)
 
     def decode_fits(self, height: int, width: int, budget_gib: float) -> bool:

@@ -129,8 +129,17 @@ def test_a_decode_that_does_not_fit_is_done_without_the_unet(model, monkeypatch)
     monkeypatch.setattr(drawing, "decode", beside_the_unet)
     (found,) = model.decode(latents)
     assert found.tobytes() == expected.tobytes()
+    assert model.denoiser is None
+
+
+def test_the_unet_comes_back_with_its_adapters(model, tiny_base, scheduler):
+    model.use([(random_adapter(tiny_base, 1), 1.0)])
+    prompts = prompts_of(tiny_base, 1)
+    expected = model.draw(scheduler, prompts, [1], **SIZE)
+    model.drop_unet()
+    assert torch.equal(model.draw(scheduler, prompts, [1], **SIZE), expected)
     model.use([])
-    assert model.denoiser is not None, "it comes back"
+    assert not torch.equal(model.draw(scheduler, prompts, [1], **SIZE), expected)
 
 
 def test_a_decode_that_does_not_fit_alone_is_an_error(model, monkeypatch):
