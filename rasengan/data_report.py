@@ -152,9 +152,9 @@ def center_crop(image: Image.Image, resolution: int, interpolation: str) -> Imag
 
 def as_jpeg(image: Image.Image) -> bytes:
     """Return a JPEG of the picture, at most `THUMBNAIL_PX` a side."""
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    small.save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
@@ -227,8 +227,7 @@ def _picture_facts(pictures: list[Picture], looks: list[Look]) -> dict[str, str]
     kinds = sorted(Counter(look.kind for look in looks).items(), key=_most_first)
     return {
         "in all": f"{len(pictures):,}, of which {len(looks):,} can be trained on",
-        "formats and modes": ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds, key=_most_first))
-        or "none",
+        "formats and modes": ", ".join(f"{count:,} {kind}" for kind, count in kinds) or "none",
         "turned by EXIF": f"{sum(look.is_turned for look in looks):,}",
     }
 

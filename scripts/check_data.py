@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import transformers
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, data, data_page, data_report
@@ -144,8 +143,6 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     # The report says what these would say.
     logging.getLogger("rasengan.data").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
         sys.exit(main(parse_args()))
     except UserError as error:

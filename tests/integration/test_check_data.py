@@ -357,6 +357,17 @@ def test_what_training_refuses_is_refused_in_the_same_words(kind, check, train, 
         assert html.escape(str(by_report.value)) in page
 
 
+def test_every_caption_that_is_none_is_named(check, tmp_path, capsys):
+    captioned([])(tmp_path)
+    write_metadata(tmp_path, {"a.png": None, "b.png": [], "c.png": ["a bear"]})
+    smooth(2, 64, 64).save(tmp_path / "c.png")
+    with pytest.raises(UserError, match=r"Picture 0 \(.*a.png\) has None in the caption column"):
+        check(tmp_path)
+    printed = capsys.readouterr().out
+    assert "2 of 3 captions are neither a text nor a list of texts\n  a.png: None\n  b.png: []\n" in printed
+    assert "3, of which 1 can be trained on" in printed
+
+
 def test_there_must_be_data(check):
     with pytest.raises(UserError, match="There is no data"):
         check(None)
