@@ -114,6 +114,11 @@ def _read_peft_config(folder: Path) -> Config:
     raise UserError(f"{folder} holds a {kind} adapter, not a LoRA, LoHa or LoKr. Give one of these.")
 
 
+# A stranger's pattern is matched with thousands of names: each repeat may multiply its time by the names' length.
+MOST_REPEATS = 3
+NESTED = re.compile(r"[*+}]\)[*+{]")
+
+
 def _check_values(options: dict, kind: str = "LORA") -> None:
     alpha = "lora_alpha" if kind == "LORA" else "alpha"
     for name, numbers in {"r": int, alpha: int | float}.items():
@@ -130,6 +135,8 @@ def _check_values(options: dict, kind: str = "LORA") -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
+            if len(pattern) > 10_000 or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS or NESTED.search(pattern):
+                raise TypeError(f"{name} has {pattern[:80]!r}, which may take forever to match; list the modules")
         numbers = value.values() if isinstance(value, dict) else []
         if not all(isinstance(number, int | float) and number is not True for number in numbers):
             raise TypeError(f"{name} is {value!r}, not names with numbers")
@@ -250,6 +257,11 @@ def _config_from_weights(file: Path, weights: Tensors, alphas: dict[str, float],
     if wrong:
         module, alpha = next(iter(wrong.items()))
         raise UserError(f"{file} gives {module} the alpha {alpha:g}, not a positive number. Export the adapter again.")
+    if alone := sorted(alphas.keys() - by_module(weights).keys()):
+        raise UserError(
+            f"{file} has the alpha of {len(alone)} modules without their weights, such as {alone[0]}. A part of it is "
+            "missing: export the adapter again."
+        )
     try:
         config = infer_config(weights, alphas, lora_alpha)
     except WithoutAlphaError as error:

@@ -3,7 +3,8 @@
 A decoder's tensors of full size are what fills a card: at 1024 px each holds half a GiB or a whole one, and diffusers
 has five at once. Here at most two exist; what stands between them (norm, SiLU, upsampling) is made in strips of rows,
 as each convolution needs it. Group norms take their statistics from the whole picture, so that there are no tiles and
-no seams: the picture is that of a decode in one piece, but for the order of summation.
+no seams: the picture is that of a decode in one piece, but for the order of summation, and for TF32 in convolutions
+where PyTorch allows it, as it does by default.
 """
 
 from collections.abc import Iterable, Iterator

@@ -16,13 +16,16 @@ from PIL import Image, ImageOps
 from rasengan import UserError, data, decoding, first_line, graphs, memory, sdxl
 
 
+MOST_GRAPHS = 4  # of batches and sizes; they share their memory
+
+
 class Denoiser:
     """A UNet's predictions for one prompt after another, eagerly or by replaying a CUDA graph of its forward."""
 
     def __init__(self, unet: UNet2DConditionModel, as_graph: bool = False):
         """Take a UNet on the device to draw on, in evaluation mode; `as_graph` needs a CUDA device."""
         self.unet, self.as_graph = unet, as_graph
-        self.graphs, self.condition = {}, None
+        self.graphs, self.pool, self.condition = {}, None, None
 
     def set_condition(self, prompts: dict[str, torch.Tensor], height: int, width: int, guided: bool) -> None:
         """Take the embeddings of a batch, as `sdxl.conditioning` returns them, and the size of its pictures in px.
@@ -50,8 +53,10 @@ class Denoiser:
             return self._predict(inputs)
         shapes = graphs.shapes_of(inputs)
         if shapes not in self.graphs:
-            self.graphs.clear()  # one size at a time: what another took is free for this one
-            self.graphs[shapes] = graphs.capture(self._predict, inputs)
+            if len(self.graphs) == MOST_GRAPHS:
+                self.release()
+            self.graphs[shapes] = graphs.capture(self._predict, inputs, self.pool)
+            self.pool = self.graphs[shapes].graph.pool()
         return self.graphs[shapes](inputs)
 
     def _predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -62,6 +67,7 @@ class Denoiser:
     def release(self) -> None:
         """Give the graphs' memory back; the next prediction captures anew."""
         self.graphs.clear()
+        self.pool = None
         memory.give_back(self.unet.device)
 
 
@@ -96,7 +102,7 @@ def draw(
 
     A picture's noise comes from its own CPU generator, in fp32: it is the same on every device and in every batch.
     The steps are those of diffusers' pipelines, but that latents and guidance are fp32 whatever the UNet's dtype, and
-    that nothing waits for the card.
+    that the loop itself does not wait for the card; some samplers do (unipc solves on it, euler_a brings noise to it).
 
     Args:
         denoiser: of the UNet, in this precision.
@@ -132,7 +138,8 @@ def draw(
     options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for timestep in timesteps:
         sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
-        prediction = denoiser(sample, float(timestep)).float()
+        # A copy, since samplers keep predictions, and a graph overwrites its own.
+        prediction = denoiser(sample, float(timestep)).to(torch.float32, copy=True)
         if guided:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance_scale * (with_prompt - without)

@@ -124,7 +124,7 @@ def _load(dtype: torch.dtype, device: torch.device) -> _Kernels | None:
     try:
         return _Kernels(dtype, device)
     except (OSError, RuntimeError, AttributeError) as error:
-        logger.warning("The training step runs by PyTorch's operators, slower: NVRTC cannot be used (%s)", error)
+        logger.warning("The UNet runs by PyTorch's operators, slower: NVRTC cannot be used (%s)", error)
         return None
 
 

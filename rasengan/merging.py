@@ -4,7 +4,8 @@ Weights are named as in `adapters`.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,19 @@ def _shell(layer: Layer) -> Layer:
 # --- the merge ---
 
 
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    # Which PyTorch allows for convolutions by default, and PEFT merges a convolution's LoRA by one.
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @torch.no_grad()
+@_without_tf32()
 def merge(
     model: torch.nn.Module, adapters: Sequence[tuple[Adapter, float]], component: str
 ) -> tuple[torch.nn.Module, MergeReport]:

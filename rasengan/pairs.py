@@ -154,8 +154,7 @@ class PairDrawer:
                 changes, latents["tuned"] = self._denoise(settings, [(adapter, lora_scale)], partial(on_step, "tuned"))
             if settings not in self.bases:
                 latents["base"] = self._denoise(settings, [], partial(on_step, "base"))[1]
-            decode = self.pipeline.decode
-            pictures = {name: self._with_room(partial(decode, part))[0] for name, part in latents.items()}
+            pictures = {name: self._decode(part) for name, part in latents.items()}
             if "base" in pictures:
                 self.bases[settings] = pictures["base"]
             self.bases.move_to_end(settings)
@@ -196,6 +195,14 @@ class PairDrawer:
         models = [weights.model for weights in self.text_encoders.values()]
         rows = self._with_room(partial(cache.encode_captions, [text], self.tokenizers, models))
         return rows["prompt_embeds"][0], rows["pooled_prompt_embeds"][0]
+
+    def _decode(self, latents: torch.Tensor) -> Image.Image:
+        """Return the picture of latents (1, 4, h, w); the text encoders make room for it before the UNet does."""
+        try:
+            return self._with_room(partial(self.pipeline.decode, latents, can_drop_unet=False))[0]
+        except memory.DoesNotFit:
+            pass
+        return self.pipeline.decode(latents)[0]
 
     # --- memory ---
 

@@ -1,6 +1,9 @@
 """An SDXL that draws with one adapter after another: one model in memory, base and tuned drawn from it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
@@ -9,6 +12,8 @@ from PIL import Image
 from rasengan import components, decoding, drawing, fused, lora, memory, merging, sdxl
 from rasengan.adapters import Adapter
 
+
+T = TypeVar("T")
 
 VAE_GIB = 0.32  # its weights
 
@@ -53,7 +58,8 @@ class Pipeline:
         """
         self.folders, self.variant, self.device, self.dtype = folders, variant, device, dtype
         self.weights = self.denoiser = self.vae = None
-        self.used = []  # the adapters that are merged, or will be when the UNet comes back
+        # The adapters that are merged, or will be when the UNet comes back; None once a merge has failed.
+        self.used, self.change = [], None
         self.most_at_once = None  # pictures, once more were found not to fit
 
     # --- the UNet ---
@@ -64,10 +70,15 @@ class Pipeline:
         Raises:
             UserError: one does not fit, or changes nothing; or the UNet does not fit into the card's memory.
         """
+        adapters = [(adapter, scale) for adapter, scale in adapters if "unet" in adapter.weights and scale]
         if self.denoiser is None:
             self._load_unet()
+        elif self.used is not None and _keys(adapters) == _keys(self.used):
+            return self.change  # they are merged already
+        self.used = None
+        self.change = self.weights.merge(adapters, is_last)
         self.used = adapters
-        return self.weights.merge([(a, scale) for a, scale in adapters if "unet" in a.weights and scale], is_last)
+        return self.change
 
     def _load_unet(self) -> None:
         unet = components.load("unet", self.folders["unet"], self.dtype, self.variant)
@@ -95,20 +106,21 @@ class Pipeline:
             UserError: not even one picture fits into the card's memory.
         """
         if self.denoiser is None:  # a decode took its place
-            self.use(self.used)
+            self.use(self.used or [])
         drawn = []
         while len(drawn) < len(seeds):
             part = slice(len(drawn), len(drawn) + (self.most_at_once or len(seeds)))
             rows = {name: tensor[part] for name, tensor in prompts.items()}
-            try:
-                drawn += drawing.draw(self.denoiser, scheduler, rows, seeds[part], **options)
-            except torch.OutOfMemoryError as error:
-                self.denoiser.release()
-                if len(seeds[part]) == 1:
-                    raise memory.DoesNotFit(
-                        "One picture takes more memory than this card has left. Give a smaller --height and --width."
-                    ) from error
-                self.most_at_once = len(seeds[part]) // 2
+            latents = _within_memory(partial(drawing.draw, self.denoiser, scheduler, rows, seeds[part], **options))
+            if latents is not None:
+                drawn += latents
+                continue
+            self.denoiser.release()
+            if len(seeds[part]) == 1:
+                raise memory.DoesNotFit(
+                    "One picture takes more memory than this card has left. Give a smaller --height and --width."
+                )
+            self.most_at_once = len(seeds[part]) // 2
         return torch.stack(drawn)
 
     # --- the VAE ---
@@ -137,22 +149,40 @@ class Pipeline:
 
     def decode_fits(self, height: int, width: int, budget_gib: float) -> bool:
         """Say whether a decode fits into a budget beside the UNet and what drawing with it has taken so far."""
-        reserved_gib = torch.cuda.memory_reserved(self.device) / memory.GIB if self.device.type == "cuda" else 0.0
-        return self.vae is not None or reserved_gib + VAE_GIB + decoding.decode_gib(height, width) <= budget_gib
+        if self.device.type != "cuda":
+            return True
+        memory.give_back(self.device)
+        taken_gib = torch.cuda.memory_reserved(self.device) / memory.GIB + (VAE_GIB if self.vae is None else 0)
+        return taken_gib + decoding.decode_gib(height, width) <= budget_gib
 
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+    def decode(self, latents: torch.Tensor, can_drop_unet: bool = True) -> list[Image.Image]:
         """Return the pictures of latents (B, 4, h, w); where they do not fit, the UNet leaves the device first.
 
         Raises:
-            UserError: a picture is not finite, or a decode does not fit by itself.
+            UserError: a picture is not finite, or a decode does not fit.
         """
-        try:
-            return drawing.decode(self.load_vae(), latents)
-        except torch.OutOfMemoryError:
+        decode = partial(_within_memory, lambda: drawing.decode(self.load_vae(), latents))
+        pictures = decode()
+        if pictures is None and can_drop_unet:
             self.drop_unet()
-        try:
-            return drawing.decode(self.load_vae(), latents)
-        except torch.OutOfMemoryError as error:
+            pictures = decode()
+        if pictures is None:
             raise memory.DoesNotFit(
                 "A picture cannot be decoded in what this card has left. Give a smaller --height and --width."
-            ) from error
+            )
+        return pictures
+
+
+def _keys(adapters: list[tuple[Adapter, float]]) -> list[tuple[int, float]]:
+    return [(id(adapter), scale) for adapter, scale in adapters]
+
+
+def _within_memory(call: Callable[[], T]) -> T | None:
+    """Return what a call returns, or None where the card's memory did not suffice.
+
+    What the caller does then, it does when the error, and with it what the call had computed, is gone.
+    """
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        return None

@@ -5,6 +5,7 @@ accelerate's own barrier takes the process's number on its machine for a GPU's, 
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,18 @@ def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None
     if shared_gpu:
         logger.warning("%d processes share %d GPU(s), through gloo", here, torch.cuda.device_count())
     return accelerator
+
+
+def default_precision(environment: Mapping[str, str]) -> str:
+    """Return the precision to draw in where none is asked for: the launcher's, else fp16 on a GPU, fp32 on a CPU."""
+    asked_for = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in {"true", "1"} or not torch.cuda.is_available()
+    return asked_for if asked_for != "no" or on_cpu else "fp16"
+
+
+def sharing_a_gpu(environment: Mapping[str, str]) -> int:
+    """Return how many processes of this machine share each GPU."""
+    return math.ceil(machine_share(environment)[1] / torch.cuda.device_count())
 
 
 def device_of(accelerator: Accelerator) -> torch.device:

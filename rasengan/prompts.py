@@ -73,7 +73,7 @@ def encode_tuned(
     for name, model in zip(components.TEXT_ENCODERS, text_encoders, strict=True):
         if any(name in adapter.weights for adapter, _ in adapters):
             reports[name] = merging.merge(model, adapters, name)[1]
-    encoded = {text: sdxl.encode_prompts([text], tokenizers, text_encoders) for text in texts}
+    encoded = {text: cache.encode_captions([text], tokenizers, text_encoders).values() for text in texts}
     del text_encoders, model
     components.free_memory()
     return {text: tuple(part[0].cpu() for part in parts) for text, parts in encoded.items()}, reports

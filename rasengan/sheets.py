@@ -5,6 +5,8 @@ import html
 import io
 import re
 import unicodedata
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -33,6 +35,9 @@ table.settings td, figcaption {{ color: #aaa }} }}
 {sections}
 </body></html>
 """
+
+
+MOST_PENDING = 8  # pictures that are not written yet
 
 
 # --- grids ---
@@ -154,10 +159,41 @@ def _figure(file: Path, label: str) -> str:
 # --- files ---
 
 
+class PictureWriter:
+    """Writes pictures while others are drawn; leaving it waits for all of them, and raises what kept one from it."""
+
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="picture"), deque()
+
+    def __enter__(self) -> "PictureWriter":
+        return self
+
+    def write(self, path: Path, image: Image.Image, about: dict[str, object]) -> None:
+        """Begin to write a picture, as `save_png` does; waits where many are not written yet.
+
+        Raises:
+            OSError: an earlier one could not be written.
+        """
+        self.pending.append(self.pool.submit(save_png, path, image, about))
+        while len(self.pending) > MOST_PENDING:
+            self.pending.popleft().result()
+
+    def __exit__(self, error_type, *_) -> None:
+        self.pool.shutdown()
+        if error_type is None:
+            for future in self.pending:
+                future.result()
+
+
 def picture_name(prompt: str, seed: int, kind: str) -> str:
     """Return a file name for a picture that tells it from others; what a prompt has besides letters is left out."""
-    prompt, kind = re.sub(r"\W+", "-", prompt).strip("-")[:40], re.sub(r"[^\w.]+", "-", kind)
-    return f"{seed}-{prompt}-{kind}.png"
+    prompt = re.sub(r"\W+", "-", prompt).strip("-")[:40]
+    return f"{seed}-{prompt}-{slug(kind)}.png"
+
+
+def slug(kind: str) -> str:
+    """Return what a file name has of a kind of picture."""
+    return re.sub(r"[^\w.]+", "-", kind)
 
 
 def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:

@@ -36,6 +36,7 @@ def save(
     Raises:
         UserError: an adapter does not fit, or changes nothing.
     """
+    place.parent.mkdir(parents=True, exist_ok=True)
     tuned = partial(_tuned_component, folders, variant, dtype, scheduler, adapters)
     if place.suffix == ".safetensors":
         skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}

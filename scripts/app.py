@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 import diffusers
-import torch
 import transformers
 
 from rasengan import UserError, components, memory, processes, sdxl, sheets
 from rasengan.adapter_reader import read_adapter
+from rasengan.adapters import Adapter
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.pairs import MOST_CHARACTERS, MOST_GUIDANCE, MOST_SCALE, MOST_SEED, SIDES, Pair, PairDrawer, Settings
 from rasengan.pipeline import Pipeline
@@ -84,7 +84,8 @@ class Page:
         Outside of `pictures` nothing is written.
         """
         self.drawer, self.runs_dir, self.model, self.pictures = drawer, runs_dir.resolve(), model, pictures
-        self.numbers = itertools.count()
+        self.places = [self.runs_dir, *drawer.pipeline.folders.values()]  # that are nobody else's business
+        self.numbers, self.read = itertools.count(), (None, None)
 
     def list_adapters(self, chosen: str | None):
         """Return the list of adapters as it is now; the choice stays where it can."""
@@ -119,7 +120,7 @@ class Page:
         start = time.monotonic()
         try:
             path = choose_adapter(self.runs_dir, adapter)
-            pair = self.drawer.draw(settings, read_adapter(path, lora_alpha or None), lora_scale, on_step)
+            pair = self.drawer.draw(settings, self.adapter(path, lora_alpha or None), lora_scale, on_step)
         except UserError as error:
             # The message may have names in it from a stranger's file, and the page takes markup.
             raise gr.Error(self.shown(error), duration=None, print_exception=False) from error
@@ -150,7 +151,18 @@ class Page:
 
     def shown(self, error: UserError) -> str:
         """Return an error's message for the page, without the folders that the runs are in."""
-        return html.escape(str(error).replace(f"{self.runs_dir}/", ""))
+        text = str(error).replace(f"{self.runs_dir}/", "")
+        for place in self.places:
+            text = text.replace(str(place), place.name)
+        return html.escape(text)
+
+    def adapter(self, path: Path, lora_alpha: float | None) -> Adapter:
+        """Return an adapter; the last one is not read, and so not merged, again while its files are the same."""
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        key = lora_alpha, [(file, file.stat().st_mtime_ns) for file in files]
+        if self.read[0] != key:
+            self.read = key, read_adapter(path, lora_alpha)
+        return self.read[1]
 
 
 def build(page: Page) -> gr.Blocks:
@@ -210,11 +222,11 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--runs_dir {runs_dir} is no folder. Give the --output_dir of a run, or a folder of several.")
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    precision = args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
+    precision = args.mixed_precision or processes.default_precision(os.environ)
     accelerator = processes.make_accelerator(os.environ, precision)
     if accelerator.num_processes > 1:
         raise UserError("The page is one process: start it with python, not with accelerate launch.")
-    device = accelerator.device
+    device = processes.device_of(accelerator)
     dtype = components.weight_dtype(precision, device)
     overrides = components.component_overrides(vars(args))
     sources = components.component_sources(
@@ -239,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
         try:
             blocks.launch(share=args.share, server_port=args.port, theme=theme, css=STYLE, **off)
         except OSError as error:
-            raise UserError(f"--port {args.port} is taken. Give another.") from error
+            raise UserError(f"--port {args.port} cannot be served: {error}. Give another if it is taken.") from error
 
 
 if __name__ == "__main__":

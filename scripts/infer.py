@@ -10,7 +10,6 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 import argparse
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +115,10 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.strength is not None and not args.init_image:
         raise UserError("--strength acts on --init_image, which is not given. Drop it, or give a picture.")
     args.strength = 0.6 if args.strength is None else args.strength
+    if args.init_image and args.strength and not int(args.num_inference_steps * args.strength):
+        raise UserError(
+            f"--strength {args.strength:g} of --num_inference_steps {args.num_inference_steps} is no step. Raise one."
+        )
     if args.lora_weights and args.lora:
         raise UserError("--lora_weights and --lora both name adapters. Give each by a --lora of its own.")
     has_adapter = bool(args.lora or args.lora_weights)
@@ -154,6 +157,8 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
         for scale in filter(None, args.lora_scale):  # 0 is the base
             label = f"{name} x {scale:g}"
             kind = "tuned" if len(sets) == len(args.lora_scale) == 1 else label
+            if sheets.slug(kind) in {sheets.slug(variant.kind) for variant in variants}:
+                kind = f"{kind} {len(variants)}"  # two that differ in what a file name leaves out
             described = " + ".join(f"{place} at scale {weight * scale:g}" for place, weight in places)
             variants.append(
                 Variant(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described)
@@ -218,15 +223,10 @@ def picture_file(args: argparse.Namespace, variant: Variant, number: int, seed: 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
     """Return what all pictures were drawn with."""
     shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "init_image")
+    shown += ("prediction_type", "mixed_precision", "lora_alpha")
     about = {"model": args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path}
     about |= {name: getattr(args, name) for name in shown} | ({"strength": args.strength} if args.init_image else {})
     return {name: value for name, value in about.items() if value is not None}
-
-
-def save(args: argparse.Namespace, variant: Variant, number: int, seed: int, image: Image.Image) -> None:
-    """Write a picture, with what it was made from in its metadata."""
-    about = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
-    sheets.save_png(picture_file(args, variant, number, seed), image, about)
 
 
 def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[Variant], embeds: list[dict], init):
@@ -249,33 +249,26 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, variants: lis
                 yield variant, number, pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options).cpu()
 
 
-def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[Variant], embeds: list[dict], init):
+def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants, embeds, init, budget_gib: float) -> None:
     """Draw this process's share of the prompts with each variant, and write the pictures."""
-    on_gpu = pipeline.device.type == "cuda"
-    budget_gib = memory.limit(args.vram_budget_gib, pipeline.device) if on_gpu else float("inf")
     waiting = []
-    with ThreadPoolExecutor(1) as pool:
+    with sheets.PictureWriter() as writer:
         for drawn in draw_share(args, accelerator, pipeline, variants, embeds, init):
             waiting.append(drawn)
             if pipeline.decode_fits(args.height, args.width, budget_gib):
-                decode(args, pipeline, waiting, pool)
+                decode(args, pipeline, waiting, writer)
                 waiting.clear()
         if waiting:  # there is no room for the VAE beside the UNet
             pipeline.drop_unet()
-            decode(args, pipeline, waiting, pool)
+            decode(args, pipeline, waiting, writer)
 
 
-def decode(args: argparse.Namespace, pipeline: Pipeline, drawn: list, pool: ThreadPoolExecutor) -> None:
-    """Decode what was drawn; each prompt's pictures are written while the next one's are decoded."""
-    saving = []
+def decode(args: argparse.Namespace, pipeline: Pipeline, drawn: list, writer: sheets.PictureWriter) -> None:
+    """Decode what was drawn, and write it with what it was made from in its metadata."""
     for variant, number, latents in drawn:
-        images = pipeline.decode(latents)
-        for future in saving:
-            future.result()
-        names = [(args, variant, number, args.seed + place) for place in range(len(images))]
-        saving = [pool.submit(save, *name, image) for name, image in zip(names, images, strict=True)]
-    for future in saving:
-        future.result()
+        for seed, image in enumerate(pipeline.decode(latents), args.seed):
+            about = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
+            writer.write(picture_file(args, variant, number, seed), image, about)
 
 
 def show_together(args: argparse.Namespace, variants: list[Variant]) -> None:
@@ -303,9 +296,11 @@ def main(args: argparse.Namespace) -> None:
     validate_args(args)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    precision = args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
+    precision = args.mixed_precision = args.mixed_precision or processes.default_precision(os.environ)
     accelerator = processes.make_accelerator(os.environ, precision)
-    device = processes.device_of(accelerator)
+    device, budget_gib = processes.device_of(accelerator), float("inf")
+    if device.type == "cuda":
+        budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
@@ -334,12 +329,13 @@ def main(args: argparse.Namespace) -> None:
         )
 
     if args.prompt:
-        for prompt, length, most in prompts.too_long(args.prompt, folders) if accelerator.is_main_process else ():
+        texts = args.prompt + [args.negative_prompt] * (args.negative_prompt is not None)
+        for prompt, length, most in prompts.too_long(texts, folders) if accelerator.is_main_process else ():
             print(f"warning: only the first {most} of {length} tokens are used of: {prompt}")
         embeds = [encode(args, accelerator, folders, dtype, variant) for variant in variants]
         pipeline = Pipeline(folders, args.variant, device, dtype)
         init = pipeline.encode(picture) if picture is not None else None
-        draw_all(args, accelerator, pipeline, variants, embeds, init)
+        draw_all(args, accelerator, pipeline, variants, embeds, init, budget_gib)
         processes.wait_for_everyone()
         if accelerator.is_main_process:
             show_together(args, variants)
@@ -359,6 +355,10 @@ if __name__ == "__main__":
         main(parse_args())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        what = "The card's memory does not suffice. Raise --vram_budget_gib, or give a smaller --height and --width."
+        print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         text = lost_place(error, "--output_dir, --conditioning_cache_dir or --save_merged")

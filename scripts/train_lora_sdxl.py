@@ -560,8 +560,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if device.type == "cuda":
         update_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
         state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)  # a resume has brought it already
-        sharing = math.ceil(processes.machine_share(os.environ)[1] / torch.cuda.device_count())
-        budget_gib = memory.limit(args.vram_budget_gib, device, sharing)
+        budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
         make_plan = partial(
             memory.make_plan,
             lambda size: train_step.run(next(finish(iter([samples.first_batch(training_set, size)])))),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rasengan import components, decoding, drawing, fused, lora, sdxl
+from rasengan import components, decoding, drawing, fused, lora, merging, pipeline, sdxl
+from rasengan.adapters import Adapter
 
 
 DEVICE = torch.device("cuda", 0)
@@ -70,11 +71,56 @@ def test_the_fused_forward_draws_what_diffusers_does(load_unet, tiny_base):
 
 
 @torch.no_grad()
-def test_a_fused_decoder_decodes_as_diffusers(tiny_base):
+@pytest.mark.parametrize("strip_bytes", [2**14, 2**30], ids=["strips", "one strip"])
+@pytest.mark.parametrize("kept_bytes", [0, 2**40], ids=["upsampled anew", "upsampled once"])
+def test_a_decode_in_strips_is_diffusers_own(tiny_base, monkeypatch, strip_bytes, kept_bytes):
+    monkeypatch.setattr(decoding, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(decoding, "MOST_KEPT_BYTES", kept_bytes)
     latents = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     plain, own = (components.load("vae", tiny_base / "vae").to(DEVICE) for _ in range(2))
     decoding.use_channels_last(own)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        found, expected = (decoding.decode_latents(vae, latents) for vae in (own, plain))
-    assert not torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = plain.decode(latents / plain.config.scaling_factor).sample.clamp(-1, 1)
+        found = decoding.decode_latents(own, latents)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    # As it ships, with TF32 in the convolutions.
+    error = (decoding.decode_latents(own, latents) - expected).square().mean()
+    assert 10 * torch.log10(4 / error) > 50
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_adapters_take_turns_under_one_graph(tiny_base, guidance_scale):
+    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    skeleton, generator = components.skeleton("unet", tiny_base / "unet"), torch.Generator().manual_seed(0)
+    weights = {}
+    for name, module in skeleton.named_modules():
+        if any(name.endswith(f".{target}") for target in lora.UNET_TARGETS):
+            weights[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features, generator=generator)
+            weights[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4, generator=generator) / 10
+    adapter = Adapter({"unet": weights}, {"unet": lora.lora_config(4, 2.0, list(lora.UNET_TARGETS))})
+    scheduler = sdxl.make_sampler(components.load("scheduler", tiny_base / "scheduler"), "pndm")
+    drawn = {}
+    for as_graph in (True, False):
+        model = pipeline.Pipeline(folders, None, DEVICE, torch.float32)
+        model.use([])
+        model.denoiser.as_graph = as_graph
+        prompts = prompts_of(model.denoiser.unet, 1)
+        for turn, scale in enumerate((0.0, 1.0, 0.0, 0.5)):
+            model.use([(adapter, scale)])
+            options = SIZE | {"guidance_scale": guidance_scale}
+            drawn[as_graph, turn] = model.draw(scheduler, prompts, [5], **options)
+    assert all(torch.equal(drawn[True, turn], drawn[False, turn]) for turn in range(4))
+    assert torch.equal(drawn[True, 0], drawn[True, 2])
+    assert not torch.equal(drawn[True, 0], drawn[True, 1])
+
+
+def test_a_convolutions_lora_is_merged_without_tf32():
+    layer = torch.nn.Conv2d(32, 32, 3, padding=1, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 32, 3, 3, generator=generator), torch.randn(32, 8, 1, 1, generator=generator) / 10
+    expected = layer.weight.double() + torch.einsum("or,rihw->oihw", b[:, :, 0, 0].double(), a.double())
+    config = lora.lora_config(8, 8.0, ["conv"])
+    adapter = Adapter({"unet": {"conv.lora_A.weight": a, "conv.lora_B.weight": b}}, {"unet": config})
+    model = torch.nn.ModuleDict({"conv": layer}).to(DEVICE)
+    merging.merge(model, [(adapter, 1.0)], "unet")
+    assert (model["conv"].weight.cpu() - expected).norm() < 1e-6 * expected.norm()

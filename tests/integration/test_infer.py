@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import components, sdxl
+from rasengan import components, drawing, sdxl
 from rasengan.pipeline import Pipeline
 
 
@@ -370,4 +370,41 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     )
     refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
     refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
+    refused("is no step", draw, *words, "--init_image", README, "--strength", 0.01)
     refused("--init_image .*README.md cannot be read", draw, *words, "--init_image", README)
+
+
+def test_variants_that_a_file_name_does_not_tell_apart_are_all_there(draw, trained, tmp_path):
+    pictures = draw("--lora_weights", trained, "--lora_scale", "1,-1", "--prompt", PROMPT)
+    assert len(pictures) == 3
+    (tmp_path / "a b").symlink_to(trained)
+    (tmp_path / "a-b").symlink_to(trained / "checkpoint-2")
+    pictures = draw("--lora_weights", tmp_path / "a b", tmp_path / "a-b", "--prompt", PROMPT)
+    assert len(pictures) == 3
+    assert len({image.tobytes() for name, image in pictures.items() if name != "grid.png"}) == 2
+
+
+def test_a_decode_that_takes_the_unets_place_loses_no_picture(compared, draw, trained, monkeypatch):
+    decode, failed = drawing.decode, []
+
+    def full_at_first(vae, latents):
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return decode(vae, latents)
+
+    monkeypatch.setattr(drawing, "decode", full_at_first)
+    pictures = draw("--lora_weights", trained, "--prompt", PROMPT, "a ring", "--seed", 3)
+    assert len(pictures) == 2
+    assert same(pictures[TUNED], compared[TUNED])
+
+
+def test_a_merged_model_goes_into_folders_that_are_not_there_yet(draw, trained, tmp_path):
+    for name in ("tuned", "tuned.safetensors"):
+        draw("--lora_weights", trained, "--save_merged", tmp_path / "a" / name / name)
+        assert (tmp_path / "a" / name / name).exists()
+
+
+def test_a_long_negative_prompt_is_cut_and_that_is_said(draw, capsys):
+    draw("--prompt", PROMPT, "--negative_prompt", "grey " * 90)
+    assert "warning: only the first 77 of" in capsys.readouterr().out

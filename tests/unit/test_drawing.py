@@ -155,3 +155,25 @@ def test_the_fused_forward_draws_what_diffusers_does(pipeline, tiny_base):
     )
     assert not torch.equal(found, expected)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(sdxl.SAMPLERS))
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_prediction_may_be_overwritten_by_the_next(pipeline, name, guidance_scale):
+    class Overwriting(drawing.Denoiser):
+        """As a graph does, it returns the same memory each time."""
+
+        def __call__(self, sample, timestep):
+            prediction = super().__call__(sample, timestep)
+            self.output = prediction.clone() if not hasattr(self, "output") else self.output.copy_(prediction)
+            return self.output
+
+    prompts, options = (
+        rows_of(pipeline, PROMPTS[0]),
+        SIZE | {"num_inference_steps": 7, "guidance_scale": guidance_scale},
+    )
+    found, expected = (
+        drawing.draw(kind(pipeline.unet), sdxl.make_sampler(pipeline.scheduler, name), prompts, [5], **options)
+        for kind in (Overwriting, drawing.Denoiser)
+    )
+    assert torch.equal(found, expected)

@@ -149,3 +149,25 @@ def test_a_decode_that_does_not_fit_alone_is_an_error(model, monkeypatch):
     monkeypatch.setattr(drawing, "decode", full)
     with pytest.raises(UserError, match="A picture cannot be decoded.*--height"):
         model.decode(torch.randn(1, 4, 8, 8))
+
+
+def test_what_is_merged_already_is_not_merged_again(model, tiny_base, monkeypatch):
+    adapter = random_adapter(tiny_base, 1)
+    report = model.use([(adapter, 1.0)])
+    merges, merge = [], pipeline.merging.merge
+    monkeypatch.setattr(pipeline.merging, "merge", lambda *inputs: merges.append(1) or merge(*inputs))
+    assert model.use([(adapter, 1.0)]) is report
+    assert not merges
+    model.use([(adapter, 0.5)])
+    assert merges
+
+
+def test_after_a_merge_that_failed_the_base_is_whole_again(model, tiny_base):
+    model.use([])
+    base, adapter = weights_of(model), random_adapter(tiny_base, 1)
+    last = list(adapter.weights["unet"])[-1]
+    adapter.weights["unet"][last] = adapter.weights["unet"][last] * float("inf")
+    with pytest.raises(UserError, match="non-finite"):
+        model.use([(adapter, 1.0)])
+    model.use([])
+    assert equal(weights_of(model), base)

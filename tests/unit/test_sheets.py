@@ -122,3 +122,15 @@ def test_a_contact_sheet_holds_its_pictures_and_escapes_what_people_typed(tmp_pa
     assert [image.size for image in found] == [(512, 256), (64, 96)]
     assert found[0].getpixel((0, 0))[0] > 240
     assert found[1].getpixel((0, 0))[2] > 240
+
+
+# --- files ---
+
+
+def test_a_writer_writes_all_and_tells_of_what_it_could_not(tmp_path):
+    with sheets.PictureWriter() as writer:
+        for number in range(20):
+            writer.write(tmp_path / f"{number}.png", Image.new("RGB", (8, 8)), {"seed": number})
+    assert {Image.open(file).text["seed"] for file in tmp_path.glob("*.png")} == {str(n) for n in range(20)}
+    with pytest.raises(OSError), sheets.PictureWriter() as writer:
+        writer.write(tmp_path / "missing" / "a.png", Image.new("RGB", (8, 8)), {})
