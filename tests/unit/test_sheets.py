@@ -133,4 +133,4 @@ def test_a_writer_writes_all_and_tells_of_what_it_could_not(tmp_path):
             writer.write(tmp_path / f"{number}.png", Image.new("RGB", (8, 8)), {"seed": number})
     assert {Image.open(file).text["seed"] for file in tmp_path.glob("*.png")} == {str(n) for n in range(20)}
     with pytest.raises(OSError), sheets.PictureWriter() as writer:
-        writer.write(tmp_path / "missing" / "a.png", Image.new("RGB", (8, 8)), {})
+        writer.write(tmp_path / "0.png" / "a.png", Image.new("RGB", (8, 8)), {})
