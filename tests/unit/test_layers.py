@@ -12,7 +12,7 @@ FLOORS = [
     | {"memory", "objective", "optim", "sdxl", "sheets"},
     {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "single_file"},
     {"cache", "checkpoint", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "pipeline", "prompts", "resuming", "step", "tuned_model", "validation"},
+    {"checkpoint_writer", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model", "validation"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))
