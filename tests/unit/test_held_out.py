@@ -165,7 +165,8 @@ def test_a_sample_that_does_not_fit_alone_is_an_error_with_the_remedy():
         measurer([4], 8, compute).measure()
 
 
-def test_no_gradient_is_kept():
+def test_measuring_keeps_no_gradient_and_draws_from_no_global_generator():
+    state = torch.get_rng_state()
     weight = torch.ones((), requires_grad=True)
     seen = []
 
@@ -175,6 +176,7 @@ def test_no_gradient_is_kept():
 
     measurer([4], 8, compute).measure()
     assert not any(losses.requires_grad for losses in seen)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- the record ---
