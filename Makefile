@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test_gpu test_peers fuzz quality style clean
+.PHONY: demo test test_gpu test_peers test_browser fuzz quality style clean
 
 # The virtual environment, made once and again when the requirements change.
 $(READY): setup.cfg constraints.txt
@@ -29,6 +29,12 @@ test_gpu: $(READY)
 test_peers: $(READY)
 	DIFFUSERS="$(DIFFUSERS)" SD_SCRIPTS="$(SD_SCRIPTS)" $(BIN)/python -m pytest -rs tests/peers
 
+# The page in a Chromium of the system. Gradio takes an older Pillow than the one that constraints.txt pins.
+test_browser:
+	$(PYTHON) -m venv $(VENV)-browser
+	$(VENV)-browser/bin/python -m pip install --quiet --editable '.[test,app,browser]'
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(VENV)-browser/bin/python -m pytest -rs tests/browser
+
 # Half of the time with hypothesis, half with atheris.
 MINUTES ?= 10
 fuzz: $(READY)
@@ -45,4 +51,4 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-browser demo

@@ -137,7 +137,7 @@ def plot(results: list[dict], file: Path) -> None:
     runs = [run for result in results for run in result["runs"] if "case" in run and inside_ms(run) is not None]
     cases = {}
     for (case, _), group in grouped(runs, "case", "invocation").items():
-        if len({run["program"] for run in group}) > 1 or case not in cases:
+        if len({run["program"] for run in group}) >= len({run["program"] for run in cases.get(case, [])}):
             cases[case] = group
     if not cases:
         raise UserError("--plot has nothing to draw: no result holds a step's time.")

@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -36,6 +36,27 @@ class Parser(argparse.ArgumentParser):
         add("--revision", help="git revision on the hub")
         add("--variant", help="of the weight files; fp16 halves the download")
         add("--cache_dir", type=path_type, help="where downloads go")
+        return add
+
+    def add_data_flags(self, interpolations: Iterable[str]):
+        """Add the flags that say which pictures there are and how they are cropped; return what adds more of them.
+
+        Args:
+            interpolations: the names of the ways to resize.
+        """
+        add, switch = self.add_argument_group("data").add_argument, argparse.BooleanOptionalAction
+        add("--dataset_name", type=path_type, help="hub id of a dataset, or a local copy of one")
+        add("--dataset_config_name", help="the dataset's configuration, where it has several")
+        add("--train_data_dir", type=path_type, help="folder of pictures, and a metadata.jsonl of file_name and text")
+        add("--image_column", default="image", help="[%(default)s]")
+        add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
+        add("--max_train_samples", type=number_type(1), help="use only so many pictures, drawn by the seed")
+        add("--resolution", type=number_type(8), default=512, help="side of the square crops, in px [%(default)s]")
+        add("--center_crop", action=switch, default=True, help="off: crop at random, the VAE in the loop [on]")
+        add("--random_flip", action=switch, default=False, help="mirror half of the samples [off]")
+        filters = sorted(interpolations)
+        add("--image_interpolation_mode", default="lanczos", choices=filters, help="how to resize [%(default)s]")
+        add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
         return add
 
     def error(self, message: str):
@@ -91,6 +112,11 @@ def path_type(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, as an unset variable is")
     return os.path.expanduser(text)
+
+
+def conditioning_cache_dir(given: str | None, environ: Mapping[str, str]) -> str:
+    """Return the folder of what is encoded once: the given one, or the user's cache folder's."""
+    return os.path.expanduser(given or os.path.join(environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan"))
 
 
 def weighted_place_type(text: str) -> tuple[str, float]:

@@ -49,7 +49,28 @@ class Picture(NamedTuple):
     position: int = 0  # in the data set, before any was left out
 
 
+class LongCaption(NamedTuple):
+    """A caption of which the text encoders see only the beginning."""
+
+    name: str  # of its picture
+    token_count: int
+    seen: str  # as the tokenizer reads it
+    unseen: str
+
+
 # --- finding pictures and captions ---
+
+
+def check_settings(dataset_name: str | None, train_data_dir: str | None, resolution: int) -> None:
+    """Check what is said of the data, before anything is read.
+
+    Raises:
+        UserError: there is no data, or the resolution does not fit the VAE.
+    """
+    if dataset_name is None and train_data_dir is None:
+        raise UserError("There is no data: give --dataset_name, or --train_data_dir with a metadata.jsonl.")
+    if resolution % 8:
+        raise UserError(f"--resolution is {resolution}. Give a multiple of 8, such as {resolution // 8 * 8}.")
 
 
 def load_pictures(
@@ -69,7 +90,7 @@ def load_pictures(
     if dataset_name is None and not Path(train_data_dir).is_dir():
         raise UserError(f"{given} is no folder. Give one that holds pictures and a metadata.jsonl.")
     files = list_files(train_data_dir) if dataset_name is None else []
-    count = sum(Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN for file in files)
+    count = sum(map(is_picture_name, files))
     none_there = UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
     packed = any(file.suffix.lower() in ARCHIVES for file in files)  # which datasets looks into
     if dataset_name is None and not (count or packed):
@@ -112,6 +133,11 @@ def list_files(directory: str) -> list[Path]:
     """Return the files in a folder and in the folders below it, but for hidden ones and those in hidden folders."""
     paths = [path for path in Path(directory).rglob("*") if path.is_file()]
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
+
+
+def is_picture_name(file: Path) -> bool:
+    """Say whether a file's name ends as those of pictures that can be read."""
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
 
 
 def _folder_cache(directory: str, files: list[Path], cache_dir: str | None) -> str:
@@ -163,22 +189,38 @@ def warn_of_long_captions(captions: list[list[str]], pictures: list[Picture], to
         tokenizer: the first; SDXL's two split a text alike.
     """
     texts = [(text, picture.name) for several, picture in zip(captions, pictures, strict=True) for text in several]
-    limit, found = tokenizer.model_max_length, []
-    tokenized = tokenizer([text for text, _ in texts], verbose=False)["input_ids"]
-    for (_text, name), tokens in zip(texts, tokenized, strict=True):
-        if len(tokens) > limit:
-            # Without its begin and end, and with their room for them.
-            unseen = tokenizer.decode(tokens[limit - 1 : -1]).strip()
-            found.append((len(tokens), f"{Path(name).name} ({len(tokens)} tokens, unseen: {_shortened(unseen)!r})"))
+    found = find_long_captions(captions, pictures, tokenizer)
     if blank := [Path(name).name for text, name in texts if not text.strip()]:
         logger.warning("%d of %d captions are empty, such as that of %s", len(blank), len(texts), blank[0])
     if found:
-        longest = ", ".join(words for _, words in sorted(found, reverse=True)[:3])
+        longest = ", ".join(
+            f"{Path(one.name).name} ({one.token_count} tokens, unseen: {_shortened(one.unseen)!r})"
+            for one in found[:3]
+        )
         logger.warning(
             "%d of %d captions are longer than the %d tokens that the text encoders see: %s",
-            *(len(found), len(texts), limit, longest),
+            *(len(found), len(texts), tokenizer.model_max_length, longest),
         )
     return len(found)
+
+
+def find_long_captions(captions: list[list[str]], pictures: list[Picture], tokenizer) -> list[LongCaption]:
+    """Return the captions that are longer than the text encoders see, the longest first.
+
+    Args:
+        captions: of each picture.
+        pictures: likewise, for the names.
+        tokenizer: the first; SDXL's two split a text alike.
+    """
+    names = [picture.name for several, picture in zip(captions, pictures, strict=True) for _ in several]
+    limit, found = tokenizer.model_max_length, []
+    tokenized = tokenizer([text for several in captions for text in several], verbose=False)["input_ids"]
+    for name, tokens in zip(names, tokenized, strict=True):
+        if len(tokens) > limit:
+            # Without its begin and end, and with their room for them.
+            seen, unseen = (tokenizer.decode(part).strip() for part in (tokens[1 : limit - 1], tokens[limit - 1 : -1]))
+            found.append(LongCaption(name, len(tokens), seen, unseen))
+    return sorted(found, key=lambda one: one.token_count, reverse=True)
 
 
 def _shortened(text: str) -> str:

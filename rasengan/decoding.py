@@ -1,7 +1,13 @@
-"""Decode latents to pictures in fp32, whole or in overlapping tiles, within little memory."""
+"""Decode latents to pictures in fp32, exactly, within little memory.
 
-import math
-import types
+A decoder's tensors of full size are what fills a card: at 1024 px each holds half a GiB or a whole one, and diffusers
+has five at once. Here at most two exist; what stands between them (norm, SiLU, upsampling) is made in strips of rows,
+as each convolution needs it. Group norms take their statistics from the whole picture, so that there are no tiles and
+no seams: the picture is that of a decode in one piece, but for the order of summation.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,94 +16,150 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from rasengan import kernels
+from rasengan.memory import GIB
 
 
-# A tile's side in latents, and how far neighbours overlap: 576 px and 128 px. Two cover a picture of 1024 px.
-TILE, OVERLAP = 72, 16
-
-
-def fuse_decoder(vae: AutoencoderKL) -> None:
-    """Let a decoder's residual blocks and norms run by `kernels`, each pass reading and writing its tensors once.
-
-    For cards with TF32, whose convolutions are fastest in channels_last. The arithmetic is that of diffusers' modules.
-    """
-    vae.decoder.to(memory_format=torch.channels_last)
-    for module in vae.decoder.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.forward = types.MethodType(_resnet, module)
-    vae.decoder.conv_norm_out.forward = types.MethodType(_norm_and_silu, vae.decoder.conv_norm_out)
-    vae.decoder.conv_act = nn.Identity()
-
-
-def _norm_and_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    return kernels.group_norm(x, None, norm.weight, norm.bias, norm.num_groups, norm.eps, True)[0]
-
-
-def _resnet(module: ResnetBlock2D, x: torch.Tensor, temb: None) -> torch.Tensor:
-    # Each result takes the name of its input, whose memory is free then.
-    y = _norm_and_silu(module.norm1, x)
-    y = F.conv2d(y, module.conv1.weight, module.conv1.bias, padding=1)
-    y = _norm_and_silu(module.norm2, y)
-    y = F.conv2d(y, module.conv2.weight, None, padding=1)
-    if module.conv_shortcut is not None:
-        x = F.conv2d(x, module.conv_shortcut.weight, module.conv_shortcut.bias)
-    return kernels.add_with_bias(x, y, module.conv2.bias)
+# An upsampler's output that takes more than this, together with what is made from it, is computed twice more instead.
+MOST_KEPT_BYTES = GIB
+STRIP_BYTES = 2**24
 
 
 @torch.no_grad()
-def decode_latents(
-    vae: AutoencoderKL, latents: torch.Tensor, tile: int | None = TILE, overlap: int = OVERLAP
-) -> torch.Tensor:
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return pixels (B, 3, H, W), fp32 in [-1, 1], of latents (B, 4, H/8, W/8) in any dtype, outside autocast.
 
-    One picture at a time. A tile has its own group norms, so that a tiled picture is nearly that of a whole decode,
-    not exactly; neighbours are blended linearly where they overlap.
+    One picture at a time, within about 1.2 KiB for each of its pixels.
 
     Args:
-        vae: fp32; SDXL's overflows in fp16.
+        vae: fp32; SDXL's overflows in fp16. Its modules are diffusers' own; those of the decoder are read here.
         latents: as the UNet gave them, on the VAE's device.
-        tile: the largest side that is decoded at once, in latents; None decodes whole pictures.
-        overlap: of neighbouring tiles, in latents.
     """
     latents = latents.to(vae.dtype) / vae.config.scaling_factor
     with torch.autocast(latents.device.type, enabled=False):
-        return torch.cat([_decode(vae, latent[None], tile, overlap) for latent in latents]).clamp_(-1, 1)
+        return torch.cat([_decode(vae, latent[None]) for latent in latents]).clamp_(-1, 1)
 
 
-def _decode(vae: AutoencoderKL, latent: torch.Tensor, tile: int | None, overlap: int) -> torch.Tensor:
-    rows, columns = (spans(side, tile, overlap) for side in latent.shape[2:])
-    if len(rows) == len(columns) == 1:
-        return vae.decode(latent, return_dict=False)[0]
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    pixels = latent.new_zeros(1, vae.config.out_channels, *(scale * side for side in latent.shape[2:]))
-    for row, (top, bottom) in enumerate(rows):
-        for column, (left, right) in enumerate(columns):
-            decoded = vae.decode(latent[:, :, top:bottom, left:right].contiguous(), return_dict=False)[0]
-            decoded *= _weights(rows, row, scale, latent.device)[:, None] * _weights(
-                columns, column, scale, latent.device
-            )
-            pixels[:, :, scale * top : scale * bottom, scale * left : scale * right] += decoded
-    return pixels
+def decode_gib(height: int, width: int) -> float:
+    """Return what `decode_latents` takes for a picture of this size, in GiB, the VAE's weights left out."""
+    return max(0.6, 1.2 * height * width / 1024**2)
 
 
-def spans(side: int, tile: int | None, overlap: int) -> list[tuple[int, int]]:
-    """Return the start and end of each tile along a side: as few as do, of one length, overlapping at least so far."""
-    if tile is None or side <= tile:
-        return [(0, side)]
-    count = math.ceil((side - overlap) / (tile - overlap))
-    length = math.ceil((side + (count - 1) * overlap) / count)
-    starts = [round(number * (side - length) / (count - 1)) for number in range(count)]
-    return [(start, start + length) for start in starts]
+def use_channels_last(vae: AutoencoderKL) -> None:
+    """Let the decoder run by `kernels` on a CUDA device: for cards with TF32, whose convolutions are fastest so."""
+    vae.decoder.to(memory_format=torch.channels_last)
 
 
-def _weights(tiles: list[tuple[int, int]], number: int, scale: int, device: torch.device) -> torch.Tensor:
-    """Return a tile's weight for each of its pixels along a side; those of overlapping tiles sum to 1."""
-    start, end = tiles[number]
-    weights = torch.ones(scale * (end - start), device=device)
-    if number > 0:
-        shared = scale * (tiles[number - 1][1] - start)
-        weights[:shared] = (torch.arange(shared, device=device) + 0.5) / shared
-    if number < len(tiles) - 1:
-        shared = scale * (end - tiles[number + 1][0])
-        weights[-shared:] = 1 - (torch.arange(shared, device=device) + 0.5) / shared
-    return weights
+def _decode(vae: AutoencoderKL, latent: torch.Tensor) -> torch.Tensor:
+    decoder = vae.decoder
+    latent = latent if vae.post_quant_conv is None else vae.post_quant_conv(latent)
+    source = decoder.mid_block(decoder.conv_in(latent))
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            source = _resnet(resnet, source)
+        if block.upsamplers is not None:
+            source = Upsampled(source, block.upsamplers[0].conv)
+    strips = _after_norm_in_strips(source, decoder.conv_norm_out, decoder.conv_out)
+    return torch.cat([rows for _, _, rows in strips], dim=2)
+
+
+class Upsampled(NamedTuple):
+    """An upsampler's output, twice as high and wide as `low`; its rows are computed when they are asked for."""
+
+    low: torch.Tensor
+    conv: nn.Conv2d
+
+    @property
+    def shape(self) -> torch.Size:
+        """Return (1, C, H, W)."""
+        _, _, height, width = self.low.shape
+        return torch.Size((1, self.conv.out_channels, 2 * height, 2 * width))
+
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        """Return the rows from `start` to before `end`."""
+        height = self.shape[2]
+        first, last = max(start - 1, 0), min(end + 1, height)
+        raised = F.interpolate(self.low[:, :, first // 2 : (last + 1) // 2], scale_factor=2.0, mode="nearest")
+        raised = raised[:, :, first % 2 : first % 2 + last - first]
+        return _convolve(self.conv, raised, start == 0, end == height)
+
+
+Source = torch.Tensor | Upsampled
+
+
+def _rows(source: Source, start: int, end: int) -> torch.Tensor:
+    """Return rows of a source, without those that are outside of it."""
+    start, end = max(start, 0), min(end, source.shape[2])
+    return source.rows(start, end) if isinstance(source, Upsampled) else source[:, :, start:end]
+
+
+def _strips(source: Source) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each strip, and the first behind it."""
+    _, channels, height, width = source.shape
+    rows = max(8, STRIP_BYTES // (4 * channels * width))
+    for start in range(0, height, rows):
+        yield start, min(start + rows, height)
+
+
+def _convolve(conv: nn.Conv2d, x: torch.Tensor, at_top: bool, at_bottom: bool) -> torch.Tensor:
+    """Run a 3 x 3 convolution on rows that have a neighbour above and below, zeros where the picture ends."""
+    if at_top or at_bottom:
+        x = F.pad(x, (0, 0, int(at_top), int(at_bottom)))
+    return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
+
+
+def _statistics(source: Source, norm: nn.GroupNorm) -> torch.Tensor:
+    """Return mean and 1 / standard deviation of the groups (1, groups, 2), over the whole picture."""
+    if not isinstance(source, Upsampled):
+        return kernels.group_norm_statistics(source, None, norm.num_groups, norm.eps)
+    parts, counts = [], []
+    for start, end in _strips(source):
+        parts.append(kernels.group_norm_statistics(source.rows(start, end), None, norm.num_groups, norm.eps).double())
+        counts.append(end - start)
+    means, deviations = torch.stack(parts).unbind(-1)  # each (strips, 1, groups)
+    shares = means.new_tensor(counts)[:, None, None] / source.shape[2]
+    mean = (shares * means).sum(dim=0)
+    variance = (shares * (deviations**-2 - norm.eps + (means - mean) ** 2)).sum(dim=0)
+    return torch.stack([mean, (variance + norm.eps) ** -0.5], dim=-1).to(source.low.dtype)
+
+
+def _after_norm_in_strips(
+    source: Source, norm: nn.GroupNorm, conv: nn.Conv2d
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield conv(silu(norm(source))) in strips: the first row, the first behind, and the rows."""
+    statistics, height = _statistics(source, norm), source.shape[2]
+    for start, end in _strips(source):
+        x = _rows(source, start - 1, end + 1)
+        x = kernels.group_norm_forward(x, None, statistics, norm.weight, norm.bias, norm.num_groups, silu=True)
+        yield start, end, _convolve(conv, x, start == 0, end == height)
+
+
+def _resnet(module: ResnetBlock2D, source: Source) -> torch.Tensor:
+    """Return a residual block's output; it takes the place of its input, or of what is between its convolutions."""
+    _, channels, height, width = source.shape
+    if isinstance(source, Upsampled):
+        kept_bytes = (channels + module.out_channels) * height * width * source.low.element_size()
+        if kept_bytes <= MOST_KEPT_BYTES:
+            source = _gather(source.shape, ((start, end, source.rows(start, end)) for start, end in _strips(source)))
+    inner = _gather((1, module.out_channels, height, width), _after_norm_in_strips(source, module.norm1, module.conv1))
+    is_free = module.conv_shortcut is None and not isinstance(source, Upsampled)
+    output, done = (source if is_free else inner), None
+    for start, end, rows in _after_norm_in_strips(inner, module.norm2, module.conv2):
+        own = _rows(source, start, end)
+        rows += own if module.conv_shortcut is None else module.conv_shortcut(own)
+        if done is not None:  # one strip late: the next one reads its last row
+            output[:, :, done[0] : done[1]] = done[2]
+        done = (start, end, rows)
+    output[:, :, done[0] : done[1]] = done[2]
+    return output
+
+
+def _gather(shape: tuple[int, ...], strips: Iterable[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    """Return strips of rows as one tensor, in their own memory format."""
+    whole = None
+    for start, end, rows in strips:
+        if whole is None:
+            is_last = rows.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if is_last else torch.contiguous_format
+            whole = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout)
+        whole[:, :, start:end] = rows
+    return whole

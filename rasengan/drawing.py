@@ -65,6 +65,19 @@ class Denoiser:
         memory.give_back(self.unet.device)
 
 
+def timesteps_of(scheduler: SchedulerMixin, num_inference_steps: int, strength: float | None) -> torch.Tensor:
+    """Set a sampler's steps, and return the timesteps of those that are done, the last ones where a picture is given.
+
+    Args:
+        scheduler: the sampler.
+        num_inference_steps: that a picture from noise takes.
+        strength: the share that is done from a picture on; None for noise.
+    """
+    scheduler.set_timesteps(num_inference_steps)  # on the CPU: indexing by one on the card would wait for it
+    done = num_inference_steps if strength is None else int(num_inference_steps * strength)
+    return scheduler.timesteps[(num_inference_steps - done) * scheduler.order :]
+
+
 @torch.no_grad()
 def draw(
     denoiser: Denoiser,
@@ -102,11 +115,7 @@ def draw(
     device, guided = denoiser.unet.device, guidance_scale > 1
     denoiser.set_condition(prompts, height, width, guided)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    scheduler.set_timesteps(num_inference_steps)  # on the CPU: indexing by one on the card would wait for it
-    timesteps = scheduler.timesteps
-    if init is not None:
-        first = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
-        timesteps = timesteps[first * scheduler.order :]
+    timesteps = timesteps_of(scheduler, num_inference_steps, None if init is None else strength)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
     shape = (len(seeds), 4, height // 8, width // 8)
@@ -156,13 +165,13 @@ def read_picture(file: str, height: int | None, width: int | None, side: int) ->
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def decode(vae: AutoencoderKL, latents: torch.Tensor, tile: int | None = decoding.TILE) -> list[Image.Image]:
-    """Return the pictures of latents (B, 4, h, w), decoded in tiles of `tile` latents.
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+    """Return the pictures of latents (B, 4, h, w).
 
     Raises:
         UserError: a picture came out with non-finite values.
     """
-    pixels = decoding.decode_latents(vae, latents.to(vae.device), tile)
+    pixels = decoding.decode_latents(vae, latents.to(vae.device))
     if not torch.isfinite(pixels).all():
         raise UserError(
             "A picture came out with non-finite values: the UNet or the adapter overflows in this precision. "

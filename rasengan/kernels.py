@@ -262,15 +262,49 @@ def group_norm(
         y, mean, rstd = torch.native_group_norm(shifted, weight, bias, *sizes, eps)
         return F.silu(y) if silu else y, torch.stack([mean, rstd], dim=-1)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.empty_like(x)
+    statistics = group_norm_statistics(x, shift, groups, eps)
+    return group_norm_forward(x, shift, statistics, weight, bias, groups, silu), statistics
+
+
+def group_norm_statistics(x: torch.Tensor, shift: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
+    """Return mean and 1 / standard deviation (N, groups, 2) of the groups of x + shift, as `group_norm` takes them."""
+    pictures, channels, height, width = x.shape
+    kernels = _kernels_for(x, channels, 4096) if x.is_contiguous(memory_format=torch.channels_last) else None
+    if kernels is None:
+        shifted = x if shift is None else x + shift[:, :, None, None]
+        variance, mean = torch.var_mean(shifted.reshape(pictures, groups, -1), dim=-1, correction=0)
+        return torch.stack([mean, (variance + eps).rsqrt()], dim=-1)
     grid, block, each, shared_bytes = _slices(x)
-    sizes = (height * width, channels, groups, each)
     statistics = x.new_empty(pictures, groups, 2, dtype=torch.float32)
     partial = x.new_empty(pictures, grid[0], groups, 2, dtype=torch.float32)
-    arguments = (x, shift, partial, kernels.counters, statistics, *sizes, eps)
+    arguments = (x, shift, partial, kernels.counters, statistics, height * width, channels, groups, each, eps)
     kernels.launch("group_norm_statistics", grid, block, *arguments, shared_bytes=shared_bytes)
+    return statistics
+
+
+def group_norm_forward(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    statistics: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    silu: bool,
+) -> torch.Tensor:
+    """Return silu(GroupNorm(x + shift)) (N, C, H, W) by statistics (N, groups, 2) that may be of more than x."""
+    _, channels, height, width = x.shape
+    kernels = _kernels_for(x, channels, 4096) if x.is_contiguous(memory_format=torch.channels_last) else None
+    if kernels is None:
+        shifted = x if shift is None else x + shift[:, :, None, None]
+        mean, rstd = statistics.repeat_interleave(channels // groups, dim=1).unbind(-1)  # each (N, C)
+        scale, offset = rstd * weight, bias - mean * rstd * weight
+        y = torch.addcmul(offset[:, :, None, None], shifted, scale[:, :, None, None])
+        return F.silu(y, inplace=True) if silu else y
+    y = torch.empty_like(x)
+    grid, block, each, _ = _slices(x)
+    sizes = (height * width, channels, groups, each)
     kernels.launch("group_norm_forward", grid, block, x, shift, statistics, weight, bias, y, *sizes, int(silu))
-    return y, statistics
+    return y
 
 
 def group_norm_backward(

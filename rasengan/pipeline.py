@@ -10,8 +10,7 @@ from rasengan import components, decoding, drawing, fused, lora, memory, merging
 from rasengan.adapters import Adapter
 
 
-# What the VAE and a decode take at most, in tiles of `decoding.TILE`; measured.
-DECODE_GIB = 1.5
+VAE_GIB = 0.32  # its weights
 
 
 class SwitchableWeights:
@@ -116,7 +115,7 @@ class Pipeline:
             vae = components.load("vae", self.folders["vae"], variant=self.variant).to(self.device)
             # Without TF32, convolutions are not known to be faster in channels_last.
             if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0):
-                decoding.fuse_decoder(vae)
+                decoding.use_channels_last(vae)
             self.vae = vae
         return self.vae
 
@@ -131,22 +130,24 @@ class Pipeline:
             moments = sdxl.encode_pictures(vae, pixels)
         return tuple(part * vae.config.scaling_factor for part in moments)
 
-    def decode_fits(self, budget_gib: float) -> bool:
-        """Say whether the VAE fits into a budget beside the UNet and what drawing with it has taken so far."""
+    def decode_fits(self, height: int, width: int, budget_gib: float) -> bool:
+        """Say whether a decode fits into a budget beside the UNet and what drawing with it has taken so far."""
         reserved_gib = torch.cuda.memory_reserved(self.device) / memory.GIB if self.device.type == "cuda" else 0.0
-        return self.vae is not None or reserved_gib + DECODE_GIB <= budget_gib
+        return self.vae is not None or reserved_gib + VAE_GIB + decoding.decode_gib(height, width) <= budget_gib
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Return the pictures of latents (B, 4, h, w), in smaller tiles where the usual ones do not fit.
+        """Return the pictures of latents (B, 4, h, w); where they do not fit, the UNet leaves the device first.
 
         Raises:
-            UserError: a picture is not finite, or not even the small tiles fit.
+            UserError: a picture is not finite, or a decode does not fit by itself.
         """
-        for tile in (decoding.TILE, decoding.TILE // 2):
-            try:
-                return drawing.decode(self.load_vae(), latents, tile)
-            except torch.OutOfMemoryError:
-                if self.denoiser is not None:
-                    self.denoiser.release()
-                memory.give_back(self.device)
-        raise memory.DoesNotFit("This card has no room left to decode a picture. Free some of it.")
+        try:
+            return drawing.decode(self.load_vae(), latents)
+        except torch.OutOfMemoryError:
+            self.drop_unet()
+        try:
+            return drawing.decode(self.load_vae(), latents)
+        except torch.OutOfMemoryError as error:
+            raise memory.DoesNotFit(
+                "A picture cannot be decoded in what this card has left. Give a smaller --height and --width."
+            ) from error

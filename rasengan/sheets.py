@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 import unicodedata
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     return grid
 
 
+def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4) -> Image.Image:
+    """Return square pictures row after row, each `side_px` a side, on grey, where white ones end too."""
+    step_px = side_px + gap_px
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * step_px + gap_px, rows * step_px + gap_px), "#d0d0d0")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        small = image.convert("RGB").resize((side_px, side_px), Image.Resampling.LANCZOS)
+        sheet.paste(small, (gap_px + column * step_px, gap_px + row * step_px))
+    return sheet
+
+
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
     """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
 
@@ -141,8 +154,17 @@ def _figure(file: Path, label: str) -> str:
 # --- files ---
 
 
-def save_png(path: Path, image: Image.Image, about: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a picture whole or not at all, with what it was made from in its metadata."""
+def picture_name(prompt: str, seed: int, kind: str) -> str:
+    """Return a file name for a picture that tells it from others; what a prompt has besides letters is left out."""
+    prompt, kind = re.sub(r"\W+", "-", prompt).strip("-")[:40], re.sub(r"[^\w.]+", "-", kind)
+    return f"{seed}-{prompt}-{kind}.png"
+
+
+def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:
+    """Write a picture whole or not at all, with what it was made from in its metadata, as text by name."""
+    metadata = PngImagePlugin.PngInfo()
+    for name, value in (about or {}).items():
+        metadata.add_itxt(name, str(value))
     file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=about)
+    image.save(file, "PNG", pnginfo=metadata)
     write_atomically(path, file.getvalue())

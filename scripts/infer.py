@@ -9,7 +9,6 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 
 import argparse
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,14 +19,20 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from rasengan import UserError, components, memory, merging, processes, prompts, sdxl, sheets, tuned_model
+from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, tuned_model
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
-from rasengan.adapters import Adapter, default_alpha
-from rasengan.command_line import Parser, number_type, numbers_type, path_type, weighted_place_type
-from rasengan.drawing import read_picture
+from rasengan.adapters import ADAPTABLE, Adapter, default_alpha
+from rasengan.command_line import (
+    Parser,
+    conditioning_cache_dir,
+    number_type,
+    numbers_type,
+    path_type,
+    weighted_place_type,
+)
 from rasengan.files import check_writable, lost_place
 from rasengan.pipeline import Pipeline
 
@@ -84,8 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
     args = parser.parse_args(argv)
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
-    args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
+    args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
     return args
 
 
@@ -122,6 +126,10 @@ def validate_args(args: argparse.Namespace) -> None:
     args.lora_scale = args.lora_scale or [1.0]
     if args.save_merged and (len(args.lora_scale) > 1 or len(args.lora_weights) > 1):
         raise UserError("--save_merged writes one model: give one --lora_scale, and one --lora_weights.")
+    if args.lora and not any(weight for _, weight in args.lora):
+        raise UserError("Every --lora has the weight 0, which is the base. Give one another weight.")
+    if args.save_merged and args.lora_scale == [0.0]:
+        raise UserError("--save_merged at --lora_scale 0 would write the base. Give another scale.")
     if args.save_merged and Path(args.save_merged).exists():
         raise UserError(f"--save_merged {args.save_merged} exists. Give a name that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
@@ -137,11 +145,12 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
     """Return the models to draw with, the base first where it is compared; reads each adapter once."""
     read = partial(read_adapter, lora_alpha=args.lora_alpha, allow_pickle=args.allow_pickle)
     sets = [args.lora] if args.lora else [[(place, 1.0)] for place in args.lora_weights]
+    names = iter(short_names(args.lora_weights))
     base = Variant("base", "base", [], "none")
     variants = [base] if args.compare or not sets or 0.0 in args.lora_scale else []
     for places in sets:
         adapters = [(read(fetch_adapter(place, cache_dir=args.cache_dir)), weight) for place, weight in places]
-        name = Path(places[0][0]).name if len(sets) > 1 else "LoRA"
+        name = next(names) if len(sets) > 1 else "LoRA"
         for scale in filter(None, args.lora_scale):  # 0 is the base
             label = f"{name} x {scale:g}"
             kind = "tuned" if len(sets) == len(args.lora_scale) == 1 else label
@@ -150,6 +159,20 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
                 Variant(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described)
             )
     return variants
+
+
+def short_names(places: list[str]) -> list[str]:
+    """Return the ends of paths by which they differ.
+
+    Raises:
+        UserError: one is there twice.
+    """
+    if len(set(places)) < len(places):
+        raise UserError("--lora_weights names a place twice. Give each once.")
+    parts = [Path(place).parts for place in places]
+    depths = range(1, max(map(len, parts), default=0) + 1)
+    candidates = (["/".join(path[-depth:]) for path in parts] for depth in depths)
+    return next((names for names in candidates if len(set(names)) == len(names)), places)
 
 
 def report(variant: Variant, component: str, change: merging.MergeReport) -> None:
@@ -189,9 +212,7 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 
 def picture_file(args: argparse.Namespace, variant: Variant, number: int, seed: int) -> Path:
     """Return where a picture goes."""
-    prompt = re.sub(r"\W+", "-", args.prompt[number]).strip("-")[:40]
-    kind = re.sub(r"[^\w.]+", "-", variant.kind)
-    return Path(args.output_dir) / f"{number:03d}-{seed}-{prompt}-{kind}.png"
+    return Path(args.output_dir) / f"{number:03d}-{sheets.picture_name(args.prompt[number], seed, variant.kind)}"
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
@@ -204,50 +225,57 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
 def save(args: argparse.Namespace, variant: Variant, number: int, seed: int, image: Image.Image) -> None:
     """Write a picture, with what it was made from in its metadata."""
-    about = PngImagePlugin.PngInfo()
-    made_of = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
-    for name, value in made_of.items():
-        about.add_itxt(name, str(value))
+    about = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
     sheets.save_png(picture_file(args, variant, number, seed), image, about)
 
 
-def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants, embeds: list[dict], init) -> None:
-    """Draw this process's share of the prompts with each variant, and write the pictures."""
+def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[Variant], embeds: list[dict], init):
+    """Yield (variant, prompt's number, latents) for this process's share of the prompts, variant by variant."""
     scheduler = sdxl.make_sampler(load_scheduler(args, pipeline.folders), args.scheduler)
-    on_gpu = pipeline.device.type == "cuda"
-    budget_gib = memory.limit(args.vram_budget_gib, pipeline.device) if on_gpu else float("inf")
     seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
     mine = range(accelerator.process_index, len(args.prompt), accelerator.num_processes)
     options = {name: getattr(args, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
     options |= {"init": init, "strength": args.strength}
-    steps = args.num_inference_steps * len(variants) * len(mine)
-    saved, waiting = [], []
-    with processes.progress_bar(accelerator, "Drawing", steps) as bar, ThreadPoolExecutor(2) as pool:
-
-        def decode_waiting() -> None:
-            for variant, number, latents in waiting:
-                for seed, image in zip(seeds, pipeline.decode(latents), strict=True):
-                    saved.append(pool.submit(save, args, variant, number, seed, image))
-            waiting.clear()
-            while len(saved) > 8:
-                saved.pop(0).result()
-
-        for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True)):
-            change = pipeline.use(variant.adapters, is_last=place == len(variants) - 1)
+    strength = args.strength if args.init_image else None
+    steps = len(drawing.timesteps_of(scheduler, args.num_inference_steps, strength))
+    with processes.progress_bar(accelerator, "Drawing", steps * len(variants) * len(mine)) as bar:
+        for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True), 1):
+            change = pipeline.use(variant.adapters, is_last=place == len(variants))
             if change is not None and accelerator.is_main_process:
                 report(variant, "unet", change)
             negative = None if args.negative_prompt is None else rows[args.negative_prompt]
             for number in mine:
                 row = sdxl.conditioning(rows[args.prompt[number]], negative, len(seeds))
-                latents = pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options)
-                waiting.append((variant, number, latents.cpu()))
-                if pipeline.decode_fits(budget_gib):
-                    decode_waiting()
+                yield variant, number, pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options).cpu()
+
+
+def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[Variant], embeds: list[dict], init):
+    """Draw this process's share of the prompts with each variant, and write the pictures."""
+    on_gpu = pipeline.device.type == "cuda"
+    budget_gib = memory.limit(args.vram_budget_gib, pipeline.device) if on_gpu else float("inf")
+    waiting = []
+    with ThreadPoolExecutor(1) as pool:
+        for drawn in draw_share(args, accelerator, pipeline, variants, embeds, init):
+            waiting.append(drawn)
+            if pipeline.decode_fits(args.height, args.width, budget_gib):
+                decode(args, pipeline, waiting, pool)
+                waiting.clear()
         if waiting:  # there is no room for the VAE beside the UNet
             pipeline.drop_unet()
-            decode_waiting()
-        for future in saved:
+            decode(args, pipeline, waiting, pool)
+
+
+def decode(args: argparse.Namespace, pipeline: Pipeline, drawn: list, pool: ThreadPoolExecutor) -> None:
+    """Decode what was drawn; each prompt's pictures are written while the next one's are decoded."""
+    saving = []
+    for variant, number, latents in drawn:
+        images = pipeline.decode(latents)
+        for future in saving:
             future.result()
+        names = [(args, variant, number, args.seed + place) for place in range(len(images))]
+        saving = [pool.submit(save, *name, image) for name, image in zip(names, images, strict=True)]
+    for future in saving:
+        future.result()
 
 
 def show_together(args: argparse.Namespace, variants: list[Variant]) -> None:
@@ -288,11 +316,12 @@ def main(args: argparse.Namespace) -> None:
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
     variants = read_variants(args)
-    for adapter, _ in [pair for variant in variants for pair in variant.adapters]:
+    skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
+    for adapter in {id(adapter): adapter for variant in variants for adapter, _ in variant.adapters}.values():
         for name, weights in adapter.weights.items():
-            merging.check_adapter(weights, adapter.configs[name], components.skeleton(name, folders[name]), name)
+            merging.check_adapter(weights, adapter.configs[name], skeletons[name], name)
     default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
-    picture = read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
+    picture = drawing.read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
     args.height, args.width = picture.shape[2:] if picture is not None else (args.height, args.width)
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):

@@ -73,7 +73,14 @@ from rasengan import (
     step,
     validation,
 )
-from rasengan.command_line import Parser, number_type, path_type, share_or_count_type, words_of_file
+from rasengan.command_line import (
+    Parser,
+    conditioning_cache_dir,
+    number_type,
+    path_type,
+    share_or_count_type,
+    words_of_file,
+)
 from rasengan.files import check_writable, lost_place, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
@@ -92,19 +99,7 @@ def make_parser() -> Parser:
 
     parser.add_base_flags(components.COMPONENT_FLAGS)
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", type=path_type, help="hub id of a dataset, or a local copy of one")
-    add("--dataset_config_name", help="the dataset's configuration, where it has several")
-    add("--train_data_dir", type=path_type, help="folder of pictures, and a metadata.jsonl of file_name and text")
-    add("--image_column", default="image", help="[%(default)s]")
-    add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
-    add("--max_train_samples", type=count, help="use only so many pictures, drawn by the seed")
-    add("--resolution", type=number_type(8), default=512, help="side of the square crops, in px [%(default)s]")
-    add("--center_crop", action=switch, default=True, help="off: crop at random, the VAE in the loop [on]")
-    add("--random_flip", action=switch, default=False, help="mirror half of the samples [off]")
-    filters = sorted(data.INTERPOLATIONS)
-    add("--image_interpolation_mode", default="lanczos", choices=filters, help="how to resize [%(default)s]")
-    add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
+    add = parser.add_data_flags(data.INTERPOLATIONS)
     add("--dataloader_num_workers", type=number_type(0), default=0, help="processes that load samples [%(default)s]")
 
     add = parser.add_argument_group("conditioning cache", "the encoders run once, and leave memory").add_argument
@@ -208,8 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.lora_alpha = args.lora_alpha or 2.0 * args.rank
     if args.learning_rate is None:
         args.learning_rate = optim.LEARNING_RATES[args.optimizer]
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rasengan")
-    args.conditioning_cache_dir = os.path.expanduser(args.conditioning_cache_dir or default)
+    args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
     return args
 
 
@@ -244,12 +238,7 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
 def validate_args(args: argparse.Namespace) -> None:
     """Check what the arguments and the launcher say, before anything is read, loaded or downloaded."""
     processes.check_launch(os.environ)
-    if args.dataset_name is None and args.train_data_dir is None:
-        raise UserError("There is no data: give --dataset_name, or --train_data_dir with a metadata.jsonl.")
-    if args.resolution % 8:
-        raise UserError(
-            f"--resolution is {args.resolution}. Give a multiple of 8, such as {args.resolution // 8 * 8}."
-        )
+    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution)
     for flag in ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
         if not getattr(args, flag) < 1:
             raise UserError(f"--{flag} is {getattr(args, flag)}. Give a number from 0 to under 1.")

@@ -64,6 +64,12 @@ def convert_script():
 
 
 @pytest.fixture(scope="session")
+def check_script():
+    """scripts/check_data.py as a module."""
+    return load_script("check_data")
+
+
+@pytest.fixture(scope="session")
 def run_script():
     """Function that runs a script in a new process, as a user does, and returns the CompletedProcess with its text.
 

@@ -14,6 +14,7 @@ from rasengan.pipeline import Pipeline
 
 PROMPT = "a big red star"
 CONFIG = Path(__file__).parents[2] / "accelerate_configs" / "cpu.yaml"
+README = Path(__file__).parents[2] / "README.md"
 TWO = ["--config_file", str(CONFIG), "--main_process_port", "0", "--num_processes", "2"]
 BASE, TUNED = "000-3-a-big-red-star-base.png", "000-3-a-big-red-star-tuned.png"
 
@@ -341,7 +342,32 @@ def test_two_processes_draw_what_one_does(run_script, tiny_base, trained, tmp_pa
 
 
 def test_without_room_for_the_vae_pictures_are_decoded_at_the_end(compared, draw, trained, monkeypatch):
-    monkeypatch.setattr(Pipeline, "decode_fits", lambda self, budget_gib: False)
+    monkeypatch.setattr(Pipeline, "decode_fits", lambda *_: False)
     pictures = draw("--lora_weights", trained, "--compare", "--prompt", PROMPT, "--seed", 3)
     assert pictures.keys() == compared.keys()
     assert all(same(pictures[name], compared[name]) for name in pictures)
+
+
+def test_adapters_of_one_name_are_told_apart_by_their_folders(compared, draw, trained, other, tmp_path):
+    for name, run in (("a", trained), ("b", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lora.safetensors").symlink_to(run / "pytorch_lora_weights.safetensors")
+    places = [tmp_path / name / "lora.safetensors" for name in "ab"]
+    pictures = draw("--lora_weights", *places, "--prompt", PROMPT, "--seed", 3)
+    name = BASE.removesuffix("base.png")
+    assert set(pictures) == {f"{name}a-lora.safetensors-x-1.png", f"{name}b-lora.safetensors-x-1.png", "grid.png"}
+    assert same(pictures[f"{name}a-lora.safetensors-x-1.png"], compared[TUNED])
+
+
+def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, trained, tmp_path):
+    words = ["--prompt", PROMPT]
+    refused("Every --lora has the weight 0", draw, *words, "--lora", f"{trained}:0")
+    refused("--lora_weights names a place twice", draw, *words, "--lora_weights", trained, trained)
+    one = ["--lora_weights", trained]
+    refused("--save_merged at --lora_scale 0", draw, *one, "--lora_scale", 0, "--save_merged", tmp_path / "merged")
+    refused(
+        "--save_merged writes one model", draw, *one, "--lora_scale", "0.5,1", "--save_merged", tmp_path / "merged"
+    )
+    refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
+    refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
+    refused("--init_image .*README.md cannot be read", draw, *words, "--init_image", README)

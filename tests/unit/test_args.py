@@ -304,8 +304,8 @@ def test_flags_that_do_something_are_not_named(train_script, parse):
     assert train_script.idle_flags(parse(words)) == []
 
 
-def test_help_shows_the_example_as_it_is_typed(train_script, infer_script, convert_script, capsys):
-    for script in (train_script, infer_script, convert_script):
+def test_help_shows_the_example_as_it_is_typed(train_script, infer_script, convert_script, check_script, capsys):
+    for script in (train_script, infer_script, convert_script, check_script):
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
         shown = capsys.readouterr().out
@@ -320,9 +320,20 @@ def test_a_number_beyond_all_floats_is_refused_by_the_name_of_its_flag(parse):
 PLACES = {"dataset_name", "resume_from_checkpoint", "lora", "input", "output", "extract_from", "base"}
 
 
-def test_no_flag_that_names_a_place_takes_an_empty_text(train_script, infer_script, convert_script, parse):
+def test_the_report_takes_the_flags_of_the_data_as_training_does(train_script, check_script):
+    words = ["--train_data_dir", "a", "--resolution", "768", "--no-center_crop", "--skip_bad_images", "--random_flip"]
+    words += ["--dataset_name", "b", "--dataset_config_name", "c", "--image_column", "d", "--caption_column", "e"]
+    words += ["--max_train_samples", "7", "--image_interpolation_mode", "box", "--seed", "3", "--cache_dir", "f"]
+    for given in ([], words):
+        training, report = (vars(script.parse_args(given)) for script in (train_script, check_script))
+        for name in report.keys() - {"strict", "output_dir"}:
+            assert (name, training[name]) == (name, report[name])
+
+
+def test_no_flag_that_names_a_place_takes_an_empty_text(train_script, infer_script, convert_script, check_script):
     convert = ["--output", "a.safetensors", "--format", "kohya"]
-    for script, words in ((train_script, []), (infer_script, ["--prompt", "a"]), (convert_script, convert)):
+    words_of = {train_script: [], infer_script: ["--prompt", "a"], convert_script: convert, check_script: []}
+    for script, words in words_of.items():
         args = vars(script.parse_args(words))
         places = [name for name in args if name.endswith(("_dir", "_path", "_file", "_weights", "_merged", "config"))]
         for name in [*places, *PLACES & args.keys()]:

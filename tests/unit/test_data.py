@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from rasengan import UserError, data
+from rasengan import UserError, components, data
 from rasengan.samples import TrainingSamples, collate, prefetched, sample_stream
 
 
@@ -57,6 +57,21 @@ def make_samples(dataset, pictures):
 def equal(one, other):
     assert one.keys() == other.keys()
     return all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in one.items())
+
+
+# --- captions ---
+
+
+def test_a_long_caption_is_seen_to_the_last_token_before_the_end(tiny_base):
+    tokenizer = components.load("tokenizer", tiny_base / "tokenizer")
+    assert len(tokenizer("word word").input_ids) == 2 + 2 * 3  # begin and end, and three tokens a word
+    captions = [["word " * 30], ["short", "word " * 25, "word " * 40], ["word " * 26]]
+    pictures = [data.Picture(f"{number}.png", "", 8, 8, None) for number in range(3)]
+    found = data.find_long_captions(captions, pictures, tokenizer)
+    assert [(one.name, one.token_count) for one in found] == [("1.png", 122), ("0.png", 92), ("2.png", 80)]
+    for one, words in zip(found, (40, 30, 26), strict=True):
+        assert one.seen.split() == ["word"] * 25
+        assert one.unseen.split() == ["word"] * (words - 25)
 
 
 # --- sizes and crops, after torchvision's formulas ---

@@ -1,7 +1,14 @@
+"""Decoding in strips against diffusers' own decode."""
+
 import copy
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from rasengan import components, decoding
 
@@ -20,56 +27,28 @@ def decoded(vae, latents):
     return vae.decode(latents / 0.13025).sample.clamp(-1, 1)
 
 
-def psnr(pixels, expected):
-    return 10 * torch.log10(4 / (pixels - expected).square().mean())
+@pytest.mark.parametrize("strip_bytes", [1, 2**14, 2**30], ids=["strips of 8 rows", "some strips", "one strip"])
+@pytest.mark.parametrize("kept_bytes", [0, 2**40], ids=["upsampled anew", "upsampled once"])
+@pytest.mark.parametrize("size", [(8, 8), (9, 5), (32, 40), (3, 50)])
+def test_a_decode_is_diffusers_own(vae, monkeypatch, strip_bytes, kept_bytes, size):
+    monkeypatch.setattr(decoding, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(decoding, "MOST_KEPT_BYTES", kept_bytes)
+    double, latents = copy.deepcopy(vae).double(), some_latents(2, 4, *size).double()
+    # Bright on one side, so that a group norm over a part of the picture would differ much.
+    latents += torch.linspace(-3, 3, size[1])
+    pixels = decoding.decode_latents(double, latents)
+    assert pixels.shape == (2, 3, 8 * size[0], 8 * size[1])
+    torch.testing.assert_close(pixels, decoded(double, latents), rtol=1e-9, atol=1e-9)
 
 
-def watch(vae, request, look):
-    seen = []
-    hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(look(inputs[0])))
-    request.addfinalizer(hook.remove)
-    return seen
-
-
-@pytest.mark.parametrize("tile", [None, 12])
-def test_a_picture_up_to_the_tile_is_decoded_whole(vae, tile):
-    latents = some_latents(2, 4, 8, 12)
-    pixels = decoding.decode_latents(vae, latents, tile)
-    assert pixels.shape == (2, 3, 64, 96)
-    torch.testing.assert_close(pixels, decoded(vae, latents), rtol=1e-4, atol=1e-5)
-
-
-def test_a_picture_over_the_tile_is_decoded_in_tiles_to_nearly_the_same(vae, request):
-    # Noise has the same statistics in every tile; a group norm over a tile is not the one over the picture.
-    latents = some_latents(1, 4, 32, 40)
-    whole, tiles = decoded(vae, latents), watch(vae, request, lambda tensor: tensor.shape[-2:])
-    pixels = decoding.decode_latents(vae, latents, tile=22, overlap=8)
-    assert tiles == [(20, 19)] * 6
-    assert pixels.shape == (1, 3, 256, 320)
-    assert psnr(pixels, whole) > 30
-    assert psnr(whole.roll(8, dims=-1), whole) < 15  # what a picture that is off by one latent would have
-
-
-@pytest.mark.parametrize("side", [73, 96, 97, 128, 130, 255, 256, 384])
-@pytest.mark.parametrize(("tile", "overlap"), [(72, 16), (36, 8), (20, 1)])
-def test_tiles_cover_a_side_and_their_weights_sum_to_one(side, tile, overlap):
-    tiles = decoding.spans(side, tile, overlap)
-    assert tiles[0][0] == 0
-    assert tiles[-1][1] == side
-    assert len({end - start for start, end in tiles}) == 1
-    assert tiles[0][1] <= tile
-    total = torch.zeros(8 * side)
-    for number, (start, end) in enumerate(tiles):
-        if number:
-            assert tiles[number - 1][1] - start >= overlap
-        if number > 1:
-            assert tiles[number - 2][1] <= start, "no more than two blend anywhere"
-        total[8 * start : 8 * end] += decoding._weights(tiles, number, 8, torch.device("cpu"))
-    torch.testing.assert_close(total, torch.ones(8 * side))
-
-
-def test_1024_px_takes_four_tiles():
-    assert decoding.spans(128, decoding.TILE, decoding.OVERLAP) == [(0, 72), (56, 128)]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_in_fp32_it_is_near_the_decode_in_float64(vae, monkeypatch, memory_format):
+    monkeypatch.setattr(decoding, "STRIP_BYTES", 2**16)
+    expected = decoded(copy.deepcopy(vae).double(), some_latents(1, 4, 24, 40).double())
+    single = copy.deepcopy(vae)
+    single.decoder.to(memory_format=memory_format)
+    latents = some_latents(1, 4, 24, 40).to(memory_format=memory_format)
+    torch.testing.assert_close(decoding.decode_latents(single, latents).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -83,17 +62,61 @@ def test_a_decode_is_in_fp32_inside_autocast_and_of_half_precision_latents(vae, 
     assert torch.equal(pixels, expected)
 
 
-def test_pictures_are_decoded_one_at_a_time(vae, request):
-    sizes = watch(vae, request, len)
-    assert decoding.decode_latents(vae, some_latents(2, 4, 8, 8)).shape == (2, 3, 64, 64)
-    assert sizes == [1, 1]
+def test_pictures_are_decoded_one_at_a_time(vae):
+    latents = some_latents(2, 4, 8, 8)
+    both, alone = decoding.decode_latents(vae, latents), [decoding.decode_latents(vae, part[None]) for part in latents]
+    assert torch.equal(both, torch.cat(alone))
 
 
-@torch.no_grad()
-def test_a_fused_decoder_decodes_as_diffusers_in_float64(vae):
-    plain, latents = copy.deepcopy(vae).double(), some_latents(1, 4, 8, 8).double()
-    fused = copy.deepcopy(plain)
-    decoding.fuse_decoder(fused)
-    found, expected = fused.decode(latents).sample, plain.decode(latents).sample
-    assert not torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+def test_latents_stay_as_they_are(vae):
+    latents = some_latents(1, 4, 8, 8)
+    before = latents.clone()
+    decoding.decode_latents(vae, latents)
+    assert torch.equal(latents, before)
+
+
+# --- memory ---
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that exist, and their peak; of tensors on the meta device, which take none."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_flatten(result)[0]):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, storage, size):
+        self.known.discard(storage)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("side_px", "most_gib"), [(512, 0.55), (1024, 1.1), (2048, 4.3)])
+def test_the_full_sizes_decoder_holds_a_third_of_what_diffusers_does(monkeypatch, side_px, most_gib):
+    # The attention, whose kernels on a card keep no matrix of all pairs, does on the meta device.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q))
+    widths = (128, 256, 512, 512)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.device("meta"):
+        vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, **blocks)
+        latent = torch.randn(1, 4, side_px // 8, side_px // 8)
+    peaks_gib = []
+    for decode in (lambda: decoding._decode(vae, latent), lambda: vae.decode(latent).sample):
+        with torch.no_grad(), Live() as live:
+            assert decode().shape == (1, 3, side_px, side_px)
+        peaks_gib.append(live.peak / 2**30)
+    assert peaks_gib[0] < most_gib
+    assert peaks_gib[0] < decoding.decode_gib(side_px, side_px)
+    if side_px > 512:
+        assert peaks_gib[0] < 0.37 * peaks_gib[1]

@@ -7,12 +7,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
-    {"__init__", "adapters", "command_line", "families", "files", "naming", "stopping", "tensor_files"},
+    {"__init__", "adapters", "command_line", "families", "files", "naming", "near_duplicates", "stopping"}
+    | {"tensor_files"},
     {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "graphs", "kernels", "locks"}
     | {"memory", "objective", "optim", "sdxl", "sheets"},
-    {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "single_file"},
-    {"cache", "checkpoint", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model", "validation"},
+    {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
+    | {"single_file"},
+    {"cache", "checkpoint", "data_report", "drawing", "fused", "hub", "merging", "progress", "samples"},
+    {"checkpoint_writer", "data_page", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
+    | {"validation"},
+    {"pairs"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rasengan import UserError, components, decoding, drawing, lora, pipeline, sdxl
+from rasengan import UserError, components, drawing, lora, pipeline, sdxl
 from rasengan.adapters import Adapter
 
 
@@ -116,15 +116,27 @@ def test_a_picture_that_does_not_fit_alone_is_an_error(model, tiny_base, schedul
         model.draw(scheduler, prompts_of(tiny_base, 2), [1, 2], **SIZE)
 
 
-def test_a_decode_that_does_not_fit_takes_smaller_tiles(model, monkeypatch):
-    latents, tiles, decode = torch.randn(1, 4, 8, 8), [], drawing.decode
+def test_a_decode_that_does_not_fit_is_done_without_the_unet(model, monkeypatch):
+    model.use([])
+    latents, decode = torch.randn(1, 4, 8, 8), drawing.decode
+    (expected,) = model.decode(latents)
 
-    def on_a_small_card(vae, latents, tile):
-        tiles.append(tile)
-        if tile > decoding.TILE // 2:
+    def beside_the_unet(vae, latents):
+        if model.denoiser is not None:
             raise torch.OutOfMemoryError
-        return decode(vae, latents, tile)
+        return decode(vae, latents)
 
-    monkeypatch.setattr(drawing, "decode", on_a_small_card)
-    assert len(model.decode(latents)) == 1
-    assert tiles == [decoding.TILE, decoding.TILE // 2]
+    monkeypatch.setattr(drawing, "decode", beside_the_unet)
+    (found,) = model.decode(latents)
+    assert found.tobytes() == expected.tobytes()
+    model.use([])
+    assert model.denoiser is not None, "it comes back"
+
+
+def test_a_decode_that_does_not_fit_alone_is_an_error(model, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(drawing, "decode", full)
+    with pytest.raises(UserError, match="A picture cannot be decoded.*--height"):
+        model.decode(torch.randn(1, 4, 8, 8))

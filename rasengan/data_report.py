@@ -1,0 +1,427 @@
+"""What there is to know of a data set before training: its numbers, and what should be mended, with the remedy.
+
+Pictures are found, decoded, cropped and refused by the functions of training, so that what is said here happens there.
+"""
+
+import io
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from PIL import ExifTags, Image
+
+from rasengan import UserError, data, first_line
+from rasengan.data import LongCaption, Picture
+from rasengan.near_duplicates import Fingerprint, fingerprint, similar_groups
+
+
+THUMBNAIL_PX = 256
+MOST_WORDS = 60  # an English caption with so many words and signs takes about the 77 tokens
+COMMON_WORDS = 20
+# Words that say nothing of a picture.
+FILL_WORDS = set("a an and are at by for from in into is it its of on or the to with".split())
+SIDES_PX = (256, 512, 768, 1024, 1536)
+ASPECTS = {"under 1:2": 0.5, "1:2 to 4:5": 0.8, "4:5 to 5:4": 1.25, "5:4 to 2:1": 2.0}
+
+
+class Look(NamedTuple):
+    """What a picture looks like."""
+
+    kind: str  # format and mode of the file
+    is_turned: bool  # by its EXIF orientation
+    fingerprint: Fingerprint
+    thumbnail: bytes  # of its crop, a JPEG; empty where it is not shown
+
+
+class Usable(NamedTuple):
+    """What can be trained on, row by row, and the captions that are none."""
+
+    rows: list[int]
+    pictures: list[Picture]
+    captions: list[list[str]]
+    bad_captions: list[tuple[str, str]]  # the picture's name, and what stands there
+
+
+class Finding(NamedTuple):
+    """What should be looked at, and what to do about it."""
+
+    count: int
+    text: str
+    advice: str
+    examples: list[str]
+
+
+class Report(NamedTuple):
+    """What is said of a data set."""
+
+    tables: dict[str, dict[str, str]]
+    histograms: dict[str, dict[str, int]]
+    findings: list[Finding]
+    refusal: str  # training's words where it would not start, else empty
+
+
+# --- reading ---
+
+
+def unlisted_pictures(directory: str, column: datasets.Column) -> list[str]:
+    """Return the picture files of a folder that no line of its metadata names; `column` is undecoded."""
+    named = {os.path.abspath(record["path"]) for record in column if record and record["path"]}
+    files = sorted(path for path in data.list_files(directory) if data.is_picture_name(path))
+    return [str(path) for path in files if os.path.abspath(path) not in named]
+
+
+def refusal(dataset: datasets.Dataset, pictures: list[Picture], caption_column: str, skip: bool) -> str:
+    """Return the line by which training refuses these pictures and captions; empty where it takes them."""
+    try:
+        dataset, pictures = data.leave_out_broken(dataset, pictures, skip)
+        data.read_captions(dataset[caption_column][:], pictures)
+    except UserError as error:
+        return re.sub(":$", ".", first_line(error))  # after the colon training lists the pictures
+    return ""
+
+
+def usable_rows(captions: Collection, pictures: list[Picture]) -> Usable:
+    """Return the rows whose picture can be decoded, and whose captions are texts."""
+    usable = Usable([], [], [], [])
+    for row, (value, picture) in enumerate(zip(captions, pictures, strict=True)):
+        if picture.error:
+            continue
+        try:
+            usable.captions.append(data.read_captions([value], [picture])[0])
+        except UserError:
+            usable.bad_captions.append((picture.name, repr(value)))
+        else:
+            usable.rows.append(row)
+            usable.pictures.append(picture)
+    return usable
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most so many of the numbers below `count`, evenly spread."""
+    return sorted({number * count // most for number in range(most)}) if count > most else list(range(count))
+
+
+def look_at_pictures(
+    column: datasets.Column,
+    resolution: int,
+    interpolation: str,
+    shown: Collection[int],
+    on_picture: Callable[[], object] = lambda: None,
+) -> list[Look]:
+    """Decode every picture; thumbnails are kept of those that are shown, so that memory hardly grows with the others.
+
+    Args:
+        column: undecoded, of pictures that can be decoded.
+        resolution: side of the crops, in px.
+        interpolation: one of `data.INTERPOLATIONS`.
+        shown: the rows to keep a thumbnail of.
+        on_picture: called after each picture.
+    """
+    with ThreadPoolExecutor() as pool:
+        look = partial(_look, column, resolution, interpolation, frozenset(shown), on_picture)
+        return list(pool.map(look, range(len(column))))
+
+
+def _look(column, resolution: int, interpolation: str, shown: frozenset, on_picture: Callable, row: int) -> Look:
+    content = data.read_bytes(column[row])
+    with Image.open(io.BytesIO(content)) as stored:
+        kind = f"{stored.format} {stored.mode}"
+        is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    image = data.decode(content)
+    thumbnail = as_jpeg(center_crop(image, resolution, interpolation)) if row in shown else b""
+    on_picture()
+    return Look(kind, is_turned, fingerprint(image), thumbnail)
+
+
+def center_crop(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
+    """Return the picture as training crops it at its center, as one of `resolution` px a side."""
+    top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, resolution), resolution)
+    pixels = data.crop_pixels(image, resolution, interpolation, False, top_left)
+    levels = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(levels.numpy()))
+
+
+def as_jpeg(image: Image.Image) -> bytes:
+    """Return a JPEG of the picture, at most `THUMBNAIL_PX` a side."""
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+# --- saying ---
+
+
+def make_report(
+    pictures: list[Picture],
+    usable: Usable,
+    looks: list[Look],
+    unlisted: list[str],
+    long_captions: list[LongCaption] | None,
+    *,
+    directory: str | None,
+    resolution: int,
+    center_crop: bool,
+    refused: str,
+) -> Report:
+    """Return the numbers and the findings.
+
+    Args:
+        pictures: all, the broken ones included.
+        usable: of those.
+        looks: at the usable ones.
+        unlisted: files that no metadata names.
+        long_captions: of the usable ones; None where tokens could not be counted.
+        directory: what names are shortened by; None leaves them.
+        resolution: side of the crops, in px.
+        center_crop: the crops are at the center, and not at random.
+        refused: what `refusal` returned.
+    """
+    name = partial(short_name, directory=directory)
+    captions = [text for several in usable.captions for text in several]
+    named = [(text, name(p.name)) for p, texts in zip(usable.pictures, usable.captions, strict=True) for text in texts]
+    shown = [picture._replace(name=name(picture.name)) for picture in usable.pictures]
+    found = [
+        *_unusable_findings(pictures, usable, unlisted, name),
+        *_size_findings(shown, resolution, center_crop),
+        *_copy_findings(shown, looks),
+        *_caption_findings(named, long_captions, name),
+    ]
+    tables = {"Pictures": _picture_facts(pictures, looks), "Captions": _caption_facts(usable.captions, long_captions)}
+    histograms = {}
+    if shown:
+        tables["Sizes, upright"] = _size_facts(shown, resolution)
+        histograms["Shorter side"] = _side_histogram(shown)
+        histograms["Width to height"] = _aspect_histogram(shown)
+        histograms["Common words, and how many captions have them"] = common_words(captions)
+    return Report(tables, histograms, [finding for finding in found if finding.count], refused)
+
+
+def short_name(name: str, directory: str | None) -> str:
+    """Return a picture's name inside its folder, with what a terminal would act on escaped."""
+    if directory is not None and Path(os.path.abspath(name)).is_relative_to(os.path.abspath(directory)):
+        name = os.path.relpath(name, directory)
+    return printable(name)
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, and what no encoding takes, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(text: str, most: int = 80) -> str:
+    """Return the text in quotes, on one line and shortened."""
+    return f'"{printable(text if len(text) <= most else f"{text[: most - 3]}...")}"'
+
+
+def _picture_facts(pictures: list[Picture], looks: list[Look]) -> dict[str, str]:
+    kinds = sorted(Counter(look.kind for look in looks).items(), key=_most_first)
+    return {
+        "in all": f"{len(pictures):,}, of which {len(looks):,} can be trained on",
+        "formats and modes": ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds, key=_most_first))
+        or "none",
+        "turned by EXIF": f"{sum(look.is_turned for look in looks):,}",
+    }
+
+
+def _most_first(counted: tuple[str, int]) -> tuple[int, str]:
+    return -counted[1], counted[0]
+
+
+def _caption_facts(captions: list[list[str]], long_captions: list[LongCaption] | None) -> dict[str, str]:
+    texts = [text for several in captions for text in several]
+    facts = {"in all": f"{len(texts):,}, of which {len(set(texts)):,} differ"}
+    if texts:
+        pictures_of = Counter(text for several in captions for text in set(several)).values()
+        each = sorted(map(len, captions))
+        facts["captions of a picture"] = f"{each[0]} to {each[-1]}" if each[0] != each[-1] else f"{each[0]}"
+        facts["pictures of a caption"] = f"{statistics.mean(pictures_of):.2f} on average, {max(pictures_of):,} at most"
+    if long_captions is not None:
+        return facts | {"too long for the encoders": f"{len(long_captions):,}"}
+    likely = f"{len(_wordy(texts)):,} have over {MOST_WORDS} words and signs, which is about what 77 tokens hold"
+    return facts | {"tokens": f"not counted, since no base was given; {likely}"}
+
+
+def _wordy(texts: Iterable[str]) -> list[str]:
+    # CLIP splits so; of scripts other than Latin it takes about a token for each letter.
+    return [text for text in texts if len(re.findall(r"[A-Za-z']+|[^\sA-Za-z']", text)) > MOST_WORDS]
+
+
+def common_words(captions: list[str]) -> dict[str, int]:
+    """Return the commonest words, `FILL_WORDS` left out, and in how many captions each stands."""
+    found = Counter()
+    for text in captions:
+        found.update(set(re.findall(r"[^\W\d_]+", text.casefold())) - FILL_WORDS)
+    return dict(sorted(found.items(), key=_most_first)[:COMMON_WORDS])
+
+
+# --- sizes ---
+
+
+def crop_loss(picture: Picture, resolution: int) -> float:
+    """Return the share of the picture's area that its square crop leaves out."""
+    height, width = data.resized_size(picture.height_px, picture.width_px, resolution)
+    return (height * width - resolution**2) / (height * width)
+
+
+def _size_of(picture: Picture) -> str:
+    return f"{picture.width_px:,} x {picture.height_px:,} px"
+
+
+def _size_facts(pictures: list[Picture], resolution: int) -> dict[str, str]:
+    by_area = sorted(pictures, key=lambda picture: (picture.width_px * picture.height_px, picture.name))
+    middle = [statistics.median(getattr(p, side) for p in pictures) for side in ("width_px", "height_px")]
+    aspects = sorted(picture.width_px / picture.height_px for picture in pictures)
+    losses = sorted(crop_loss(picture, resolution) for picture in pictures)
+    small = sum(min(picture.height_px, picture.width_px) < resolution for picture in pictures)
+    return {
+        "smallest": f"{_size_of(by_area[0])} ({by_area[0].name})",
+        "median": f"{middle[0]:,g} x {middle[1]:,g} px",
+        "largest": f"{_size_of(by_area[-1])} ({by_area[-1].name})",
+        "width / height": f"{aspects[0]:.2f} to {aspects[-1]:.2f}, median {statistics.median(aspects):.2f}",
+        f"smaller than {resolution} px": f"{small:,} of {len(pictures):,}",
+        "cut off by the crop": f"{losses[0]:.1%} to {losses[-1]:.1%}, median {statistics.median(losses):.1%}",
+    }
+
+
+def _side_histogram(pictures: list[Picture]) -> dict[str, int]:
+    between = [f"{least:,} to {next_px - 1:,} px" for least, next_px in pairwise(SIDES_PX)]
+    labels = [f"under {SIDES_PX[0]:,} px", *between, f"{SIDES_PX[-1]:,} px or more"]
+    sides = Counter(sum(min(p.height_px, p.width_px) >= edge for edge in SIDES_PX) for p in pictures)
+    return {label: sides[place] for place, label in enumerate(labels)}
+
+
+def _aspect_histogram(pictures: list[Picture]) -> dict[str, int]:
+    places = Counter(sum(p.width_px / p.height_px >= edge for edge in ASPECTS.values()) for p in pictures)
+    return {label: places[place] for place, label in enumerate([*ASPECTS, "2:1 or more"])}
+
+
+# --- findings ---
+
+
+def _unusable_findings(pictures, usable: Usable, unlisted: list[str], name: Callable[[str], str]) -> list[Finding]:
+    bad = [picture for picture in pictures if picture.error]
+    missing = [picture for picture in bad if _is_missing(picture)]
+    broken = [picture for picture in bad if not _is_missing(picture)]
+    total = f"of {len(pictures):,}"
+    return [
+        Finding(
+            len(broken),
+            f"{total} pictures are broken",
+            "Mend them, or remove them and their lines; --skip_bad_images leaves them out.",
+            [f"{name(picture.name)} {printable(picture.error)}" for picture in broken],
+        ),
+        Finding(
+            len(missing),
+            f"{total} lines of the metadata name a picture that is not there",
+            "Correct the file_name, or remove the line; --skip_bad_images leaves them out.",
+            [name(picture.name) for picture in missing],
+        ),
+        Finding(
+            len(usable.bad_captions),
+            f"{total} captions are neither a text nor a list of texts",
+            "Correct the line in the metadata, or give another --caption_column.",
+            [f"{name(picture)}: {printable(value)}" for picture, value in usable.bad_captions],
+        ),
+        Finding(
+            len(unlisted),
+            f"picture file{'s' * (len(unlisted) != 1)} without a line in the metadata",
+            "Left out. Write a line for each, or move them elsewhere.",
+            [name(file) for file in unlisted],
+        ),
+    ]
+
+
+def _is_missing(picture: Picture) -> bool:
+    return picture.error == "is missing" or not (picture.digest or os.path.lexists(picture.name))
+
+
+def _size_findings(pictures: list[Picture], resolution: int, center_crop: bool) -> list[Finding]:
+    small = sorted((p for p in pictures if min(p.height_px, p.width_px) < resolution), key=_shorter_side)
+    cut = [picture for picture in pictures if crop_loss(picture, resolution) > 1 / 3]
+    cut.sort(key=lambda picture: (-crop_loss(picture, resolution), picture.name))
+    parts = "with --no-center_crop each epoch sees another part" if center_crop else "each epoch sees another part"
+    return [
+        Finding(
+            len(small),
+            f"of {len(pictures):,} pictures are smaller than {resolution} px, and will be enlarged",
+            "Give larger ones, leave them out, or lower --resolution.",
+            [f"{p.name} {_size_of(p)}, enlarged {resolution / _shorter_side(p)[0]:,.1f} times" for p in small],
+        ),
+        Finding(
+            len(cut),
+            f"of {len(pictures):,} pictures lose more than a third to the square crop",
+            f"Crop them by hand around what matters; {parts}.",
+            [f"{p.name} {_size_of(p)} loses {crop_loss(p, resolution):.1%}" for p in cut],
+        ),
+    ]
+
+
+def _shorter_side(picture: Picture) -> tuple[int, str]:
+    return min(picture.height_px, picture.width_px), picture.name
+
+
+def _copy_findings(pictures: list[Picture], looks: list[Look]) -> list[Finding]:
+    places = {}
+    for place, picture in enumerate(pictures):
+        places.setdefault(picture.digest, []).append(place)
+    equal = [group for group in places.values() if len(group) > 1]
+    firsts = [group[0] for group in places.values()]
+    alike = similar_groups([looks[place].fingerprint for place in firsts])
+    alike = [[firsts[place] for place in group] for group in alike]
+    each = "is seen once an epoch, so that the picture counts several times"
+    findings = []
+    for groups, text in ((equal, "are the same file as another"), (alike, "look nearly like another")):
+        examples = [", ".join(pictures[place].name for place in group) for group in groups]
+        advice = f"Each {each}: remove all but one, if that is not meant."
+        count = sum(len(group) - 1 for group in groups)
+        findings.append(Finding(count, f"of {len(pictures):,} pictures {text}", advice, examples))
+    return findings
+
+
+def _caption_findings(named: list[tuple[str, str]], long_captions, name: Callable[[str], str]) -> list[Finding]:
+    empty = [picture for text, picture in named if not text.strip()]
+    pictures_of = {}
+    for text, picture in named:
+        if text.strip():
+            pictures_of.setdefault(text, {})[picture] = None
+    shared = sorted(((t, len(p)) for t, p in pictures_of.items() if len(p) > 1), key=_most_first)
+    total = f"of {len(named):,} captions"
+    return [
+        Finding(
+            len(empty),
+            f"{total} are empty",
+            "Write them: what is learned without words shows up whatever the prompt.",
+            empty,
+        ),
+        Finding(
+            len(shared),
+            f"of {len(pictures_of):,} different captions stand at several pictures",
+            "Say what tells the pictures apart: what the captions leave out, the style takes in.",
+            [f"{quoted(text)} at {count:,} pictures" for text, count in shared],
+        ),
+        _long_finding(named, long_captions, name),
+    ]
+
+
+def _long_finding(named: list[tuple[str, str]], long_captions, name: Callable[[str], str]) -> Finding:
+    total, advice = f"of {len(named):,} captions", "Put what matters first, or shorten them"
+    if long_captions is None:
+        wordy = set(_wordy(text for text, _ in named))
+        found = [f"{picture}: {quoted(text)}" for text, picture in named if text in wordy]
+        advice += "; --pretrained_model_name_or_path counts their tokens."
+        return Finding(len(found), f"{total} are probably longer than the text encoders see", advice, found)
+    examples = [
+        f"{name(one.name)}: {one.token_count} tokens, seen up to {quoted(one.seen[-30:])}, not {quoted(one.unseen)}"
+        for one in long_captions
+    ]
+    return Finding(len(examples), f"{total} are longer than the text encoders see", f"{advice}.", examples)

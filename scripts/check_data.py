@@ -1,0 +1,159 @@
+r"""Report on a data set before training: what is broken, too small, cut off, twice there, or said too long.
+
+    python scripts/check_data.py --train_data_dir pictures \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
+
+It takes training's own flags of the data, and finds, decodes and crops as training does. The report is printed, and
+written to --output_dir with the pictures as they will be cropped. Nothing in the data set is changed.
+
+Exit code: 0 where training would start, 2 where it would not; with --strict 1 where there is any finding.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import transformers
+from tqdm.auto import tqdm
+
+from rasengan import UserError, components, data, data_page, data_report
+from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type
+from rasengan.files import check_writable, lost_place, write_atomically
+from rasengan.sheets import save_png
+
+
+MOST_SHOWN = 200
+MOST_IN_PNG = 64
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = Parser(__doc__, "Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.")
+    add = parser.add_data_flags(data.INTERPOLATIONS)
+    add("--seed", type=number_type(0, most=2**32 - 1), help="of training, which draws --max_train_samples by it")
+    add("--conditioning_cache_dir", type=path_type, help="remembers pictures, for training too [~/.cache/rasengan]")
+
+    # Only the tokenizer is fetched, and no weights.
+    parser.add_base_flags({"tokenizer": components.COMPONENT_FLAGS["tokenizer"]})
+
+    add = parser.add_argument_group("report").add_argument
+    add("--output_dir", type=path_type, default="data-report", help="[%(default)s]")
+    add("--strict", action="store_true", help="exit with 1 where there is any finding")
+    args = parser.parse_args(argv)
+    args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
+    return args
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what the arguments say by themselves."""
+    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution)
+    if args.max_train_samples is not None and args.seed is None:
+        raise UserError("--max_train_samples draws by training's --seed. Give that too.")
+    directory = args.train_data_dir and Path(args.train_data_dir).resolve()
+    for flag in ("output_dir", "conditioning_cache_dir"):
+        if directory and Path(getattr(args, flag)).resolve().is_relative_to(directory):
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} is inside of --train_data_dir, where its files would count as data. "
+                "Give another folder."
+            )
+        check_writable(Path(getattr(args, flag)), f"--{flag}")
+
+
+def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[data.Picture], list[str]]:
+    """Return the data set, what is known of each picture, and the files that no metadata names."""
+    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
+    dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
+    unlisted = []
+    if args.dataset_name is None:
+        unlisted = data_report.unlisted_pictures(args.train_data_dir, dataset[args.image_column])
+    dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
+    column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
+    with tqdm(desc="Checking pictures", total=len(dataset), dynamic_ncols=True) as bar:
+        pictures = data.inspect_pictures(column, memory_dir, bar.update, positions)
+    return dataset, pictures, unlisted
+
+
+def find_long_captions(args: argparse.Namespace, usable: data_report.Usable) -> list[data.LongCaption] | None:
+    """Return the captions of over 77 tokens; None where no base was given that would say how they are split."""
+    overrides = {"tokenizer": args.pretrained_tokenizer_name_or_path}
+    base = args.pretrained_model_name_or_path or overrides["tokenizer"]
+    if base is None:
+        return None
+    sources = components.component_sources(base, overrides, args.revision, args.variant, args.cache_dir)
+    tokenizer = components.load("tokenizer", components.fetch("tokenizer", sources["tokenizer"]))
+    return data.find_long_captions(usable.captions, usable.pictures, tokenizer) if usable.captions else []
+
+
+def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data_page.Tile], int]:
+    """Return what there is to say, the pictures to show, and of how many these are."""
+    dataset, pictures, unlisted = find_pictures(args)
+    usable = data_report.usable_rows(dataset[args.caption_column][:], pictures)
+    long_captions = find_long_captions(args, usable)
+    column = dataset.select(usable.rows)[args.image_column]
+    shown = data_report.spread(len(column), MOST_SHOWN)
+    with tqdm(desc="Looking at pictures", total=len(column), dynamic_ncols=True) as bar:
+        how = (args.resolution, args.image_interpolation_mode)
+        looks = data_report.look_at_pictures(column, *how, shown, bar.update)
+    directory = args.train_data_dir if args.dataset_name is None else None
+    report = data_report.make_report(
+        pictures,
+        usable,
+        looks,
+        unlisted,
+        long_captions,
+        directory=directory,
+        resolution=args.resolution,
+        center_crop=args.center_crop,
+        refused=data_report.refusal(dataset, pictures, args.caption_column, args.skip_bad_images),
+    )
+    tiles = []
+    for row in shown:
+        picture = usable.pictures[row]
+        name, size = data_report.short_name(picture.name, directory), f"{picture.width_px} x {picture.height_px}"
+        tiles.append(data_page.Tile(name, size, usable.captions[row], looks[row].thumbnail))
+    return report, tiles, len(looks)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print and write the report, and return the exit code.
+
+    Raises:
+        UserError: training would not start.
+    """
+    validate_args(args)
+    report, tiles, picture_count = make_report(args)
+    output_dir = Path(args.output_dir)
+    page = output_dir / "data_report.html"
+    crops = "center crops" if args.center_crop else "random crops, of which the center is shown"
+    place = args.dataset_name or args.train_data_dir
+    settings = f"{place}: {args.resolution} px, {crops}, {args.image_interpolation_mode}"
+    write_atomically(page, data_page.as_page(report, settings, tiles, picture_count).encode())
+    if tiles:
+        few = [tiles[place] for place in data_report.spread(len(tiles), MOST_IN_PNG)]
+        save_png(output_dir / "data_contact_sheet.png", data_page.as_sheet(few))
+    print(data_page.as_text(report, str(page)))
+    print(f"The report with its pictures: {page}", flush=True)
+    if report.refusal:
+        raise UserError(report.refusal)
+    return int(args.strict and bool(report.findings))
+
+
+if __name__ == "__main__":
+    # The report says what these would say.
+    logging.getLogger("rasengan.data").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        sys.exit(main(parse_args()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        text = lost_place(error, "--output_dir or --conditioning_cache_dir")
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
