@@ -6,6 +6,8 @@ A `checkpoint-N` holds
     pytorch_lora_weights.safetensors      the adapter; in ema/ its running average, where there is one
     trainer_state.json                    where the run was, and its settings
     manifest.json                         the size and digest of each of these
+
+Beside them `best/` may hold the adapter of the lowest validation loss, and in `best.json` its step and loss.
 """
 
 import hashlib
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 EMA_FOLDER = "ema"
+BEST_FOLDER, BEST_FILE = "best", "best.json"
 
 # --- finding ---
 

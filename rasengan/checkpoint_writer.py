@@ -13,8 +13,10 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rasengan import UserError, adapter_writer, export, first_line
+from rasengan import UserError, adapter_reader, adapter_writer, adapters, export, first_line
 from rasengan.checkpoint import (
+    BEST_FILE,
+    BEST_FOLDER,
     EMA_FOLDER,
     STATE_FILE,
     find_damage,
@@ -23,7 +25,7 @@ from rasengan.checkpoint import (
     step_of,
     write_manifest,
 )
-from rasengan.files import sync_folder
+from rasengan.files import give_default_mode, sync, sync_folder
 
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,51 @@ class CheckpointWriter:
         content = json.dumps({"global_step": global_step} | state, indent=2).encode()
         self.pending = self.pool.submit(self._write, path, self._on_host(parts), content, keep_all)
         return path
+
+    def save_best(self, global_step: int, loss: float) -> None:
+        """Begin to write the adapter, or its average where there is one, to `best/`; what is written now ends first.
+
+        A checkpoint that is saved later, and knows of this step as the best, is thus on the disk after it.
+
+        Args:
+            global_step: the optimizer steps done.
+            loss: the validation loss, the lowest so far.
+
+        Raises:
+            UserError: the last write failed.
+        """
+        self.wait()
+        values = self.flat if self.ema is None else self.ema.shadow_params[0]
+        values = values.detach().to("cpu", copy=True)
+        content = json.dumps({"step": global_step, "loss": loss}, indent=2).encode()
+        self.pending = self.pool.submit(self._write_best, self.output_dir / BEST_FOLDER, values, content)
+
+    def _write_best(self, folder: Path, values: torch.Tensor, content: bytes) -> None:
+        # The adapter comes first: what best.json says of it is then never too good.
+        unfinished, adapter = folder.with_name(f".saving-{folder.name}"), self.layout.adapter(values)
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            adapter_writer.write_diffusers(unfinished, adapter)
+            self._check_written(unfinished / adapters.DIFFUSERS_FILE, adapter)
+            (unfinished / BEST_FILE).write_bytes(content)
+            folder.mkdir(exist_ok=True)
+            for file in (unfinished / adapters.DIFFUSERS_FILE, unfinished / BEST_FILE):
+                give_default_mode(file)
+                sync(file)
+                file.replace(folder / file.name)
+                sync_folder(folder)
+            unfinished.rmdir()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(_not_written(folder, error, {"flat": values})) from error
+
+    def _check_written(self, file: Path, adapter: adapters.Adapter) -> None:
+        written = adapter_reader.read_adapter(file)
+        for name, model in self.models.items():
+            mine, there = (adapters.fit_names(a.weights.get(name, {}), model) for a in (adapter, written))
+            if mine.keys() != there.keys() or not all(torch.equal(mine[key], there[key]) for key in mine):
+                raise OSError(0, f"what was written of the {name} reads otherwise")
 
     def _on_host(self, parts: dict) -> dict:
         """Return a copy of some state on the host, of this moment; those of the card go into buffers that are kept."""

@@ -95,6 +95,18 @@ def numbers_type(text: str) -> list[float]:
     return list(dict.fromkeys(values))
 
 
+def share_or_count_type(text: str) -> float | int:
+    """Return a share, a float between 0 and 1, or a count, a whole number of 1 or more."""
+    for kind, least, under in ((int, 1, math.inf), (float, 0.0, 1.0)):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if least <= value < under and value > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a share between 0 and 1 nor a whole number of 1 or more")
+
+
 def path_type(text: str) -> str:
     """Return a path or a hub id, with ~ as the home folder."""
     if not text.strip():

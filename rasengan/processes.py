@@ -152,16 +152,23 @@ def is_first() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def average(tensor: torch.Tensor) -> None:
-    """Replace the tensor by its mean over all processes, in place.
+def add_up(tensor: torch.Tensor) -> int:
+    """Replace the tensor by its sum over all processes, in place, and return how many these are.
 
     Raises:
         UserError: another process has ended.
     """
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        with _told_of_an_end():
-            torch.distributed.all_reduce(tensor)
-        tensor /= torch.distributed.get_world_size()
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return 1
+    with _told_of_an_end():
+        torch.distributed.all_reduce(tensor)
+    return torch.distributed.get_world_size()
+
+
+def average(tensor: torch.Tensor) -> None:
+    """Replace the tensor by its mean over all processes, in place, as `add_up` does its sum."""
+    if (processes := add_up(tensor)) > 1:
+        tensor /= processes
 
 
 @contextmanager

@@ -28,6 +28,7 @@ FREE_SETTINGS = {
     ),
     *("gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing", "vram_budget_gib"),
     *("cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs", "validation_inference_steps"),
+    *("validation_loss_steps", "save_best"),
     *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("resume_with_changes", "logging_steps", "report_to", "debug_loss", "push_to_hub", "hub_token", "hub_model_id"),
 }

@@ -76,6 +76,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         latents: Mapping[str, dict[str, torch.Tensor]] | None,
         prompts: Mapping[str, dict[str, torch.Tensor]] | None,
         *,
+        rows: list[int] | None = None,
         seed: int,
         resolution: int,
         interpolation: str,
@@ -87,17 +88,17 @@ class TrainingSamples(torch.utils.data.Dataset):
     ):
         self.column, self.pictures, self.captions = column, pictures, captions
         self.latents, self.prompts = latents, prompts
+        self.rows = list(range(len(pictures))) if rows is None else rows  # of the pictures that are drawn from
         self.seed, self.resolution, self.interpolation = seed, resolution, interpolation
         self.center_crop, self.random_flip = center_crop, random_flip
         self.scaling_factor, self.noise_offset = scaling_factor, noise_offset
         self.num_train_timesteps = num_train_timesteps
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        picture, captions = self.pictures[index], self.captions[index]
         side = self.resolution // 8
 
         # Everything is drawn, in this order, whether used or not: no flag changes what another one draws.
@@ -109,12 +110,38 @@ class TrainingSamples(torch.utils.data.Dataset):
         noise += self.noise_offset * torch.randn(4, 1, 1, generator=generator)
 
         flip = self.random_flip and flip_draw < 0.5
+        crop_draws = None if self.center_crop else (top_draw, left_draw)
+        return self.assemble(self.rows[index], timestep, noise, latent_noise, caption_draw, crop_draws, flip)
+
+    def assemble(
+        self,
+        row: int,
+        timestep: torch.Tensor,
+        noise: torch.Tensor,
+        latent_noise: torch.Tensor,
+        caption_draw: float,
+        crop_draws: tuple[float, float] | None = None,
+        flip: bool = False,
+    ) -> dict:
+        """Return the sample of a picture from what was drawn for it.
+
+        Args:
+            row: of the picture.
+            timestep: (), int64.
+            noise: (4, side, side), with side = resolution / 8.
+            latent_noise: of the same shape; the latent is its mean and this many standard deviations.
+            caption_draw: in [0, 1), which of its captions.
+            crop_draws: in [0, 1), how far from the top and from the left; None for the center.
+            flip: mirror it.
+        """
+        picture, captions = self.pictures[row], self.captions[row]
         size = resized_size(picture.height_px, picture.width_px, self.resolution)
-        if self.center_crop:
+        if crop_draws is None:
             top_left = center_crop_top_left(size, self.resolution)
         else:
-            free = (size[0] - self.resolution + 1, size[1] - self.resolution + 1)
-            top_left = (int(top_draw * free[0]), int(left_draw * free[1]))
+            top_left = tuple(
+                int(draw * (length - self.resolution + 1)) for draw, length in zip(crop_draws, size, strict=True)
+            )
         time_ids = sdxl.compute_time_ids(
             (picture.height_px, picture.width_px), top_left, (self.resolution, self.resolution)
         )
@@ -125,10 +152,11 @@ class TrainingSamples(torch.utils.data.Dataset):
             "time_ids": torch.tensor(time_ids, dtype=torch.float32),
         }
         if self.latents is not None:
-            row = self.latents[picture.digest]  # mean and std (2, 4, side, side): as it is, and flipped
-            sample["latents"] = (row["mean"][int(flip)] + row["std"][int(flip)] * latent_noise) * self.scaling_factor
+            moments = self.latents[picture.digest]  # mean and std (2, 4, side, side): as it is, and flipped
+            latents = moments["mean"][int(flip)] + moments["std"][int(flip)] * latent_noise
+            sample["latents"] = latents * self.scaling_factor
         else:
-            image = decode(read_bytes(self.column[index]))
+            image = decode(read_bytes(self.column[row]))
             sample["pixel_values"] = crop_pixels(image, self.resolution, self.interpolation, flip, top_left)
             sample["latent_noise"] = latent_noise
         caption = captions[int(caption_draw * len(captions))]

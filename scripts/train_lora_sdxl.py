@@ -58,6 +58,7 @@ from rasengan import (
     export,
     first_line,
     fused,
+    held_out,
     hub,
     kernels,
     locks,
@@ -72,7 +73,14 @@ from rasengan import (
     step,
     validation,
 )
-from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type, words_of_file
+from rasengan.command_line import (
+    Parser,
+    conditioning_cache_dir,
+    number_type,
+    path_type,
+    share_or_count_type,
+    words_of_file,
+)
 from rasengan.files import check_writable, lost_place, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
@@ -157,6 +165,12 @@ def make_parser() -> Parser:
     add("--validation_epochs", type=count, default=1, help="after the first, and then every so many [%(default)s]")
     add("--validation_inference_steps", type=count, default=25, help="denoising steps [%(default)s]")
 
+    add = parser.add_argument_group("validation loss", "of pictures that are held out of training").add_argument
+    share = "hold out a share, such as 0.05, or a number, such as 40 [none]"
+    add("--validation_split", type=share_or_count_type, help=share)
+    add("--validation_loss_steps", type=count, help="measure it every so many steps, and at both ends [each epoch]")
+    add("--save_best", action=switch, default=False, help="keep the adapter of the lowest in best/ [off]")
+
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--output_dir", type=path_type, default="sd-model-finetuned-lora", help="[%(default)s]")
     add("--checkpointing_steps", type=count, default=500, help="save every so many steps [%(default)s]")
@@ -211,6 +225,7 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
         "num_validation_images": not args.validation_prompt,
         "validation_epochs": not args.validation_prompt,
         "validation_inference_steps": not args.validation_prompt,
+        "validation_loss_steps": args.validation_split is None,
         "ema_decay": not args.use_ema,
         "use_8bit_adam": args.optimizer != "adamw",
         "vram_budget_gib": not torch.cuda.is_available(),
@@ -256,6 +271,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--enable_npu_flash_attention needs an Ascend NPU, and this trains on CUDA or CPU. Drop it.")
     if args.plan_only and not torch.cuda.is_available():
         raise UserError("--plan_only needs a CUDA GPU, whose memory it plans. Drop the flag.")
+    if args.save_best and args.validation_split is None:
+        raise UserError("--save_best needs a validation loss. Give --validation_split too, such as 0.05.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
     if found := idle_flags(args):
@@ -356,6 +373,13 @@ def show_validation(args, accelerator, base_images, images, global_step: int) ->
         validation.log_image(accelerator.trackers, "validation", grid, global_step)
 
 
+def note_validation_loss(args, accelerator, validation_loss, writer, global_step: int) -> None:
+    """Measure the loss of the held-out pictures, show it in the trackers, and keep the adapter if it is the best."""
+    accelerator.log(validation_loss.measure_tuned(global_step), step=global_step)
+    if args.save_best and accelerator.is_main_process and validation_loss.is_best(global_step):
+        writer.save_best(global_step, validation_loss.record["best"])
+
+
 def tell(text: str) -> None:
     """Say something to the user, also from inside a signal's handler, and to nobody where the terminal is gone."""
     with contextlib.suppress(OSError):
@@ -425,7 +449,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
     args.data_digest = data.data_digest(pictures, captions)
-    steps_per_epoch = math.ceil(len(pictures) / args.global_batch)
+    rows = held_out.split(pictures, args.validation_split, args.seed)
+    if args.validation_split is not None:
+        copies = f"; left out as their copies: {len(rows.copies)}" if rows.copies else ""
+        logger.info("%d of %d pictures are held out%s", len(rows.held_out), len(pictures), copies)
+    steps_per_epoch = math.ceil(len(rows.trained) / args.global_batch)
     args.total_steps = max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     overrides = components.component_overrides(vars(args))
     sources = components.component_sources(
@@ -506,7 +534,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         autocast=slow_because is not None and weight_dtype != torch.float32,
     )
     # In evaluation mode the modules run as PEFT wrote them, which needs autocast.
-    explain_losses = partial(compute_losses, autocast=weight_dtype != torch.float32)
+    evaluate_losses = partial(compute_losses, autocast=weight_dtype != torch.float32)
     train_step = step.TrainingStep(compute_losses, accelerator.backward, flat, as_graph)
 
     # --- the optimizer and its schedule, both over optimizer steps ---
@@ -529,7 +557,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         logger.info("There is no checkpoint in %s: starting afresh", output_dir)
 
     # --- data ---
-    training_set = samples.TrainingSamples(
+    make_samples = partial(
+        samples.TrainingSamples,
         dataset[args.image_column],
         pictures,
         captions,
@@ -544,6 +573,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         noise_offset=args.noise_offset,
         num_train_timesteps=len(alphas_cumprod),
     )
+    training_set = make_samples(rows=rows.trained)
     finish = partial(
         samples.encode_in_loop,
         device=device,
@@ -607,8 +637,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
     accelerator.init_trackers("text2image-fine-tune", config=settings)
     validation.log_settings(accelerator.trackers, settings)
+    adapted = list(models.values())
     if args.validation_prompt:
-        adapted = list(models.values())
         validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
         prompts_of = (args.validation_prompt, validation_prompts, tokenizers, text_encoders)
         embed = partial(validation.prompt_embeds, accelerator, *prompts_of)
@@ -621,8 +651,26 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
     writer = checkpoint_writer.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
     at_end.callback(writer.close)
-    state = public_settings(args) | {"memory_plan": list(plan)}
-    counts = f"{len(pictures)} pictures, {max_train_steps} steps of {args.global_batch}"
+
+    # --- the validation loss, without min-SNR weights, so that runs compare; first the base's ---
+    validation_loss = held_out.ValidationLoss(
+        make_samples(rows=rows.held_out),
+        partial(finish, trains_text=False),
+        partial(evaluate_losses, snr_gamma=None),
+        train_step.release,
+        device=device,
+        share=(accelerator.process_index, accelerator.num_processes),
+        batch_size=plan.micro_batch_size,
+        every=args.validation_loss_steps or steps_per_epoch,
+        record=held_out.resumed_record(state, args.validation_split, output_dir if args.save_best else None),
+    )
+    if rows.held_out and validation_loss.record["base"] is None:
+        with validation.evaluating(adapted), validation.adapters_disabled(adapted):
+            accelerator.log(validation_loss.measure_base(), step=0)
+    note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
+
+    state = public_settings(args) | {"memory_plan": list(plan), "validation_losses": validation_loss.record}
+    counts = f"{len(rows.trained)} pictures, {max_train_steps} steps of {args.global_batch}"
     logger.info(f"{counts}; {flat.numel():,} trainable parameters")
 
     # --- the loop ---
@@ -633,6 +681,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
     first_step, saved_s, is_stopping = global_step, time.monotonic(), False
     while global_step < max_train_steps and not is_stopping:
+        # After the checkpoint of the step: a run that ends in between measures when it is resumed.
+        if validation_loss.due(global_step):
+            with progress.paused(), validation.evaluating(adapted), averaged():
+                note_loss(global_step)
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss = torch.zeros((), device=device)
         try:
@@ -673,15 +725,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             for at_step, values in progress.read().items():
                 accelerator.log(values, step=at_step)
             accelerator.log({"lr": group["lr"] * group.get("d", 1.0)}, step=global_step)  # d is Prodigy's
-            bar.set_postfix(loss=f"{progress.train_loss:.4f}", images_per_s=f"{progress.images_per_second:.2f}")
+            shown = {"loss": f"{progress.train_loss:.4f}", "images_per_s": f"{progress.images_per_second:.2f}"}
+            bar.set_postfix(shown | validation_loss.shown())
             if plan.predicted_bytes and is_first_reading:
                 logger.info("Measured peak: %.2f GiB", memory.peak_reserved_gib(device))
             if progress.skipped_in_a_row >= diagnosis.MOST_SKIPPED or (progress.is_stuck() and is_last):
                 train_step.release()
                 # The weights of a checkpoint are good where a later step had a finite gradient.
                 good = checkpoint.last_name(output_dir, before=global_step - progress.skipped_in_a_row)
-                rows = (global_step, progress.skipped_in_a_row, good)
-                raise UserError(diagnosis.explain(unet, flat, batch, explain_losses, weight_dtype, *rows))
+                facts = (global_step, progress.skipped_in_a_row, good)
+                raise UserError(diagnosis.explain(unet, flat, batch, evaluate_losses, weight_dtype, *facts))
         if saves and progress.is_stuck():
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
@@ -709,6 +762,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             tell(f"  {resume_command}")
         return stopper.exit_code()
     stopper.release()
+    if rows.held_out:
+        with validation.evaluating(adapted), averaged():
+            note_loss(global_step)
+        logger.info(validation_loss.summary())
     if is_main:
         writer.finish()
 

@@ -154,6 +154,13 @@ def test_several_prompts_and_targets_are_lists(parse):
         ("--lr_scheduler", "square"),
         ("--image_interpolation_mode", "cubic"),
         ("--prediction_type", "sample"),
+        ("--validation_split", "0"),
+        ("--validation_split", "0.0"),
+        ("--validation_split", "1.0"),
+        ("--validation_split", "1.5"),
+        ("--validation_split", "-3"),
+        ("--validation_split", "nan"),
+        ("--validation_split", "half"),
         ("--no-rank", "4"),
         ("--lora_rank", "4"),
     ],
@@ -161,6 +168,13 @@ def test_several_prompts_and_targets_are_lists(parse):
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_the_name_of_its_flag(parse, argv):
     assert_refused(parse, list(argv), named=argv[0])
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.05", 0.05), (".5", 0.5), ("5e-2", 0.05), ("1", 1), ("40", 40)])
+def test_a_split_is_a_share_or_a_number(parse, parse_config, text, value):
+    for args in (parse(["--validation_split", text]), parse_config({"validation_split": value})):
+        assert args.validation_split == value
+        assert type(args.validation_split) is type(value)
 
 
 # --- the configuration file ---
@@ -274,9 +288,10 @@ def test_flags_that_can_do_nothing_are_named(train_script, parse):
         "--encode_batch_size=1",
     ]
     words += ["--num_validation_images=2", "--lr_warmup_steps=7", "--logging_dir=c"]
-    words += ["--num_train_epochs=3", "--max_train_steps=9"]
+    words += ["--num_train_epochs=3", "--max_train_steps=9", "--validation_loss_steps=5"]
     named = {"debug_loss", "dataset_config_name", "hub_model_id", "lr_power", "lr_num_cycles", "lr_step_rules"}
     named |= {"encode_batch_size", "num_validation_images", "lr_warmup_steps", "logging_dir", "num_train_epochs"}
+    named |= {"validation_loss_steps"}
     assert set(train_script.idle_flags(parse(words))) == {f"--{name}" for name in named}
 
 
@@ -285,6 +300,7 @@ def test_flags_that_do_something_are_not_named(train_script, parse):
     words = ["--dataset_name=x", "--debug_loss", "--dataset_config_name=a", "--push_to_hub", "--hub_model_id=b"]
     words += ["--lr_scheduler=polynomial", "--lr_power=2", "--encode_batch_size=1", "--validation_prompt=a"]
     words += ["--num_validation_images=2", "--lr_warmup_steps=7", "--num_train_epochs=3"]
+    words += ["--validation_split=4", "--validation_loss_steps=5"]
     assert train_script.idle_flags(parse(words)) == []
 
 

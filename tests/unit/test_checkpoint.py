@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from rasengan import UserError, checkpoint, checkpoint_writer, lora, resuming
+from rasengan import UserError, adapter_writer, checkpoint, checkpoint_writer, lora, optim, resuming
 
 
 STATE = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 16, "lora_target_modules": ["to_q", "to_k"]}
@@ -183,6 +183,50 @@ def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
     assert torch.equal(torch.cat([tensor.flatten() for tensor in saved.values()]), weights)
     optimizer = torch.load(path / "optimizer.bin", weights_only=True)
     assert optimizer["state"][0]["step"] == 1
+
+
+def kept_best(folder):
+    saved = load_file(folder / "best" / "pytorch_lora_weights.safetensors")
+    values = torch.cat([tensor.flatten() for tensor in saved.values()])
+    return values, json.loads((folder / "best" / "best.json").read_text())
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_the_best_is_the_adapter_of_the_moment_or_its_average(has_average, run, tmp_path):
+    run["ema"] = optim.make_ema(run["flat"], 0.9) if has_average else None
+    begun = run["flat"].detach().clone()
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
+    with torch.no_grad():
+        run["flat"].add_(1.0)
+        writer.save_best(3, 0.5)
+        run["flat"].add_(1.0)  # the next step, while it is written
+    writer.wait()
+    values, said = kept_best(tmp_path)
+    assert torch.equal(values, begun if has_average else begun + 1)
+    assert said == {"step": 3, "loss": 0.5}
+    assert {path.name for path in tmp_path.iterdir()} == {"best"}
+
+
+def test_a_best_that_reads_otherwise_than_it_was_written_leaves_the_former(run, tmp_path, monkeypatch):
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
+    writer.save_best(3, 0.5)
+    writer.wait()
+    values, said = kept_best(tmp_path)
+    write = adapter_writer.write_diffusers
+
+    def flip(folder, adapter):
+        write(folder, adapter)
+        file = folder / "pytorch_lora_weights.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(adapter_writer, "write_diffusers", flip)
+    writer.save_best(4, 0.4)
+    with pytest.raises(UserError, match="best cannot be written: what was written of the unet reads otherwise"):
+        writer.wait()
+    assert torch.equal(kept_best(tmp_path)[0], values)
+    assert kept_best(tmp_path)[1] == said
+    assert {path.name for path in tmp_path.iterdir()} == {"best"}
 
 
 def test_only_so_many_are_kept_and_one_more_until_the_run_has_ended_well(run, tmp_path):

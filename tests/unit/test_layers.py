@@ -14,7 +14,8 @@ FLOORS = [
     {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
     | {"single_file"},
     {"cache", "checkpoint", "data_report", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "data_page", "pipeline", "prompts", "resuming", "step", "tuned_model", "validation"},
+    {"checkpoint_writer", "data_page", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
+    | {"validation"},
     {"pairs"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,258 @@
+"""Pictures that are held out of training, and the model's loss on them.
+
+Each is met with the same noise, latent sample, caption and timesteps every time, one timestep in each band of the
+schedule: what changes between two measurements is the model alone. They are drawn from CPU generators seeded by the
+run's seed and the picture's content, so that another place in the data set changes nothing either.
+"""
+
+import logging
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rasengan import UserError, memory
+from rasengan.adapters import DIFFUSERS_FILE
+from rasengan.checkpoint import BEST_FILE, BEST_FOLDER
+from rasengan.data import Picture
+from rasengan.files import read_json_or_empty
+from rasengan.processes import add_up
+from rasengan.samples import TrainingSamples, collate, derive_seed, generator_for, prefetched
+
+
+logger = logging.getLogger(__name__)
+
+# A loss hangs on the timestep far more than on the picture: without bands the draw would decide the mean.
+BANDS = 4
+LOSS = "validation_loss"
+
+
+# --- which pictures ---
+
+
+class Split(NamedTuple):
+    """The rows of a data set: those trained on, those held out, and copies of the latter, which are neither."""
+
+    trained: list[int]
+    held_out: list[int]
+    copies: list[int]
+
+
+def split(pictures: list[Picture], size: float | int | None, seed: int) -> Split:
+    """Return which pictures are trained on and which are held out, chosen by the seed and their contents alone.
+
+    A picture that is added or removed changes the place of one other at most. Of copies, which have the same digest,
+    the first is taken for all.
+
+    Args:
+        pictures: all of the data set.
+        size: a share of the different pictures (float), how many of them (int), or None for none.
+        seed: the run's.
+
+    Raises:
+        UserError: nothing would be left to train on, or nothing be held out.
+    """
+    if size is None:
+        return Split(list(range(len(pictures))), [], [])
+    first = {}
+    for row, picture in enumerate(pictures):
+        first.setdefault(picture.digest, row)
+    there = f"{len(first)} different pictures"
+    if len(first) == 1:
+        raise UserError(
+            f"--validation_split is {size}, but there is only one picture. Give more pictures, or drop the flag."
+        )
+    count = round(size * len(first)) if isinstance(size, float) else size
+    if count == 0:
+        raise UserError(
+            f"--validation_split {size} of {there} holds out none. Give a larger share, or a number such as 1."
+        )
+    if count >= len(first):
+        raise UserError(
+            f"--validation_split {size} of {there} leaves none to train on. Give a smaller share or number."
+        )
+    chosen = set(sorted(first, key=lambda digest: derive_seed("held out", seed, digest))[:count])
+    held_out = sorted(first[digest] for digest in chosen)
+    outside = [row for row, picture in enumerate(pictures) if picture.digest in chosen]
+    trained = [row for row, picture in enumerate(pictures) if picture.digest not in chosen]
+    return Split(trained, held_out, sorted(set(outside) - set(held_out)))
+
+
+# --- their loss ---
+
+
+def band_edges(num_train_timesteps: int) -> list[tuple[int, int]]:
+    """Return the bands of the schedule as (first timestep, first of the next band)."""
+    return [(num_train_timesteps * n // BANDS, num_train_timesteps * (n + 1) // BANDS) for n in range(BANDS)]
+
+
+def fixed_sample(held_out: TrainingSamples, index: int, band: int) -> dict:
+    """Return a held-out picture's sample in a band: never mirrored, its crop the center, its noise without an offset.
+
+    Args:
+        held_out: the samples whose rows are held out.
+        index: which of them.
+        band: which of `BANDS`.
+    """
+    row, side = held_out.rows[index], held_out.resolution // 8
+    generator = generator_for("validation", held_out.seed, held_out.pictures[row].digest, band)
+    caption_draw = torch.rand((), generator=generator).item()
+    timestep = torch.randint(*band_edges(held_out.num_train_timesteps)[band], (), generator=generator)
+    latent_noise = torch.randn(4, side, side, generator=generator)
+    noise = torch.randn(4, side, side, generator=generator)
+    return held_out.assemble(row, timestep, noise, latent_noise, caption_draw)
+
+
+class ValidationLoss:
+    """Measures the loss of the held-out pictures, and knows the base's, the last and the lowest.
+
+    `record` holds these as JSON values, `base`, `last`, `best` and `best_step`, for a checkpoint to keep.
+    """
+
+    def __init__(
+        self,
+        held_out: TrainingSamples,
+        encode: Callable[[Iterator[dict]], Iterator[dict]],
+        compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        make_room: Callable[[], object],
+        *,
+        device: torch.device,
+        share: tuple[int, int],
+        batch_size: int,
+        every: int,
+        record: dict | None = None,
+    ):
+        """Take what is measured, and how.
+
+        Args:
+            held_out: the samples whose rows are held out; of none, no step is due.
+            encode: brings batches to the device, as `samples.encode_in_loop` does.
+            compute: returns the losses (B,) of a batch, as `step.compute_losses` does.
+            make_room: gives the memory back that training keeps; called if the rest does not suffice.
+            device: of the losses.
+            share: this process's number, and how many processes measure together.
+            batch_size: samples at once.
+            every: optimizer steps between two measurements.
+            record: of the run that is resumed.
+        """
+        self.held_out, self.encode, self.compute, self.make_room = held_out, encode, compute, make_room
+        self.device, self.share, self.batch_size, self.every = device, share, batch_size, every
+        self.record = dict(record or {"base": None, "last": None, "best": None, "best_step": None})
+
+    def due(self, global_step: int) -> bool:
+        """Say whether to measure after so many steps, the last one apart."""
+        return len(self.held_out) > 0 and global_step > 0 and global_step % self.every == 0
+
+    def measure_base(self) -> dict[str, float]:
+        """Return the loss as `measure` does; the models run without their adapters now."""
+        values = self.measure()
+        self.record["base"] = values[LOSS]
+        return values
+
+    def measure_tuned(self, global_step: int) -> dict[str, float]:
+        """Return the loss as `measure` does, after so many steps, and remember it."""
+        values = self.measure()
+        self.record["last"] = values[LOSS]
+        best = math.inf if self.record["best"] is None else self.record["best"]
+        if values[LOSS] < best:  # not so for a NaN
+            self.record |= {"best": values[LOSS], "best_step": global_step}
+        return values
+
+    def is_best(self, global_step: int) -> bool:
+        """Say whether the loss after so many steps is the lowest so far."""
+        return self.record["best_step"] == global_step
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return the mean loss by the names of its plots: of all samples, and of each band of timesteps.
+
+        The models are in evaluation mode already. All processes call it together; the boundaries of the batches hang
+        on the batch size alone, and the sum is taken in one order, so that any number of processes gives the same.
+        Draws from no global generator, and leaves no memory taken.
+
+        Raises:
+            UserError: one sample alone does not fit, or another process has ended.
+        """
+        keys = [(index, band) for index in range(len(self.held_out)) for band in range(BANDS)]
+        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        number, processes = self.share
+        mine = range(number, len(batches), processes)
+        losses = torch.zeros(len(keys), dtype=torch.float64, device=self.device)
+        collated = (collate([fixed_sample(self.held_out, *key) for key in batches[n]]) for n in mine)
+        size = self.batch_size
+        for n, batch in zip(mine, prefetched(collated), strict=True):
+            found, size = self._losses(batch, size)
+            start = n * self.batch_size
+            losses[start : start + len(found)] = found
+        add_up(losses)  # each is zero on all processes but one
+        memory.give_back(self.device)
+        by_band = losses.cpu().view(-1, BANDS).mean(dim=0)
+        edges = band_edges(self.held_out.num_train_timesteps)
+        named = {f"{LOSS}/t{low}-{end - 1}": loss for (low, end), loss in zip(edges, by_band.tolist(), strict=True)}
+        return {LOSS: by_band.mean().item()} | named
+
+    def _losses(self, batch: dict, size: int) -> tuple[torch.Tensor, int]:
+        """Return the losses (B,) of a batch, and how many samples were taken at once, which is as many as fit."""
+        total, made_room = len(batch["name"]), False
+        while True:
+            parts = ({k: v[start : start + size] for k, v in batch.items()} for start in range(0, total, size))
+            try:
+                return torch.cat([self.compute(part).double() for part in self.encode(parts)]), size
+            except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # they hold what was computed
+                if made_room and size == 1:
+                    raise UserError(
+                        "The validation loss of one picture does not fit into the card's memory. Lower --resolution, "
+                        "or train without --validation_split."
+                    ) from error
+                size, made_room = (max(1, min(size, total) // 2) if made_room else size), True
+            self.make_room()
+
+    # --- what is said of it ---
+
+    def shown(self) -> dict[str, str]:
+        """Return what the progress bar shows."""
+        return {} if self.record["last"] is None else {LOSS: f"{self.record['last']:.4f}"}
+
+    def summary(self) -> str:
+        """Return the base's loss beside the tuned model's, once both were measured."""
+        base, last, best, best_step = (self.record[name] for name in ("base", "last", "best", "best_step"))
+        lowest = "" if best is None else f"; the lowest was {best:.4f}, after step {best_step}"
+        change = f"{100 * (last / base - 1):+.1f} %"
+        return (
+            f"Validation loss of {len(self.held_out)} held-out pictures: base {base:.4f}, tuned {last:.4f} "
+            f"({change}){lowest}"
+        )
+
+
+def resumed_record(state: dict, size: float | int | None, output_dir: Path | None) -> dict | None:
+    """Return the record of a checkpoint's state, where it is of the same held-out pictures.
+
+    Args:
+        state: of the checkpoint, or empty.
+        size: the run's share or number of held-out pictures.
+        output_dir: where `best/` is; None where none is kept. What it holds may have been measured after the
+            checkpoint was written, of a step that the checkpoint has: then it counts. If it is not there, or its loss
+            is higher than the checkpoint's, the lowest begins anew, which is warned of.
+    """
+    record = state.get("validation_losses")
+    if record is None or state.get("validation_split") != size:
+        return None
+    if output_dir is None:
+        return record
+    folder = output_dir / BEST_FOLDER
+    kept = read_json_or_empty(folder / BEST_FILE) if (folder / DIFFUSERS_FILE).is_file() else {}
+    step, loss = kept.get("step", math.inf), kept.get("loss", math.inf)
+    known = math.inf if record["best"] is None else record["best"]
+    if loss < known and step <= state["global_step"]:
+        return record | {"best": loss, "best_step": step}
+    if loss > known:
+        logger.warning(
+            "%s does not hold the adapter of step %d, which had the lowest validation loss: --save_best begins anew",
+            *(folder, record["best_step"]),
+        )
+        return record | {"best": None, "best_step": None}
+    return record

@@ -1,0 +1,239 @@
+import json
+import math
+
+import pytest
+import torch
+
+from rasengan import UserError, held_out
+from rasengan.data import Picture
+from rasengan.samples import TrainingSamples
+
+
+PICTURES = [Picture(f"{n}.png", f"digest {n}", 64, 64, None, n) for n in range(100)]
+
+
+def digests(rows, pictures=PICTURES):
+    return {pictures[row].digest for row in rows}
+
+
+# --- which pictures ---
+
+
+def test_without_a_size_all_are_trained_on():
+    assert held_out.split(PICTURES, None, 0) == held_out.Split(list(range(100)), [], [])
+
+
+@pytest.mark.parametrize(("size", "count"), [(0.05, 5), (0.126, 13), (40, 40), (1, 1), (99, 99), (0.99, 99)])
+def test_a_share_or_a_number_is_held_out_and_the_rest_is_trained_on(size, count):
+    rows = held_out.split(PICTURES, size, 0)
+    assert len(rows.held_out) == count
+    assert sorted(rows.held_out + rows.trained) == list(range(100))
+    assert rows.copies == []
+
+
+def test_the_seed_and_the_contents_alone_choose():
+    chosen = digests(held_out.split(PICTURES, 20, 7).held_out)
+    shuffled = [PICTURES[n]._replace(name="another", position=0) for n in torch.randperm(100).tolist()]
+    assert digests(held_out.split(shuffled, 20, 7).held_out, shuffled) == chosen
+    assert digests(held_out.split(PICTURES, 20, 8).held_out) != chosen
+
+
+@pytest.mark.parametrize("size", [20, 0.2])
+def test_a_picture_that_is_added_moves_one_other_at_most(size):
+    chosen = digests(held_out.split(PICTURES, size, 0).held_out)
+    for n in range(50):
+        more = [Picture("new.png", f"new {n}", 64, 64, None), *PICTURES]
+        now = digests(held_out.split(more, size, 0).held_out, more)
+        assert len(chosen - now) <= 1
+        assert len(now - chosen) <= 1
+
+
+def test_copies_are_held_out_with_their_picture_and_count_once():
+    pictures = [picture for picture in PICTURES for _ in range(3)]
+    rows = held_out.split(pictures, 0.1, 0)
+    assert digests(rows.held_out, pictures) == digests(held_out.split(PICTURES, 0.1, 0).held_out)
+    assert len(rows.held_out) == 10
+    assert len(rows.copies) == 20
+    assert digests(rows.copies, pictures) == digests(rows.held_out, pictures)
+    assert sorted(rows.trained + rows.held_out + rows.copies) == list(range(300))
+
+
+@pytest.mark.parametrize("size", [0.001, 100, 200, 0.999])
+def test_a_split_that_leaves_nothing_on_one_side_is_refused(size):
+    with pytest.raises(UserError, match=rf"--validation_split {size} of 100 different pictures .*\. Give a "):
+        held_out.split(PICTURES, size, 0)
+
+
+# --- what is drawn ---
+
+
+def samples_of(rows, pictures=PICTURES, captions=("one", "two", "three")):
+    latents = {p.digest: {"mean": torch.ones(1, 4, 8, 8), "std": torch.full((1, 4, 8, 8), 2.0)} for p in pictures}
+    options = {"seed": 0, "resolution": 64, "interpolation": "lanczos", "center_crop": True, "random_flip": True}
+    options |= {"scaling_factor": 0.5, "noise_offset": 3.0, "num_train_timesteps": 1000}
+    return TrainingSamples([], pictures, [list(captions)] * len(pictures), latents, None, rows=rows, **options)
+
+
+def test_a_sample_is_a_function_of_seed_picture_and_band():
+    held, turned = samples_of([50, 3]), samples_of([96], PICTURES[::-1])
+    state = torch.get_rng_state()
+    for band in range(held_out.BANDS):
+        one, other = held_out.fixed_sample(held, 1, band), held_out.fixed_sample(turned, 0, band)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name], name
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_band_has_its_timesteps_and_noise_without_an_offset():
+    held, captions, noises = samples_of(list(range(100))), set(), []
+    for band in range(held_out.BANDS):
+        drawn = [held_out.fixed_sample(held, index, band) for index in range(100)]
+        timesteps = torch.stack([sample["timesteps"] for sample in drawn])
+        assert timesteps.dtype == torch.int64
+        assert 250 * band <= timesteps.min() < 250 * band + 15
+        assert 250 * band + 235 < timesteps.max() < 250 * (band + 1)
+        captions |= {sample["caption"] for sample in drawn}
+        noises += [sample["noise"] for sample in drawn]
+        latent_noise = torch.stack([(sample["latents"] / 0.5 - 1) / 2 for sample in drawn])
+        assert abs(latent_noise.std() - 1) < 0.02
+    assert captions == {"one", "two", "three"}
+    noises = torch.stack(noises)
+    assert noises.mean(dim=(2, 3)).std() < 0.2  # an offset of 3 would show here
+    assert len(noises.unique(dim=0)) == 400
+
+
+# --- measuring ---
+
+
+def measurer(rows, batch_size=3, compute=None, share=(0, 1), **options):
+    compute = compute or (lambda batch: batch["timesteps"].float() + batch["noise"].mean(dim=(1, 2, 3)))
+    room = options.pop("make_room", lambda: None)
+    options = {"device": torch.device("cpu"), "share": share, "batch_size": batch_size, "every": 5} | options
+    return held_out.ValidationLoss(samples_of(rows), lambda batches: batches, compute, room, **options)
+
+
+def test_the_mean_and_those_of_the_bands_are_of_all_samples():
+    rows = [4, 8, 15]
+    values = measurer(rows).measure()
+    drawn = [[held_out.fixed_sample(samples_of(rows), i, band) for i in range(3)] for band in range(4)]
+    expected = [sum(float(s["timesteps"] + s["noise"].mean()) for s in band) / 3 for band in drawn]
+    names = ["validation_loss/t0-249", "validation_loss/t250-499", "validation_loss/t500-749"]
+    assert list(values) == ["validation_loss", *names, "validation_loss/t750-999"]
+    assert list(values.values()) == pytest.approx([sum(expected) / 4, *expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_no_batch_size_leaves_a_sample_out(batch_size):
+    assert measurer([4, 8, 15], batch_size).measure() == pytest.approx(measurer([4, 8, 15]).measure(), rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_the_shares_of_several_processes_are_together_that_of_one(processes, monkeypatch):
+    shares = []
+    monkeypatch.setattr(held_out, "add_up", lambda losses: shares.append(losses.clone()))
+    whole = measurer([4, 8, 15]).measure()
+    (expected,) = shares
+    shares.clear()
+    for number in range(processes):
+        measurer([4, 8, 15], share=(number, processes)).measure()
+    assert torch.equal(sum(shares), expected)  # to the bit, as the boundaries of the batches are the same
+    monkeypatch.setattr(held_out, "add_up", lambda losses: losses.copy_(expected))
+    assert measurer([4, 8, 15], share=(1, processes)).measure() == whole
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_parts_once_room_was_made():
+    sizes, room = [], []
+
+    def compute(batch):
+        sizes.append(len(batch["noise"]))
+        if sizes[-1] > 2 or not room:
+            raise torch.OutOfMemoryError
+        return batch["timesteps"].float()
+
+    values = measurer([4, 8, 15], 8, compute, make_room=lambda: room.append(1)).measure()
+    assert values == measurer([4, 8, 15], 8, lambda batch: batch["timesteps"].float()).measure()
+    assert sizes == [8, 8, 4, 2, 2, 2, 2, 2, 2]
+    assert room
+
+
+def test_a_sample_that_does_not_fit_alone_is_an_error_with_the_remedy():
+    def compute(batch):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError, match="one picture does not fit.*Lower --resolution, or train without"):
+        measurer([4], 8, compute).measure()
+
+
+def test_measuring_keeps_no_gradient_and_draws_from_no_global_generator():
+    state = torch.get_rng_state()
+    weight = torch.ones((), requires_grad=True)
+    seen = []
+
+    def compute(batch):
+        seen.append(batch["timesteps"] * weight)
+        return seen[-1]
+
+    measurer([4], 8, compute).measure()
+    assert not any(losses.requires_grad for losses in seen)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- the record ---
+
+
+def test_steps_are_due_where_something_is_held_out():
+    assert [step for step in range(16) if measurer([4]).due(step)] == [5, 10, 15]
+    assert not any(measurer([]).due(step) for step in range(16))
+
+
+def test_the_record_knows_the_base_the_last_and_the_lowest(monkeypatch):
+    loss = measurer([4])
+    losses = iter([3.0, math.nan, 2.0, 1.0, 1.0, math.nan, 4.0])
+    monkeypatch.setattr(loss, "measure", lambda: {"validation_loss": next(losses)})
+    assert loss.shown() == {}
+    loss.measure_base()
+    best = []
+    for step in range(1, 7):
+        loss.measure_tuned(step)
+        best.append(loss.is_best(step))
+    assert best == [False, True, True, False, False, False]
+    assert loss.record == {"base": 3.0, "last": 4.0, "best": 1.0, "best_step": 3}
+    assert loss.shown() == {"validation_loss": "4.0000"}
+    assert loss.summary() == (
+        "Validation loss of 1 held-out pictures: base 3.0000, tuned 4.0000 (+33.3 %); the lowest was 1.0000, after "
+        "step 3"
+    )
+
+
+RECORD = {"base": 3.0, "last": 2.5, "best": 2.0, "best_step": 4}
+STATE = {"validation_losses": RECORD, "validation_split": 0.1, "global_step": 8}
+
+
+def put_best(folder, step, loss):
+    (folder / "best").mkdir()
+    (folder / "best" / "pytorch_lora_weights.safetensors").touch()
+    (folder / "best" / "best.json").write_text(json.dumps({"step": step, "loss": loss}))
+
+
+@pytest.mark.parametrize(("state", "size"), [({}, 0.1), (STATE, 0.2), (STATE, None), ({"global_step": 8}, 0.1)])
+def test_the_record_of_other_pictures_is_not_gone_on_with(state, size, tmp_path):
+    assert held_out.resumed_record(state, size, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "best"),
+    [(4, 2.0, (2.0, 4)), (10, 1.5, (2.0, 4)), (8, 1.5, (1.5, 8)), (2, 2.5, (None, None))],
+    ids=["its own", "of a step that was lost", "measured after the checkpoint", "worse"],
+)
+def test_the_best_that_is_on_the_disk_is_compared_with_the_checkpoints(step, loss, best, tmp_path, caplog):
+    put_best(tmp_path, step, loss)
+    record = held_out.resumed_record(STATE, 0.1, tmp_path)
+    assert record == RECORD | {"best": best[0], "best_step": best[1]}
+    assert ("--save_best begins anew" in caplog.text) == (best[0] is None)
+
+
+def test_a_best_that_is_gone_begins_anew_and_is_told(tmp_path, caplog):
+    assert held_out.resumed_record(STATE, 0.1, None) == RECORD
+    assert held_out.resumed_record(STATE, 0.1, tmp_path) == RECORD | {"best": None, "best_step": None}
+    assert "does not hold the adapter of step 4" in caplog.text
