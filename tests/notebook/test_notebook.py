@@ -63,7 +63,10 @@ def settings(tiny_base, picture_set, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def new_session(settings, tmp_path_factory):
-    """Function that opens a session with the settings and further ones, as a context."""
+    """Function that opens a session with the settings and further ones, as a context.
+
+    `begin_in` is the working directory; Jupyter begins in the notebook's.
+    """
     home = tmp_path_factory.mktemp("home")
     environment = os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -74,9 +77,9 @@ def new_session(settings, tmp_path_factory):
     }
 
     @contextlib.contextmanager
-    def open_session(**further):
+    def open_session(begin_in=NOTEBOOK.parent, **further):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
-        resources = {"metadata": {"path": str(NOTEBOOK.parent)}}  # where Jupyter starts a kernel
+        resources = {"metadata": {"path": str(begin_in)}}
         client = NotebookClient(notebook, timeout=600, resources=resources)
         with client.setup_kernel(env=environment):
             yield Session(client, settings | further)
@@ -190,11 +193,14 @@ def test_the_downloads_are_there(whole, place):
     assert not [name for name in names if "checkpoint-" in name or "/logs/" in name]
 
 
-def test_a_command_that_fails_stops_the_notebook_with_the_scripts_own_line(new_session, tmp_path):
-    with new_session(learning_rate="fast", folder=str(tmp_path)) as session:
+def test_without_a_checkout_one_is_cloned_and_a_command_that_fails_stops_with_its_own_line(new_session, tmp_path):
+    pretend = nbformat.v4.new_code_cell("gpu = True", id="pretend")  # so that the plan is asked for, and refused
+    with new_session(tmp_path, repository=str(ROOT), folder=str(tmp_path / "drive")) as session:
+        session.client.nb.cells.insert(session.client.nb.cells.index(session.cells["plan"]), pretend)
         with pytest.raises(CellExecutionError) as caught:
-            session.run("settings", "install", "drive", "plan", "train", "there")
+            session.run("settings", "install", "drive", "pretend", "plan", "train")
+    assert (tmp_path / "rasengan-xl" / "scripts").is_dir()
     assert caught.value.ename == "RuntimeError"
-    assert caught.value.evalue.startswith("error: argument --learning_rate: 'fast' is not a number")
-    assert "Traceback" in session.text("train")  # the launcher's own, below that line
-    assert session.cells["there"]["execution_count"] is None
+    assert caught.value.evalue.startswith("error: --plan_only needs a CUDA GPU")
+    assert "Traceback" in session.text("plan")  # the launcher's own, below that line
+    assert session.cells["train"]["execution_count"] is None
