@@ -1,0 +1,58 @@
+"""The commands that README shows are commands that the scripts take."""
+
+import re
+import shlex
+import sys
+from importlib import util
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_commands() -> list[tuple[str, list[str]]]:
+    """Return the script and the arguments of each command in README's fenced blocks that names a script of ours."""
+    commands = []
+    for block in re.findall(r"^```(?:bash|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if "scripts/" in line else []
+            scripts = [word for word in words if re.fullmatch(r"scripts/\w+\.py", word)]
+            if scripts:
+                arguments = words[words.index(scripts[0]) + 1 :]
+                # Behind the name `...` stands for the flags that every command of the script has; else for a value.
+                commands.append((Path(scripts[0]).stem, arguments[arguments[:1] == ["..."] :]))
+    return commands
+
+
+COMMANDS = readme_commands()
+
+
+def test_readme_shows_a_command_of_every_script():
+    assert {script for script, _ in COMMANDS} == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+
+
+@pytest.mark.parametrize(("script", "arguments"), COMMANDS, ids=[f"{s} {shlex.join(a)[-50:]}" for s, a in COMMANDS])
+def test_the_script_takes_the_command(script, arguments, load, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    load(script).parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Function that loads a script, each once."""
+    scripts = {}
+
+    def load_once(name: str):
+        if name not in scripts:
+            spec = util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+            scripts[name] = util.module_from_spec(spec)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(sys.modules, "gradio", MagicMock())  # which app.py needs, but not to parse
+                spec.loader.exec_module(scripts[name])
+        return scripts[name]
+
+    return load_once
