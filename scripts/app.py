@@ -21,7 +21,7 @@ from pathlib import Path
 import diffusers
 import transformers
 
-from rasengan import UserError, components, memory, processes, sdxl, sheets
+from rasengan import UserError, components, first_line, memory, processes, sdxl, sheets
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.command_line import Parser, number_type, path_type
@@ -251,7 +251,9 @@ def main(args: argparse.Namespace) -> None:
         try:
             blocks.launch(share=args.share, server_port=args.port, theme=theme, css=STYLE, **off)
         except OSError as error:
-            raise UserError(f"--port {args.port} cannot be served: {error}. Give another if it is taken.") from error
+            is_taken = "empty port" in str(error)  # as Gradio says it
+            reason = "is taken" if is_taken else f"cannot be served: {first_line(error).rstrip('.')}"
+            raise UserError(f"--port {args.port} {reason}. Give another.") from error
 
 
 if __name__ == "__main__":
