@@ -57,10 +57,10 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
 
 
 def check_layout(adapter: Adapter, layout: str) -> None:
-    """Check that a layout can hold an adapter of this kind.
+    """Check that a layout can hold an adapter of this kind, and that its weights are those that its settings say.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or they are not.
     """
     for name, config in adapter.configs.items():
         if layout == "diffusers" and kind_of(config) != "LORA":
@@ -69,6 +69,11 @@ def check_layout(adapter: Adapter, layout: str) -> None:
                 "peft or kohya."
             )
         for module, parts in by_module(adapter.weights[name]).items():
+            if "lora_A.weight" in parts and len(parts["lora_A.weight"]) != rank_of(config, module):
+                raise UserError(
+                    f"{module} has rank {len(parts['lora_A.weight'])}, but the adapter's settings say "
+                    f"{rank_of(config, module)}. Give the adapter as its training left it."
+                )
             whole = parts.keys() == {"lokr_w1", "lokr_w2"}
             if layout == "kohya" and whole and strength_of(config, module) != 1:
                 raise UserError(

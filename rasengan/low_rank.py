@@ -31,7 +31,7 @@ def resize_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Kept]]:
     in float64, the result is fp32. DoRA's vector stays as it is.
 
     Raises:
-        UserError: it is a LoHa or a LoKr.
+        UserError: it is a LoHa or a LoKr, or not finite.
     """
     weights, configs, kept = {}, {}, {}
     for name, config in adapter.configs.items():
@@ -39,6 +39,8 @@ def resize_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Kept]]:
             raise UserError(f"The {name}'s adapter is a {kind_of(config)}. --resize_rank takes LoRAs alone.")
         weights[name], ranks, norms = {}, {}, []
         for module, parts in by_module(adapter.weights[name]).items():
+            if not all(torch.isfinite(tensor).all() for tensor in parts.values()):
+                raise UserError(f"The {name}'s {module} is not finite: the adapter is damaged. Give another.")
             resized, before, after = _resized(parts, strength_of(config, module), rank)
             ranks[module] = len(resized["lora_A.weight"])
             weights[name] |= {f"{module}.{part}": tensor for part, tensor in resized.items()}
