@@ -98,7 +98,7 @@ def measure_decode(bench: Bench) -> dict:
             vae.enable_tiling()
             vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
         times_ms = []
-        memory.give_back(device)
+        memory.give_back()
         before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
         memory.reset_peak(device)
         for _ in range(6):

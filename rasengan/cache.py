@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, data, locks, sdxl
+from rasengan import UserError, components, data, locks, memory, sdxl
 from rasengan.files import read_json_or_empty, write_atomically
 from rasengan.processes import is_first, wait_for_everyone
 
@@ -300,5 +300,5 @@ def fill(
                 for shards, share in zip(caches, shares, strict=True):
                     shards.build(share, encode, batch_size, bar.update)
             del encode
-            components.free_memory()
+            memory.give_back()
         wait_for_everyone()

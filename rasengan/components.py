@@ -1,7 +1,6 @@
 """Where each SDXL component is, whether it fits the others, and how it is loaded: by itself, in its precision."""
 
 import fnmatch
-import gc
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -358,10 +357,3 @@ def _scheduler_class(folder: Path) -> type[SchedulerMixin]:
             f"{COMPONENT_FLAGS['scheduler']}."
         )
     return found
-
-
-def free_memory() -> None:
-    """Give the memory of dropped models back to the host and the card."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

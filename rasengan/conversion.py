@@ -69,6 +69,9 @@ def check_layout(adapter: Adapter, layout: str) -> None:
                 "peft or kohya."
             )
         for module, parts in by_module(adapter.weights[name]).items():
+            if ("lora_A.weight" in parts) != ("lora_B.weight" in parts):
+                missing = "lora_A" if "lora_B.weight" in parts else "lora_B"
+                raise UserError(f"{module} has no {missing}. Give the adapter as its training left it.")
             if "lora_A.weight" in parts and len(parts["lora_A.weight"]) != rank_of(config, module):
                 raise UserError(
                     f"{module} has rank {len(parts['lora_A.weight'])}, but the adapter's settings say "

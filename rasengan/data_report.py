@@ -1,54 +1,26 @@
-"""What there is to know of a data set before training: its numbers, and what should be mended, with the remedy.
+"""What there is to know of a data set before training: its numbers, and what should be mended, with the remedy."""
 
-Pictures are found, decoded, cropped and refused by the functions of training, so that what is said here happens there.
-"""
-
-import io
 import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
-import numpy as np
-from PIL import ExifTags, Image
-
-from rasengan import UserError, data, first_line
-from rasengan.data import LongCaption, Picture
-from rasengan.near_duplicates import Fingerprint, fingerprint, similar_groups
+from rasengan.data import LongCaption, Picture, resized_size
+from rasengan.data_survey import Look, Usable
+from rasengan.near_duplicates import similar_groups
 
 
-THUMBNAIL_PX = 256
 MOST_WORDS = 60  # an English caption with so many words and signs takes about the 77 tokens
 COMMON_WORDS = 20
 # Words that say nothing of a picture.
 FILL_WORDS = set("a an and are at by for from in into is it its of on or the to with".split())
 SIDES_PX = (256, 512, 768, 1024, 1536)
 ASPECTS = {"under 1:2": 0.5, "1:2 to 4:5": 0.8, "4:5 to 5:4": 1.25, "5:4 to 2:1": 2.0}
-
-
-class Look(NamedTuple):
-    """What a picture looks like."""
-
-    kind: str  # format and mode of the file
-    is_turned: bool  # by its EXIF orientation
-    fingerprint: Fingerprint
-    thumbnail: bytes  # of its crop, a JPEG; empty where it is not shown
-
-
-class Usable(NamedTuple):
-    """What can be trained on, row by row, and the captions that are none."""
-
-    rows: list[int]
-    pictures: list[Picture]
-    captions: list[list[str]]
-    bad_captions: list[tuple[str, str]]  # the picture's name, and what stands there
 
 
 class Finding(NamedTuple):
@@ -67,98 +39,6 @@ class Report(NamedTuple):
     histograms: dict[str, dict[str, int]]
     findings: list[Finding]
     refusal: str  # training's words where it would not start, else empty
-
-
-# --- reading ---
-
-
-def unlisted_pictures(directory: str, column: datasets.Column) -> list[str]:
-    """Return the picture files of a folder that no line of its metadata names; `column` is undecoded."""
-    named = {os.path.abspath(record["path"]) for record in column if record and record["path"]}
-    files = sorted(path for path in data.list_files(directory) if data.is_picture_name(path))
-    return [str(path) for path in files if os.path.abspath(path) not in named]
-
-
-def refusal(dataset: datasets.Dataset, pictures: list[Picture], caption_column: str, skip: bool) -> str:
-    """Return the line by which training refuses these pictures and captions; empty where it takes them."""
-    try:
-        dataset, pictures = data.leave_out_broken(dataset, pictures, skip)
-        data.read_captions(dataset[caption_column][:], pictures)
-    except UserError as error:
-        return re.sub(":$", ".", first_line(error))  # after the colon training lists the pictures
-    return ""
-
-
-def usable_rows(captions: Collection, pictures: list[Picture]) -> Usable:
-    """Return the rows whose picture can be decoded, and whose captions are texts."""
-    usable = Usable([], [], [], [])
-    for row, (value, picture) in enumerate(zip(captions, pictures, strict=True)):
-        if picture.error:
-            continue
-        try:
-            usable.captions.append(data.read_captions([value], [picture])[0])
-        except UserError:
-            usable.bad_captions.append((picture.name, repr(value)))
-        else:
-            usable.rows.append(row)
-            usable.pictures.append(picture)
-    return usable
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Return at most so many of the numbers below `count`, evenly spread."""
-    return sorted({number * count // most for number in range(most)}) if count > most else list(range(count))
-
-
-def look_at_pictures(
-    column: datasets.Column,
-    resolution: int,
-    interpolation: str,
-    shown: Collection[int],
-    on_picture: Callable[[], object] = lambda: None,
-) -> list[Look]:
-    """Decode every picture; thumbnails are kept of those that are shown, so that memory hardly grows with the others.
-
-    Args:
-        column: undecoded, of pictures that can be decoded.
-        resolution: side of the crops, in px.
-        interpolation: one of `data.INTERPOLATIONS`.
-        shown: the rows to keep a thumbnail of.
-        on_picture: called after each picture.
-    """
-    with ThreadPoolExecutor() as pool:
-        look = partial(_look, column, resolution, interpolation, frozenset(shown), on_picture)
-        return list(pool.map(look, range(len(column))))
-
-
-def _look(column, resolution: int, interpolation: str, shown: frozenset, on_picture: Callable, row: int) -> Look:
-    content = data.read_bytes(column[row])
-    with Image.open(io.BytesIO(content)) as stored:
-        kind = f"{stored.format} {stored.mode}"
-        is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    image = data.decode(content)
-    thumbnail = as_jpeg(center_crop(image, resolution, interpolation)) if row in shown else b""
-    on_picture()
-    return Look(kind, is_turned, fingerprint(image), thumbnail)
-
-
-def center_crop(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
-    """Return the picture as training crops it at its center, as one of `resolution` px a side."""
-    top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, resolution), resolution)
-    pixels = data.crop_pixels(image, resolution, interpolation, False, top_left)
-    levels = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(levels.numpy()))
-
-
-def as_jpeg(image: Image.Image) -> bytes:
-    """Return a JPEG of the picture, at most `THUMBNAIL_PX` a side."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    small.save(file, "JPEG", quality=85)
-    return file.getvalue()
-
-
-# --- saying ---
 
 
 def make_report(
@@ -268,7 +148,7 @@ def common_words(captions: list[str]) -> dict[str, int]:
 
 def crop_loss(picture: Picture, resolution: int) -> float:
     """Return the share of the picture's area that its square crop leaves out."""
-    height, width = data.resized_size(picture.height_px, picture.width_px, resolution)
+    height, width = resized_size(picture.height_px, picture.width_px, resolution)
     return (height * width - resolution**2) / (height * width)
 
 

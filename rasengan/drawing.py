@@ -68,7 +68,7 @@ class Denoiser:
         """Give the graphs' memory back; the next prediction captures anew."""
         self.graphs.clear()
         self.pool = None
-        memory.give_back(self.unet.device)
+        memory.give_back()
 
 
 def timesteps_of(scheduler: SchedulerMixin, num_inference_steps: int, strength: float | None) -> torch.Tensor:

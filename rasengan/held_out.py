@@ -188,7 +188,7 @@ class ValidationLoss:
             start = n * self.batch_size
             losses[start : start + len(found)] = found
         add_up(losses)  # each is zero on all processes but one
-        memory.give_back(self.device)
+        memory.give_back()
         by_band = losses.cpu().view(-1, BANDS).mean(dim=0)
         edges = band_edges(self.held_out.num_train_timesteps)
         named = {f"{LOSS}/t{low}-{end - 1}": loss for (low, end), loss in zip(edges, by_band.tolist(), strict=True)}

@@ -134,6 +134,12 @@ def _kernels_for(x: torch.Tensor, width: int, widest: int) -> _Kernels | None:
     return _load(x.dtype, x.device) if fits else None
 
 
+def _kernels_for_pictures(x: torch.Tensor) -> _Kernels | None:
+    """Return the kernels for pictures (N, C, H, W) that are in channels_last already, or None."""
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    return _kernels_for(x, x.shape[1], 4096) if is_last else None
+
+
 def prepare(dtype: torch.dtype, device: torch.device) -> bool:
     """Compile now rather than in the first step, and say whether the kernels can be used."""
     if device.type != "cuda" or dtype not in MACROS:
@@ -269,7 +275,7 @@ def group_norm(
 def group_norm_statistics(x: torch.Tensor, shift: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
     """Return mean and 1 / standard deviation (N, groups, 2) of the groups of x + shift, as `group_norm` takes them."""
     pictures, channels, height, width = x.shape
-    kernels = _kernels_for(x, channels, 4096) if x.is_contiguous(memory_format=torch.channels_last) else None
+    kernels = _kernels_for_pictures(x)
     if kernels is None:
         shifted = x if shift is None else x + shift[:, :, None, None]
         variance, mean = torch.var_mean(shifted.reshape(pictures, groups, -1), dim=-1, correction=0)
@@ -293,7 +299,7 @@ def group_norm_forward(
 ) -> torch.Tensor:
     """Return silu(GroupNorm(x + shift)) (N, C, H, W) by statistics (N, groups, 2) that may be of more than x."""
     _, channels, height, width = x.shape
-    kernels = _kernels_for(x, channels, 4096) if x.is_contiguous(memory_format=torch.channels_last) else None
+    kernels = _kernels_for_pictures(x)
     if kernels is None:
         shifted = x if shift is None else x + shift[:, :, None, None]
         mean, rstd = statistics.repeat_interleave(channels // groups, dim=1).unbind(-1)  # each (N, C)

@@ -52,16 +52,15 @@ def host_peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # which Linux counts in KiB
 
 
-def give_back(device: torch.device) -> None:
+def give_back() -> None:
     """Return what is cached but not used to the card."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # which does nothing where no card is in use
 
 
 def measure_peak(run: Callable[[], object], device: torch.device) -> int | None:
     """Return the bytes that PyTorch reserved at most while something ran, or None where they did not suffice."""
-    give_back(device)
+    give_back()
     reset_peak(device)
     try:
         run()
@@ -69,7 +68,7 @@ def measure_peak(run: Callable[[], object], device: torch.device) -> int | None:
         return None
     finally:
         peak = torch.cuda.max_memory_reserved(device)
-        give_back(device)
+        give_back()
     return peak
 
 

@@ -227,7 +227,7 @@ class PairDrawer:
         # Outside of the clause above, whose error keeps what was loaded in part.
         for model in models:
             model.to("cpu")
-        memory.give_back(self.pipeline.device)
+        memory.give_back()
         return _refused_memory(call)
 
 

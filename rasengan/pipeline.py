@@ -95,7 +95,7 @@ class Pipeline:
     def drop_unet(self) -> None:
         """Give the UNet's memory back; the next `use` or `draw` loads it anew."""
         self.weights = self.denoiser = None
-        memory.give_back(self.device)
+        memory.give_back()
 
     def draw(
         self, scheduler: SchedulerMixin, prompts: dict[str, torch.Tensor], seeds: list[int], **options
@@ -144,14 +144,14 @@ class Pipeline:
         vae = self.load_vae()
         with torch.no_grad():
             moments = sdxl.encode_pictures(vae, pixels)
-        memory.give_back(self.device)
+        memory.give_back()
         return tuple(part * vae.config.scaling_factor for part in moments)
 
     def decode_fits(self, height: int, width: int, budget_gib: float) -> bool:
         """Say whether a decode fits into a budget beside the UNet and what drawing with it has taken so far."""
         if self.device.type != "cuda":
             return True
-        memory.give_back(self.device)
+        memory.give_back()
         taken_gib = torch.cuda.memory_reserved(self.device) / memory.GIB + (VAE_GIB if self.vae is None else 0)
         return taken_gib + decoding.decode_gib(height, width) <= budget_gib
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rasengan import cache, components, merging, sdxl
+from rasengan import cache, components, memory, merging, sdxl
 from rasengan.adapters import Adapter
 
 
@@ -75,5 +75,5 @@ def encode_tuned(
             reports[name] = merging.merge(model, adapters, name)[1]
     encoded = {text: cache.encode_captions([text], tokenizers, text_encoders).values() for text in texts}
     del text_encoders, model
-    components.free_memory()
+    memory.give_back()
     return {text: tuple(part[0].cpu() for part in parts) for text, parts in encoded.items()}, reports

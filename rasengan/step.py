@@ -107,4 +107,4 @@ class TrainingStep:
         """Give the graphs' memory back, to draw pictures for example; the next step captures anew."""
         self.graphs.clear()
         self.pool = None
-        memory.give_back(self.flat.device)
+        memory.give_back()

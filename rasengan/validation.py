@@ -12,8 +12,7 @@ from accelerate.utils import gather_object
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from rasengan import UserError, drawing, sdxl
-from rasengan.components import free_memory
+from rasengan import UserError, drawing, memory, sdxl
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def draw_share(
             logger.warning("The validation picture of seed %d %s", seed, DOES_NOT_FIT)
         drawn.append((job, images[0]))
     vae.to(home)
-    free_memory()
+    memory.give_back()
     return [image for _, image in sorted(gather_object(drawn), key=lambda item: item[0])]
 
 

@@ -25,6 +25,7 @@ from rasengan import UserError, components, first_line, memory, processes, sdxl,
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.command_line import Parser, number_type, path_type
+from rasengan.endings import in_one_line
 from rasengan.pairs import MOST_CHARACTERS, MOST_GUIDANCE, MOST_SCALE, MOST_SEED, SIDES, Pair, PairDrawer, Settings
 from rasengan.pipeline import Pipeline
 from rasengan.run_folders import choose_adapter, find_adapters
@@ -257,8 +258,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(in_one_line(lambda: main(parse_args()), "the page's temporary folder"))

@@ -18,9 +18,10 @@ from pathlib import Path
 import datasets
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, data, data_page, data_report
+from rasengan import UserError, components, data, data_page, data_report, data_survey
 from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type
-from rasengan.files import check_writable, lost_place, write_atomically
+from rasengan.endings import in_one_line
+from rasengan.files import check_writable, write_atomically
 from rasengan.sheets import save_png
 
 
@@ -67,7 +68,7 @@ def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[data
     dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
     unlisted = []
     if args.dataset_name is None:
-        unlisted = data_report.unlisted_pictures(args.train_data_dir, dataset[args.image_column])
+        unlisted = data_survey.unlisted_pictures(args.train_data_dir, dataset[args.image_column])
     dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
     column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
     with tqdm(desc="Checking pictures", total=len(dataset), dynamic_ncols=True) as bar:
@@ -75,7 +76,7 @@ def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[data
     return dataset, pictures, unlisted
 
 
-def find_long_captions(args: argparse.Namespace, usable: data_report.Usable) -> list[data.LongCaption] | None:
+def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> list[data.LongCaption] | None:
     """Return the captions of over 77 tokens; None where no base was given that would say how they are split."""
     overrides = {"tokenizer": args.pretrained_tokenizer_name_or_path}
     base = args.pretrained_model_name_or_path or overrides["tokenizer"]
@@ -89,13 +90,13 @@ def find_long_captions(args: argparse.Namespace, usable: data_report.Usable) -> 
 def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data_page.Tile], int]:
     """Return what there is to say, the pictures to show, and of how many these are."""
     dataset, pictures, unlisted = find_pictures(args)
-    usable = data_report.usable_rows(dataset[args.caption_column][:], pictures)
+    usable = data_survey.usable_rows(dataset[args.caption_column][:], pictures)
     long_captions = find_long_captions(args, usable)
     column = dataset.select(usable.rows)[args.image_column]
-    shown = data_report.spread(len(column), MOST_SHOWN)
+    shown = data_survey.spread(len(column), MOST_SHOWN)
     with tqdm(desc="Looking at pictures", total=len(column), dynamic_ncols=True) as bar:
         how = (args.resolution, args.image_interpolation_mode)
-        looks = data_report.look_at_pictures(column, *how, shown, bar.update)
+        looks = data_survey.look_at_pictures(column, *how, shown, bar.update)
     directory = args.train_data_dir if args.dataset_name is None else None
     report = data_report.make_report(
         pictures,
@@ -106,7 +107,7 @@ def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data
         directory=directory,
         resolution=args.resolution,
         center_crop=args.center_crop,
-        refused=data_report.refusal(dataset, pictures, args.caption_column, args.skip_bad_images),
+        refused=data_survey.refusal(dataset, pictures, args.caption_column, args.skip_bad_images),
     )
     tiles = []
     for row in shown:
@@ -131,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
     settings = f"{place}: {args.resolution} px, {crops}, {args.image_interpolation_mode}"
     write_atomically(page, data_page.as_page(report, settings, tiles, picture_count).encode())
     if tiles:
-        few = [tiles[place] for place in data_report.spread(len(tiles), MOST_IN_PNG)]
+        few = [tiles[place] for place in data_survey.spread(len(tiles), MOST_IN_PNG)]
         save_png(output_dir / "data_contact_sheet.png", data_page.as_sheet(few))
     print(data_page.as_text(report, str(page)))
     print(f"The report with its pictures: {page}", flush=True)
@@ -143,14 +144,4 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     # The report says what these would say.
     logging.getLogger("rasengan.data").setLevel(logging.ERROR)
-    try:
-        sys.exit(main(parse_args()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        text = lost_place(error, "--output_dir or --conditioning_cache_dir")
-        if text is None:
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(in_one_line(lambda: main(parse_args()), "--output_dir or --conditioning_cache_dir"))

@@ -21,7 +21,8 @@ from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.conversion import LAYOUTS, write_adapter
-from rasengan.files import check_writable, lost_place
+from rasengan.endings import in_one_line
+from rasengan.files import check_writable
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,14 +106,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        text = lost_place(error, "--output")
-        if text is None:
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(in_one_line(lambda: main(parse_args()), "--output"))

@@ -32,7 +32,8 @@ from rasengan.command_line import (
     path_type,
     weighted_place_type,
 )
-from rasengan.files import check_writable, lost_place
+from rasengan.endings import in_one_line
+from rasengan.files import check_writable
 from rasengan.pipeline import Pipeline
 
 
@@ -172,7 +173,7 @@ def short_names(places: list[str]) -> list[str]:
     Raises:
         UserError: one is there twice.
     """
-    if len(set(places)) < len(places):
+    if len(set(map(Path, places))) < len(places):
         raise UserError("--lora_weights names a place twice. Give each once.")
     parts = [Path(place).parts for place in places]
     depths = range(1, max(map(len, parts), default=0) + 1)
@@ -351,18 +352,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        what = "The card's memory does not suffice. Raise --vram_budget_gib, or give a smaller --height and --width."
-        print(f"error: {what}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        text = lost_place(error, "--output_dir, --conditioning_cache_dir or --save_merged")
-        if text is None:
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(in_one_line(lambda: main(parse_args()), "--output_dir, --conditioning_cache_dir or --save_merged"))

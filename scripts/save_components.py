@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, first_line
+from rasengan import UserError, components, first_line, memory
 from rasengan.command_line import Parser, path_type
+from rasengan.endings import in_one_line
 from rasengan.files import check_writable, give_default_mode, read_json_or_empty, sync, write_atomically
 
 
@@ -120,13 +121,9 @@ def main(args: argparse.Namespace) -> None:
                     f"{directory / name} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}. "
                     "Make room (7 GB in fp16), or give another folder; what is finished stays."
                 ) from error
-            components.free_memory()
+            memory.give_back()
     print(f"{len(components.COMPONENTS)} components are in {directory}, each file verified by its hash")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(in_one_line(lambda: main(parse_args()), "the directory"))

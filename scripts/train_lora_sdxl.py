@@ -794,7 +794,7 @@ def train_in_what_fits(args: argparse.Namespace, began_s: float, at_end: context
             raise
         logger.info("%s: the base is quantized to nf4 now", str(error).split(". ")[0])
     args.base_quantization = "nf4"
-    memory.give_back(torch.device("cuda"))  # the first try's, which the exception held
+    memory.give_back()  # the first try's, which the exception held
     return train(args, began_s, at_end)
 
 

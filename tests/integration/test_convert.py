@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rasengan import UserError, adapters, components, conversion, low_rank
@@ -214,6 +215,38 @@ def test_weights_that_overflow_are_refused_by_their_name(convert, trained, tmp_p
     with pytest.raises(UserError, match="The unet's .*lora_[AB].weight is not finite in float16.*Give fp32"):
         convert(tmp_path / "a.safetensors", *options, "--dtype", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["great.safetensors"]
+
+
+def spoil(tensors, how):
+    """Return an adapter's tensors with one of them spoiled."""
+    key = next(key for key in tensors if key.endswith("lora.down.weight"))
+    if how == "not finite":
+        return tensors | {key: tensors[key] * float("nan")}
+    if how == "half a pair":
+        return {name: tensor for name, tensor in tensors.items() if name != key}
+    module = key.removesuffix("lora.down.weight")
+    return tensors | {
+        key: tensors[key][:4].clone(),
+        f"{module}lora.up.weight": tensors[f"{module}lora.up.weight"][:, :4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("how", "further", "pattern"),
+    [
+        ("not finite", ["--resize_rank", 4], "is not finite: the adapter is damaged"),
+        ("half a pair", [], "has no lora_A"),
+        ("another rank", [], "has rank 4, but the adapter's settings say 16"),
+    ],
+)
+def test_a_spoiled_adapter_is_refused(convert, trained, tmp_path, how, further, pattern):
+    with safe_open(trained / adapters.DIFFUSERS_FILE, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = spoil(load_file(trained / adapters.DIFFUSERS_FILE), how)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(UserError, match=pattern):
+        convert(tmp_path / "a.safetensors", "--input", tmp_path / "bad.safetensors", "--format", "kohya", *further)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
 def test_what_is_there_is_never_overwritten(convert, trained, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import components, drawing, sdxl
+from rasengan import components, drawing, processes, sdxl
 from rasengan.pipeline import Pipeline
 
 
@@ -408,3 +408,14 @@ def test_a_merged_model_goes_into_folders_that_are_not_there_yet(draw, trained, 
 def test_a_long_negative_prompt_is_cut_and_that_is_said(draw, capsys):
     draw("--prompt", PROMPT, "--negative_prompt", "grey " * 90)
     assert "warning: only the first 77 of" in capsys.readouterr().out
+
+
+def test_a_launcher_that_asks_for_a_cpu_or_a_precision_is_heard(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for environment, expected in (
+        ({}, "fp16"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "fp16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16"),
+        ({"ACCELERATE_USE_CPU": "true"}, "no"),
+    ):
+        assert processes.default_precision(environment) == expected

@@ -1,6 +1,7 @@
 """Adapters of every kind and layout: read, merged, written. PEFT, diffusers and float64 say what is right."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -475,3 +476,25 @@ def mkdir(folder, layout):
         return f"{layout}-{name}"
 
     return make
+
+
+def test_an_alpha_without_its_weights_is_named(tmp_path):
+    weights = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 8)}
+    weights |= {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(8, 4)}
+    weights |= {f"lora_unet_mid_block_attentions_0_proj_{end}.alpha": torch.tensor(4.0) for end in ("in", "out")}
+    save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="the alpha of 1 modules without their weights, such as mid_block.*proj_out"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["target_modules", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(.*.*.*.*.*.*.*)x_y", "(a+)+b", "(a{1,9}){1,9}b", "a" * 10_001])
+def test_a_pattern_that_may_take_forever_is_refused_before_it_is_matched(tmp_path, name, pattern):
+    options = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["proj_in"]}
+    options[name] = pattern if name == "target_modules" else {pattern: 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+    save_file(
+        {"base_model.model.mid_block.proj_in.lora_A.weight": torch.ones(4, 8)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match="may take forever to match; list the modules"):
+        read_adapter(tmp_path)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rasengan import data, data_page, data_report, sheets
+from rasengan import data, data_page, data_report, data_survey, sheets
 from rasengan.data import LongCaption, Picture
-from rasengan.data_report import Finding, Look, Report, Usable
+from rasengan.data_report import Finding, Report
+from rasengan.data_survey import Look, Usable
 from rasengan.near_duplicates import Fingerprint
 
 
@@ -154,7 +155,7 @@ HOSTILE = ["<script>alert('x')</script>", 'a "quoted" & <b>bold</b>', "\x1b[31mr
 
 @pytest.fixture
 def tile():
-    return data_page.Tile(TILE_NAME, "64 x 64", HOSTILE, data_report.as_jpeg(Image.new("RGB", (64, 64), "red")))
+    return data_page.Tile(TILE_NAME, "64 x 64", HOSTILE, data_survey.as_jpeg(Image.new("RGB", (64, 64), "red")))
 
 
 @pytest.fixture
@@ -233,8 +234,8 @@ def test_a_page_of_many_examples_shows_some_and_says_of_how_many():
 
 @pytest.mark.parametrize(("count", "most", "expected"), [(3, 5, [0, 1, 2]), (10, 5, [0, 2, 4, 6, 8]), (0, 5, [])])
 def test_what_is_shown_is_evenly_spread(count, most, expected):
-    assert data_report.spread(count, most) == expected
-    assert len(data_report.spread(1221, 200)) == 200
+    assert data_survey.spread(count, most) == expected
+    assert len(data_survey.spread(1221, 200)) == 200
 
 
 def test_names_are_shortened_inside_their_folder_alone(tmp_path):

@@ -14,15 +14,6 @@ SIZE = {"height": 64, "width": 96}
 STEPS = {"num_inference_steps": 3, "guidance_scale": 4.0}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_base):
-    """diffusers' own pipeline of the tiny components, as the reference."""
-    parts = {name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
-    pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @torch.no_grad()
 def rows_of(pipeline, prompt, negative_prompt=None, batch_size=1):
     tokenizers, encoders = (pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2)

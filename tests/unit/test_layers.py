@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {"__init__", "adapters", "command_line", "families", "files", "naming", "near_duplicates", "stopping"}
     | {"tensor_files"},
-    {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "graphs", "kernels", "locks"}
-    | {"memory", "objective", "optim", "sdxl", "sheets"},
+    {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "kernels"}
+    | {"locks", "memory", "objective", "optim", "sdxl", "sheets"},
     {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
     | {"single_file"},
-    {"cache", "checkpoint", "data_report", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "data_page", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
+    {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
+    {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
     | {"validation"},
-    {"pairs"},
+    {"data_page", "pairs"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))

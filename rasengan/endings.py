@@ -1,0 +1,36 @@
+"""How a script ends: a user's error as one line and an exit code, whatever raised it."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from rasengan import UserError
+from rasengan.files import lost_place
+
+
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+
+
+def in_one_line(run: Callable[[], int | None], places: str) -> int:
+    """Run a script's main function, and return its exit code; 2 after an error of the user, which stderr names.
+
+    Args:
+        run: returns an exit code, or None for 0.
+        places: the flags of what is written, for an error that does not name the place.
+    """
+    try:
+        return run() or 0
+    except UserError as error:
+        text = str(error)
+    except torch.OutOfMemoryError:
+        text = "The card's memory does not suffice. Free some of it, or give a smaller size."
+    except OSError as error:
+        text = lost_place(error, places)
+        if text is None:
+            raise
+    except KeyboardInterrupt:
+        sys.stderr.write("\nEnded by Ctrl-C. What was finished before is whole.\n")
+        return INTERRUPTED
+    sys.stderr.write(f"error: {text}\n")
+    return 2
