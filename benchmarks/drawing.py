@@ -10,9 +10,14 @@ settings run under a 14.3 GiB cap that fails like a smaller card, with flash att
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
+
+
+# As the scripts do, for "decode".
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from instrument import T4_BUDGET_GIB
@@ -110,8 +115,8 @@ def measure_decode(bench: Bench) -> dict:
                 torch.cuda.synchronize()
                 times_ms.append(events[0].elapsed_time(events[1]))
         extra_gib = memory.peak_reserved_gib(device) - before / memory.GIB
-        whole = pixels if whole is None else whole
         found[name] = {"extra_gib": round(extra_gib, 3)}
+        whole = pixels if whole is None else whole
         if pixels is not whole:
             error = (pixels - whole).square().mean()
             found[name]["psnr_db"] = round(float(10 * torch.log10(4 / error)), 1)

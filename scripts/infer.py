@@ -14,6 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+
+# Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import diffusers
 import torch
 import transformers
