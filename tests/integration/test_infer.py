@@ -161,6 +161,12 @@ def test_pictures_drawn_together_are_those_drawn_alone(draw):
     assert not same(*together.values())
 
 
+def test_the_seeds_after_the_greatest_one_are_drawn_too(draw):
+    pictures = draw("--prompt", PROMPT, "--seed", 2**63 - 1, "--num_images_per_prompt", 2)
+    assert [image.text["seed"] for image in pictures.values()] == [str(2**63 - 1), str(2**63)]
+    assert not same(*pictures.values())
+
+
 @pytest.mark.parametrize("name", sorted(sdxl.SAMPLERS))
 def test_every_sampler_draws(name, compared, draw):
     image = draw("--prompt", PROMPT, "--seed", 3, "--scheduler", name)[BASE]
