@@ -377,7 +377,25 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
     refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
     refused("is no step", draw, *words, "--init_image", README, "--strength", 0.01)
-    refused("--init_image .*README.md cannot be read", draw, *words, "--init_image", README)
+
+
+def test_a_start_that_is_no_picture_is_named(draw, refused, tmp_path):
+    (tmp_path / "empty.png").touch()
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
+    for file, reason in (
+        (README, "it is no picture of a known format"),
+        (tmp_path / "empty.png", "it is no picture of a known format"),
+        (tmp_path / "cut.png", "image file is truncated"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "absent.png", "No such file"),
+    ):
+        message = refused(
+            f"--init_image {file} cannot be read: .*{reason}", draw, "--prompt", "a", "--init_image", file
+        )
+        assert message.count(str(file)) == 1
+        assert "BytesIO" not in message
+        assert message.endswith(". Give a picture.")
 
 
 def test_variants_that_a_file_name_does_not_tell_apart_are_all_there(draw, trained, tmp_path):
