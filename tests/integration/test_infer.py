@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import components, drawing, processes, sdxl
+from rasengan import UserError, components, drawing, merging, processes, sdxl
 from rasengan.pipeline import Pipeline
 
 
@@ -427,6 +427,25 @@ def test_a_merged_model_goes_into_folders_that_are_not_there_yet(draw, trained, 
     for name in ("tuned", "tuned.safetensors"):
         draw("--lora_weights", trained, "--save_merged", tmp_path / "a" / name / name)
         assert (tmp_path / "a" / name / name).exists()
+
+
+@pytest.mark.parametrize("name", ["tuned", "tuned.safetensors"])
+def test_a_merged_model_is_written_by_one_run_at_a_time_and_over_none(draw, trained, tmp_path, monkeypatch, name):
+    merge, words = merging.merge, ["--lora_weights", trained, "--save_merged", tmp_path / name]
+
+    def second_run(*_):
+        monkeypatch.setattr(merging, "merge", merge)
+        with pytest.raises(UserError, match=f"{name}.* is in use by another run .*or give another --save_merged"):
+            draw(*words)
+        (tmp_path / name).touch()
+        raise UserError("the first run fails")
+
+    monkeypatch.setattr(merging, "merge", second_run)
+    with pytest.raises(UserError, match="the first run fails"):
+        draw(*words)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(UserError, match=f"--save_merged .*{name} exists"):
+        draw(*words)
 
 
 def test_a_long_negative_prompt_is_cut_and_that_is_said(draw, capsys):
