@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import re
 import unicodedata
 from collections import deque
@@ -194,6 +195,30 @@ def picture_name(prompt: str, seed: int, kind: str) -> str:
 def slug(kind: str) -> str:
     """Return what a file name has of a kind of picture."""
     return re.sub(r"[^\w.]+", "-", kind)
+
+
+def free_name(path: Path, about: dict[str, object], taken: set[Path]) -> Path:
+    """Return a path for a picture, ending in -2, -3 and so on where one that was made otherwise has its name.
+
+    Args:
+        path: that it would have in an empty folder.
+        about: what it is made from, as `save_png` takes it.
+        taken: paths of others that are not written yet.
+    """
+    made_from = {name: str(value) for name, value in about.items()}
+    for number in itertools.count(1):
+        file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if file not in taken and (not file.exists() or read_about(file) == made_from):
+            return file
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """Return what a picture was made from, as `save_png` wrote it; nothing of a file that it did not write."""
+    try:
+        with Image.open(path) as image:
+            return {name: value for name, value in image.info.items() if isinstance(value, str)}
+    except Exception:  # Pillow's plugins raise what they like
+        return {}
 
 
 def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:

@@ -408,6 +408,41 @@ def test_variants_that_a_file_name_does_not_tell_apart_are_all_there(draw, train
     assert len({image.tobytes() for name, image in pictures.items() if name != "grid.png"}) == 2
 
 
+def test_runs_into_one_folder_lose_no_picture_and_show_the_last_run(compared, draw, trained, other, tmp_path):
+    words = ["--prompt", PROMPT, "--seed", 3, "--output_dir", tmp_path]
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid-001.png")  # somebody else's
+    draw("--lora_weights", trained, "--compare", *words)
+    (tmp_path / "grid-of-mine.png").write_bytes((tmp_path / "grid.png").read_bytes())
+    second = TUNED.replace(".png", "-2.png")
+    for _ in range(2):  # the same again changes nothing
+        draw("--lora_weights", trained, "--lora_scale", 0.5, *words)
+        names = {BASE, TUNED, second, "contact_sheet.html", "grid-001.png", "grid-of-mine.png"}
+        assert {path.name for path in tmp_path.iterdir()} == names
+    draw("--lora_weights", other, *words)
+    pictures = {path.name: Image.open(path) for path in tmp_path.glob("000-*")}
+    assert same(pictures[BASE], compared[BASE])
+    assert same(pictures[TUNED], compared[TUNED])
+    said = {name: image.text["adapter"] for name, image in pictures.items()}
+    third = TUNED.replace(".png", "-3.png")
+    assert said == {
+        BASE: "none",
+        TUNED: f"{trained} at scale 1",
+        second: f"{trained} at scale 0.5",
+        third: f"{other} at scale 1",
+    }
+    page = (tmp_path / "contact_sheet.html").read_text(encoding="utf-8")
+    assert f"{other} at scale 1" in page
+    assert f"{trained} at scale" not in page
+
+
+def test_grids_of_an_earlier_run_with_more_pages_go(draw, trained, tmp_path):
+    words = ["--lora_weights", trained, "--compare", "--num_inference_steps", 1, "--output_dir", tmp_path, "--prompt"]
+    draw(*words, *[f"star {n}" for n in range(9)])
+    assert {path.name for path in tmp_path.glob("grid*")} == {"grid-001.png", "grid-002.png"}
+    draw(*words, "a ring")
+    assert {path.name for path in tmp_path.glob("grid*")} == {"grid.png"}
+
+
 def test_a_decode_that_takes_the_unets_place_loses_no_picture(compared, draw, trained, monkeypatch):
     decode, failed = drawing.decode, []
 

@@ -134,3 +134,16 @@ def test_a_writer_writes_all_and_tells_of_what_it_could_not(tmp_path):
     assert {Image.open(file).text["seed"] for file in tmp_path.glob("*.png")} == {str(n) for n in range(20)}
     with pytest.raises(OSError), sheets.PictureWriter() as writer:
         writer.write(tmp_path / "0.png" / "a.png", Image.new("RGB", (8, 8)), {})
+
+
+def test_a_picture_takes_the_first_name_that_nothing_else_has(tmp_path):
+    about, file = {"prompt": "ein Ötzi, 忍者", "seed": 3, "negative_prompt": ""}, tmp_path / "a-0.5.png"
+    assert sheets.free_name(file, about, set()) == file
+    sheets.save_png(file, Image.new("RGB", (8, 8)), about)
+    assert sheets.free_name(file, about, set()) == file, "the same may be drawn again"
+    second = tmp_path / "a-0.5-2.png"
+    assert sheets.free_name(file, about, {file}) == second
+    for other in (about | {"seed": 4}, about | {"height": 64}, {"seed": 3}):
+        assert sheets.free_name(file, other, set()) == second
+    second.write_text("no picture")
+    assert sheets.free_name(file, {"seed": 4}, set()) == tmp_path / "a-0.5-3.png"
