@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -102,6 +103,31 @@ def test_a_long_label_is_wrapped_into_full_lines_and_cut_with_an_ellipsis():
 def test_letters_outside_ascii_are_not_drawn_as_a_box(letter):
     grids = [sheets.image_grid([[Image.new("RGB", (256, 256))]], [text], ["base"]) for text in (letter, "\ue000")]
     assert np.any(pixels(grids[0]) != pixels(grids[1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a café — naïve", "a cafe - naive"),
+        ("ラーメン 忍者, a ninja", "[KATAKANA] [CJK], a ninja"),
+        ("Красный круг", "[CYRILLIC] [CYRILLIC]"),
+        ("ein \ue000", "ein [U+E000]"),
+        ("a\nб\u2029в \t\x07", "a [CYRILLIC] [CYRILLIC] [U+7]"),
+        ("[a][a] \u2163\u2163", "[a][a] IVIV"),
+    ],
+)
+def test_a_label_says_what_no_font_here_can_draw(monkeypatch, text, shown):
+    monkeypatch.setattr(sheets, "FONTS", ("no font has this name.ttf",))
+    assert sheets.wrap(text, sheets.font_for(text, 28), 900) == [shown]
+
+
+@pytest.mark.parametrize("text", ["a café — naïve", "Красный круг", "cafe\u0301"])
+def test_a_label_is_drawn_by_a_font_of_the_system_that_has_its_letters(text):
+    font = sheets.font_for(text, 28)
+    if font.getname() == ImageFont.load_default(28).getname():
+        pytest.skip("no font of many scripts is installed")
+    assert sheets.wrap(text, font, 900) == [unicodedata.normalize("NFC", text)]
+    assert sheets.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
 
 
 # --- contact sheets ---
