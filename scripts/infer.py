@@ -336,10 +336,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
-    overrides = components.component_overrides(vars(args))
-    sources = components.component_sources(
-        args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
-    )
+    sources = components.sources_of(vars(args))
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
     variants = read_variants(args)
