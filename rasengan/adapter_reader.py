@@ -28,7 +28,7 @@ from rasengan.adapters import (
     infer_config,
     split_key,
 )
-from rasengan.families import guess_family
+from rasengan.families import SDXL, guess_family
 from rasengan.naming import KOHYA_PARTS, parse_kohya_name
 from rasengan.tensor_files import found_file, read_tensors
 
@@ -265,6 +265,9 @@ def _config_from_weights(file: Path, weights: Tensors, alphas: dict[str, float],
     try:
         config = infer_config(weights, alphas, lora_alpha)
     except WithoutAlphaError as error:
+        family = guess_family(weights)
+        if family not in {None, SDXL}:
+            raise UserError(f"{file} looks as if made for {family}. Give an SDXL adapter.") from error
         raise UserError(
             f"{file} does not say its alpha. Either it was trained at alpha = rank = {error.rank} (strength 1), as "
             f"files without it often are, or at an alpha that is unknown here. Give --lora_alpha {error.rank} for "

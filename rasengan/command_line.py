@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        # argparse takes one negative number for a value, but not "-1,0" or "-1e-3"; no flag here begins so.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def add_base_flags(self, component_flags: dict[str, str]):
         """Add the flags that say where the base model is; return the function that adds more to their group.

@@ -46,9 +46,15 @@ class Source(NamedTuple):
 # --- where components are ---
 
 
-def component_overrides(settings: dict[str, object]) -> dict[str, str | None]:
-    """Return each component's own place, where the settings, by the names of their flags, give one."""
-    return {name: settings[flag.removeprefix("--")] for name, flag in COMPONENT_FLAGS.items()}
+def sources_of(settings: dict[str, object]) -> dict[str, Source]:
+    """Return the source of each component as settings say it, by the names of their flags.
+
+    Raises:
+        UserError: a component has none.
+    """
+    overrides = {name: settings[flag.removeprefix("--")] for name, flag in COMPONENT_FLAGS.items()}
+    how = (settings[name] for name in ("revision", "variant", "cache_dir"))
+    return component_sources(settings["pretrained_model_name_or_path"], overrides, *how)
 
 
 def component_sources(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rasengan import UserError, data, decoding, first_line, graphs, memory, sdxl
 
@@ -164,7 +164,10 @@ def read_picture(file: str, height: int | None, width: int | None, side: int) ->
     try:
         image = data.decode(Path(file).read_bytes())
     except Exception as error:  # Pillow's plugins raise what they like
-        raise UserError(f"--init_image {file} cannot be read: {first_line(error)} Give a picture.") from error
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        if isinstance(error, UnidentifiedImageError):  # whose message names the bytes
+            reason = "it is no picture of a known format"
+        raise UserError(f"--init_image {file} cannot be read: {reason}. Give a picture.") from error
     if height is None and width is None:
         scale = side / (image.width * image.height) ** 0.5
         height, width = (max(8, round(length * scale / 8) * 8) for length in (image.height, image.width))

@@ -11,6 +11,7 @@ SDXL = "Stable Diffusion XL"
 OTHER_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
 _MARKS = {  # kohya's names have underscores where others have dots
     "Flux": re.compile(r"(double|single|single_transformer)[._]blocks"),
+    "Wan": re.compile(r"blocks[._]\d+[._](self_attn|cross_attn|ffn)|^transformer\.blocks\."),
     "Stable Diffusion 3": re.compile(r"joint[._]blocks|context_embedder|^transformer\.transformer_blocks"),
 }
 _TEXT_KEY = re.compile(r"attn2[._](?:processor\.)?to_[kv]")

@@ -1,6 +1,7 @@
-"""One run to an output folder, one builder to a cache."""
+"""One run to an output folder, one builder to a cache, one writer to a model."""
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rasengan import UserError
-from rasengan.files import read_json_or_empty, remove_left_behind
+from rasengan.files import read_json_or_empty, remove_left_behind, sync_folder
 
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,13 @@ class RunLock:
     from the process, on another one from the file's age.
     """
 
-    def __init__(self, output_dir: Path):
-        """Lock a folder, which is made if it is missing.
+    def __init__(self, output_dir: Path, flag: str = "--output_dir"):
+        """Lock a folder, which is made if it is missing; `flag` is what gives another one.
 
         Raises:
             UserError: another run has it.
         """
-        self.file, self.made = output_dir / LOCK_FILE, []
+        self.file, self.flag, self.made = output_dir / LOCK_FILE, flag, []
         for folder in (output_dir, *output_dir.parents):
             if folder.exists():
                 break
@@ -84,7 +85,7 @@ class RunLock:
                 return
             except FileExistsError:
                 self._remove_if_stale()
-        raise UserError(f"{self.file} is made by another run again and again. Give another --output_dir.")
+        raise UserError(f"{self.file} is made by another run again and again. Give another {self.flag}.")
 
     def _remove_if_stale(self) -> None:
         owner = read_json_or_empty(self.file)
@@ -96,7 +97,7 @@ class RunLock:
         if alive:
             raise UserError(
                 f"{self.file.parent} is in use by another run (process {owner.get('pid')} on {owner.get('host')}). "
-                "Wait for its end, or give another --output_dir."
+                f"Wait for its end, or give another {self.flag}."
             )
         # Under another name first: another run may be quicker, and its lock must not be what is removed.
         taken = self.file.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
@@ -167,6 +168,35 @@ def only_run(output_dir: Path, is_first: bool) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextmanager
+def only_writer(place: Path, flag: str) -> Iterator[Path]:
+    """Give a path in a hidden folder to write to, and move what is written to its place once it is whole.
+
+    The folder is locked, and cleared of what a killed run left there; at the end it is removed.
+
+    Args:
+        place: of a file or a folder that does not exist.
+        flag: that named it.
+
+    Raises:
+        UserError: it exists, or another run writes it.
+    """
+    folder = place.with_name(f".{place.name}.unfinished")
+    lock = RunLock(folder, flag)
+    try:
+        if place.exists():
+            raise UserError(f"{flag} {place} exists. Give a name that does not.")
+        remove_left_behind(folder, glob.escape(place.name))
+        yield folder / place.name
+        (folder / place.name).rename(place)
+        sync_folder(place.parent)
+    finally:
+        remove_left_behind(folder, glob.escape(place.name))
+        lock.release()
+        with contextlib.suppress(OSError):  # another run has it by now
+            folder.rmdir()
 
 
 @contextmanager

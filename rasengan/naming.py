@@ -51,6 +51,7 @@ def _unet_places() -> dict[str, str]:
 
 
 _UNET_PLACES = _unet_places()
+_UNET_PARTS = {name.partition(".")[0] for names in _UNET_PLACES.items() for name in names}
 _RESNET_PARTS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -122,14 +123,19 @@ def kohya_name(component: str, module: str) -> str:
 def parse_kohya_name(name: str) -> tuple[str, str] | None:
     """Return the component and the module that a name of kohya's or ComfyUI's stands for; None for any other name.
 
-    The UNet's modules may go by diffusers' names or by the original's, whatever its depth.
+    The UNet's modules may go by diffusers' names or by the original's, whatever its depth. Other families' networks
+    have the UNet's prefixes too, but none of its parts: a name of theirs is any other.
     """
-    for component, prefix in KOHYA_PREFIXES.items():
-        if name.startswith(prefix):
-            dotted = _WORD_OR_JOIN.sub(lambda match: match[1] or ".", name.removeprefix(prefix))
-            return component, diffusers_unet_name(dotted) if component == "unet" else dotted
-    for component, prefix in COMFY_PREFIXES.items():
-        if name.startswith(prefix):
-            module = name.removeprefix(prefix)
-            return component, diffusers_unet_name(module) if component == "unet" else module
+    for prefixes, dotted in ((KOHYA_PREFIXES, _with_dots), (COMFY_PREFIXES, str)):
+        for component, prefix in prefixes.items():
+            if name.startswith(prefix):
+                module = dotted(name.removeprefix(prefix))
+                if component != "unet":
+                    return component, module
+                is_known = module.partition(".")[0] in _UNET_PARTS
+                return (component, diffusers_unet_name(module)) if is_known else None
     return None
+
+
+def _with_dots(name: str) -> str:
+    return _WORD_OR_JOIN.sub(lambda match: match[1] or ".", name)

@@ -1,8 +1,10 @@
 """Pictures beside each other for the eye: grids as PNG, contact sheets as HTML; and how a picture is saved."""
 
 import base64
+import functools
 import html
 import io
+import itertools
 import re
 import unicodedata
 from collections import deque
@@ -37,6 +39,9 @@ table.settings td, figcaption {{ color: #aaa }} }}
 """
 
 
+# Fonts of many scripts that Linux, macOS and Windows have; Pillow finds them by these names.
+FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
+FONTS += ("Arial Unicode.ttf", "AppleSDGothicNeo.ttc", "segoeui.ttf", "YuGothM.ttc", "msyh.ttc", "malgun.ttf")
 MOST_PENDING = 8  # pictures that are not written yet
 
 
@@ -62,11 +67,11 @@ def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     """
     width, height = rows[0][0].size
     cell, margin = max(width, 256), max(width, 256) // 32
-    font = ImageFont.load_default(size=cell // 18)
-    line_height = round(cell / 18 * 1.4)
+    size, line_height = cell // 18, round(cell / 18 * 1.4)
     total_width = len(column_labels) * (cell + margin) + margin
     height = round(height * cell / width)
-    labels = [wrap(label, font, total_width - 2 * margin) for label in row_labels]
+    fonts = [font_for(label, size) for label in row_labels]
+    labels = [wrap(*label, total_width - 2 * margin) for label in zip(row_labels, fonts, strict=True)]
 
     header = line_height + margin
     total_height = header + sum(len(lines) * line_height + height + 2 * margin for lines in labels)
@@ -74,9 +79,10 @@ def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     draw = ImageDraw.Draw(grid)
     lefts = [margin + column * (cell + margin) for column in range(len(column_labels))]
     for left, label in zip(lefts, column_labels, strict=True):
+        font = font_for(label, size)
         draw.text((left + cell / 2, margin), wrap(label, font, cell, max_lines=1)[0], "black", font, anchor="ma")
     top = header
-    for row, lines in zip(rows, labels, strict=True):
+    for row, font, lines in zip(rows, fonts, labels, strict=True):
         top += margin
         for line in lines:
             draw.text((margin, top), line, "#444444", font)
@@ -100,13 +106,8 @@ def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
-    """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
-
-    Pillow's own font has ASCII only: accents are dropped, and what is left over becomes a question mark.
-    """
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    plain = plain.replace("\u2014", "-").replace("\u2013", "-").encode("ascii", "replace").decode()
-    lines, rest = [], " ".join(plain.split())
+    """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer."""
+    lines, rest = [], _drawable(" ".join(text.split()), font)
     while rest and len(lines) < max_lines:
         ellipsis = " ..." if len(lines) == max_lines - 1 and font.getlength(rest) > width_px else ""
         fits = len(rest)
@@ -117,6 +118,48 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: in
         lines.append(rest[:fits] + ellipsis)
         rest = rest[fits:].lstrip()
     return lines or [""]
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Return the font that has most of a text's letters: Pillow's own, which has ASCII's, or the first of `FONTS`."""
+    fonts = [ImageFont.load_default(size)]
+    if not text.isascii():
+        fonts += filter(None, (_system_font(name, size) for name in FONTS))
+    letters = set(unicodedata.normalize("NFC", text))
+    return max(fonts, key=lambda font: sum(_has(font, letter) for letter in letters))
+
+
+@functools.lru_cache
+def _system_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    if letter.isspace():  # some of which Pillow refuses to draw
+        return True
+    # A font draws what it lacks as it draws what is no letter at all.
+    found, none = font.getmask(letter), font.getmask("\uffff")
+    return (found.size, bytes(found)) != (none.size, bytes(none))
+
+
+def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """Return a text with what a font lacks without its accents, or as the name of its script in brackets."""
+    parts = []
+    for letter in unicodedata.normalize("NFC", text):
+        part = letter if _has(font, letter) else _without_accents(letter)
+        if not all(_has(font, plain) for plain in part):
+            script = re.split("[ -]", unicodedata.name(letter, f"U+{ord(letter):X}"))[0]
+            part = f"[{script}]" if parts[-1:] != [f"[{script}]"] else ""
+        parts += [part] if part else []
+    return "".join(parts)
+
+
+def _without_accents(letter: str) -> str:
+    parts = unicodedata.normalize("NFKD", {"\u2013": "-", "\u2014": "-"}.get(letter, letter))
+    return "".join(part for part in parts if not unicodedata.combining(part))
 
 
 # --- contact sheets ---
@@ -194,6 +237,30 @@ def picture_name(prompt: str, seed: int, kind: str) -> str:
 def slug(kind: str) -> str:
     """Return what a file name has of a kind of picture."""
     return re.sub(r"[^\w.]+", "-", kind)
+
+
+def free_name(path: Path, about: dict[str, object], taken: set[Path]) -> Path:
+    """Return a path for a picture, ending in -2, -3 and so on where one that was made otherwise has its name.
+
+    Args:
+        path: that it would have in an empty folder.
+        about: what it is made from, as `save_png` takes it.
+        taken: paths of others that are not written yet.
+    """
+    made_from = {name: str(value) for name, value in about.items()}
+    for number in itertools.count(1):
+        file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if file not in taken and (not file.exists() or read_about(file) == made_from):
+            return file
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """Return what a picture was made from, as `save_png` wrote it; nothing of a file that it did not write."""
+    try:
+        with Image.open(path) as image:
+            return {name: value for name, value in image.info.items() if isinstance(value, str)}
+    except Exception:  # Pillow's plugins raise what they like
+        return {}
 
 
 def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:

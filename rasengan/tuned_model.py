@@ -1,7 +1,6 @@
 """Write a model with adapters merged into its weights, as a pipeline folder or as one file of the original layout."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from rasengan import components, merging, single_file
+from rasengan import components, locks, merging, single_file
 from rasengan.adapters import Adapter
 from rasengan.files import give_default_mode, write_atomically
 
@@ -34,17 +33,17 @@ def save(
         adapters: each with the scale on its whole change.
 
     Raises:
-        UserError: an adapter does not fit, or changes nothing.
+        UserError: an adapter does not fit, or changes nothing; the place exists, or another run writes it.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
     tuned = partial(_tuned_component, folders, variant, dtype, scheduler, adapters)
-    if place.suffix == ".safetensors":
-        skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
-        dtypes = {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
-        prediction_type = scheduler.config.prediction_type
-        single_file.write_single_file(place, skeletons, dtypes, lambda name: tuned(name).state_dict(), prediction_type)
-    else:
-        _save_folder(place, tuned)
+    with locks.only_writer(place, "--save_merged") as unfinished:
+        if place.suffix == ".safetensors":
+            skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
+            dtypes = {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
+            how = skeletons, dtypes, lambda name: tuned(name).state_dict(), scheduler.config.prediction_type
+            single_file.write_single_file(unfinished, *how)
+        else:
+            _save_folder(unfinished, tuned)
 
 
 def _tuned_component(folders, variant, dtype, scheduler, adapters, name: str):
@@ -56,17 +55,14 @@ def _tuned_component(folders, variant, dtype, scheduler, adapters, name: str):
     )
 
 
-def _save_folder(final: Path, tuned: Callable[[str], object]) -> None:
-    unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+def _save_folder(folder: Path, tuned: Callable[[str], object]) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
     index["force_zeros_for_empty_prompt"] = True
     for name in components.COMPONENTS:
         model = tuned(name)
-        model.save_pretrained(unfinished / name)
+        model.save_pretrained(folder / name)
         library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]
-    write_atomically(unfinished / "model_index.json", json.dumps(index, indent=2).encode())
-    for file in unfinished.rglob("*.safetensors"):
+    write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())
+    for file in folder.rglob("*.safetensors"):
         give_default_mode(file)
-    unfinished.rename(final)

@@ -233,10 +233,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("The page is one process: start it with python, not with accelerate launch.")
     device = processes.device_of(accelerator)
     dtype = components.weight_dtype(precision, device)
-    overrides = components.component_overrides(vars(args))
-    sources = components.component_sources(
-        args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
-    )
+    sources = components.sources_of(vars(args))
     components.check_components({name: components.fetch(name, source, False) for name, source in sources.items()})
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     if device.type == "cuda":

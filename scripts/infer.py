@@ -8,8 +8,11 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 """
 
 import argparse
+import itertools
 import os
+import re
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +54,13 @@ class Variant(NamedTuple):
     kind: str  # in file names
     adapters: list[tuple[Adapter, float]]
     places: str
+
+
+class Picture(NamedTuple):
+    """A picture's file, and what it is made from."""
+
+    file: Path
+    about: dict[str, object]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -162,8 +172,6 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
         for scale in filter(None, args.lora_scale):  # 0 is the base
             label = f"{name} x {scale:g}"
             kind = "tuned" if len(sets) == len(args.lora_scale) == 1 else label
-            if sheets.slug(kind) in {sheets.slug(variant.kind) for variant in variants}:
-                kind = f"{kind} {len(variants)}"  # two that differ in what a file name leaves out
             described = " + ".join(f"{place} at scale {weight * scale:g}" for place, weight in places)
             variants.append(
                 Variant(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described)
@@ -220,9 +228,26 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 # --- pictures ---
 
 
-def picture_file(args: argparse.Namespace, variant: Variant, number: int, seed: int) -> Path:
-    """Return where a picture goes."""
-    return Path(args.output_dir) / f"{number:03d}-{sheets.picture_name(args.prompt[number], seed, variant.kind)}"
+def place_pictures(args: argparse.Namespace, variants: list[Variant]) -> dict[tuple[int, int, int], Picture]:
+    """Return the pictures by the place of their variant, their prompt's, and their seed.
+
+    Pictures of other settings, which earlier runs left, keep their files.
+    """
+    pictures, taken = {}, set()
+    for (place, variant), (number, prompt), seed in itertools.product(
+        enumerate(variants), enumerate(args.prompt), seeds_of(args)
+    ):
+        about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": variant.places}
+        name = f"{number:03d}-{sheets.picture_name(prompt, seed, variant.kind)}"
+        file = sheets.free_name(Path(args.output_dir) / name, about, taken)
+        pictures[place, number, seed] = Picture(file, about)
+        taken.add(file)
+    return pictures
+
+
+def seeds_of(args: argparse.Namespace) -> list[int]:
+    """Return the seeds of each prompt's pictures."""
+    return [args.seed + number for number in range(args.num_images_per_prompt)]
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
@@ -235,54 +260,56 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
 
 def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[Variant], embeds: list[dict], init):
-    """Yield (variant, prompt's number, latents) for this process's share of the prompts, variant by variant."""
+    """Yield (variant's place, prompt's number, latents) for this process's share of the prompts, by variants."""
     scheduler = sdxl.make_sampler(load_scheduler(args, pipeline.folders), args.scheduler)
-    seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
+    seeds = seeds_of(args)
     mine = range(accelerator.process_index, len(args.prompt), accelerator.num_processes)
     options = {name: getattr(args, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
     options |= {"init": init, "strength": args.strength}
     strength = args.strength if args.init_image else None
     steps = len(drawing.timesteps_of(scheduler, args.num_inference_steps, strength))
     with processes.progress_bar(accelerator, "Drawing", steps * len(variants) * len(mine)) as bar:
-        for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True), 1):
-            change = pipeline.use(variant.adapters, is_last=place == len(variants))
+        for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True)):
+            change = pipeline.use(variant.adapters, is_last=variant is variants[-1])
             if change is not None and accelerator.is_main_process:
                 report(variant, "unet", change)
             negative = None if args.negative_prompt is None else rows[args.negative_prompt]
             for number in mine:
                 row = sdxl.conditioning(rows[args.prompt[number]], negative, len(seeds))
-                yield variant, number, pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options).cpu()
+                yield place, number, pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options).cpu()
 
 
-def draw_all(args, accelerator: Accelerator, pipeline: Pipeline, variants, embeds, init, budget_gib: float) -> None:
-    """Draw this process's share of the prompts with each variant, and write the pictures."""
+def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_gib: float) -> None:
+    """Decode what `draw_share` gives, and write it with what it was made from in its metadata."""
     waiting = []
     with sheets.PictureWriter() as writer:
-        for drawn in draw_share(args, accelerator, pipeline, variants, embeds, init):
+        for drawn in shares:
             waiting.append(drawn)
             if pipeline.decode_fits(args.height, args.width, budget_gib):
-                decode(args, pipeline, waiting, writer)
+                decode(args, pipeline, pictures, waiting, writer)
                 waiting.clear()
         if waiting:  # there is no room for the VAE beside the UNet
             pipeline.drop_unet()
-            decode(args, pipeline, waiting, writer)
+            decode(args, pipeline, pictures, waiting, writer)
 
 
-def decode(args: argparse.Namespace, pipeline: Pipeline, drawn: list, writer: sheets.PictureWriter) -> None:
+def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: sheets.PictureWriter) -> None:
     """Decode what was drawn, and write it with what it was made from in its metadata."""
-    for variant, number, latents in drawn:
+    for place, number, latents in drawn:
         for seed, image in enumerate(pipeline.decode(latents), args.seed):
-            about = {"prompt": args.prompt[number], "seed": seed} | settings_of(args) | {"adapter": variant.places}
-            writer.write(picture_file(args, variant, number, seed), image, about)
+            picture = pictures[place, number, seed]
+            writer.write(picture.file, image, picture.about)
 
 
-def show_together(args: argparse.Namespace, variants: list[Variant]) -> None:
-    """Write a contact sheet of all pictures, and grids where there is something to compare."""
-    seeds = [args.seed + number for number in range(args.num_images_per_prompt)]
-    keys = [(number, seed) for number in range(len(args.prompt)) for seed in seeds]
+def show_together(args: argparse.Namespace, variants: list[Variant], pictures: dict) -> None:
+    """Write a contact sheet of all pictures, and grids where there is something to compare, in place of old grids."""
+    keys = list(itertools.product(range(len(args.prompt)), seeds_of(args)))
     texts, labels = [f"{args.prompt[n]} ({seed})" for n, seed in keys], [variant.label for variant in variants]
-    files = [[picture_file(args, variant, *key) for variant in variants] for key in keys]
+    files = [[pictures[place, *key].file for place in range(len(variants))] for key in keys]
     output_dir = Path(args.output_dir)
+    for old in output_dir.glob("grid*.png"):  # a copy under another name, or another program's, stays
+        if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in sheets.read_about(old):
+            old.unlink()
     about = settings_of(args) | {variant.label: variant.places for variant in variants}
     sheet = sheets.contact_sheet("Pictures", about, list(zip(texts, files, strict=True)), labels)
     (output_dir / "contact_sheet.html").write_text(sheet, encoding="utf-8")
@@ -293,7 +320,7 @@ def show_together(args: argparse.Namespace, variants: list[Variant]) -> None:
         rows = [[Image.open(file) for file in row] for row in files[start : start + GRID_ROWS]]
         name = "grid.png" if len(pages) == 1 else f"grid-{page:03d}.png"
         grid = sheets.image_grid(rows, texts[start : start + GRID_ROWS], labels)
-        sheets.save_png(output_dir / name, grid)
+        sheets.save_png(output_dir / name, grid, {"grid": f"{page} of {len(pages)}"} | settings_of(args))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -309,10 +336,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
-    overrides = components.component_overrides(vars(args))
-    sources = components.component_sources(
-        args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
-    )
+    sources = components.sources_of(vars(args))
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
     variants = read_variants(args)
@@ -340,12 +364,13 @@ def main(args: argparse.Namespace) -> None:
         embeds = [encode(args, accelerator, folders, dtype, variant) for variant in variants]
         pipeline = Pipeline(folders, args.variant, device, dtype)
         init = pipeline.encode(picture) if picture is not None else None
-        draw_all(args, accelerator, pipeline, variants, embeds, init, budget_gib)
+        pictures = place_pictures(args, variants)
+        shares = draw_share(args, accelerator, pipeline, variants, embeds, init)
+        draw_all(args, pipeline, pictures, shares, budget_gib)
         processes.wait_for_everyone()
         if accelerator.is_main_process:
-            show_together(args, variants)
-            count = len(variants) * len(args.prompt) * args.num_images_per_prompt
-            print(f"{count} pictures are in {args.output_dir}, and together in contact_sheet.html")
+            show_together(args, variants, pictures)
+            print(f"{len(pictures)} pictures are in {args.output_dir}, and together in contact_sheet.html")
             if device.type == "cuda":
                 print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
         pipeline.drop_unet()

@@ -455,10 +455,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         logger.info("%d of %d pictures are held out%s", len(rows.held_out), len(pictures), copies)
     steps_per_epoch = math.ceil(len(rows.trained) / args.global_batch)
     args.total_steps = max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    overrides = components.component_overrides(vars(args))
-    sources = components.component_sources(
-        args.pretrained_model_name_or_path, overrides, args.revision, args.variant, args.cache_dir
-    )
+    sources = components.sources_of(vars(args))
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
         components.check_components(folders)

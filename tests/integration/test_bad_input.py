@@ -108,10 +108,13 @@ def test_fp16_on_a_cpu_is_refused_with_the_remedy(start, refused):
         ("infer", ["--scheduler", "k_euler"], "invalid choice: 'k_euler'"),
         ("infer", ["--lora_weights", ""], "argument --lora_weights: it is empty"),
         ("infer", ["--lora_scale", "nan"], "argument --lora_scale: 'nan' is not a number"),
+        ("infer", ["--lora_scale", "-1,x"], "argument --lora_scale: '-1,x' is not a number, nor several"),
         ("infer", ["--lora_alpha", "0"], "argument --lora_alpha: '0' is not a number of"),
         ("infer", ["--lora_alpha", "inf"], "argument --lora_alpha: 'inf' is not a number of"),
         ("infer", ["--guidance_scale", "nan"], "argument --guidance_scale: 'nan' is not a number"),
         ("infer", ["--height", "0"], "argument --height: '0' is not a whole number of 8 or more"),
+        ("infer", ["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 to"),
+        ("infer", ["--seed", "9223372036854775808"], "argument --seed: '9223372036854775808' is not a whole number"),
     ],
 )
 def test_an_unknown_flag_or_value_is_refused_in_one_line(name, words, said, request):

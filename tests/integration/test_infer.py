@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import components, drawing, processes, sdxl
+from rasengan import UserError, components, drawing, merging, processes, sdxl
 from rasengan.pipeline import Pipeline
 
 
@@ -159,6 +159,12 @@ def test_pictures_drawn_together_are_those_drawn_alone(draw):
         (alone,) = draw("--prompt", PROMPT, "--seed", seed).values()
         assert np.abs(pixels(alone) - pixels(image)).max() <= 1
     assert not same(*together.values())
+
+
+def test_the_seeds_after_the_greatest_one_are_drawn_too(draw):
+    pictures = draw("--prompt", PROMPT, "--seed", 2**63 - 1, "--num_images_per_prompt", 2)
+    assert [image.text["seed"] for image in pictures.values()] == [str(2**63 - 1), str(2**63)]
+    assert not same(*pictures.values())
 
 
 @pytest.mark.parametrize("name", sorted(sdxl.SAMPLERS))
@@ -371,7 +377,25 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
     refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
     refused("is no step", draw, *words, "--init_image", README, "--strength", 0.01)
-    refused("--init_image .*README.md cannot be read", draw, *words, "--init_image", README)
+
+
+def test_a_start_that_is_no_picture_is_named(draw, refused, tmp_path):
+    (tmp_path / "empty.png").touch()
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
+    for file, reason in (
+        (README, "it is no picture of a known format"),
+        (tmp_path / "empty.png", "it is no picture of a known format"),
+        (tmp_path / "cut.png", "image file is truncated"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "absent.png", "No such file"),
+    ):
+        message = refused(
+            f"--init_image {file} cannot be read: .*{reason}", draw, "--prompt", "a", "--init_image", file
+        )
+        assert message.count(str(file)) == 1
+        assert "BytesIO" not in message
+        assert message.endswith(". Give a picture.")
 
 
 def test_variants_that_a_file_name_does_not_tell_apart_are_all_there(draw, trained, tmp_path):
@@ -382,6 +406,41 @@ def test_variants_that_a_file_name_does_not_tell_apart_are_all_there(draw, train
     pictures = draw("--lora_weights", tmp_path / "a b", tmp_path / "a-b", "--prompt", PROMPT)
     assert len(pictures) == 3
     assert len({image.tobytes() for name, image in pictures.items() if name != "grid.png"}) == 2
+
+
+def test_runs_into_one_folder_lose_no_picture_and_show_the_last_run(compared, draw, trained, other, tmp_path):
+    words = ["--prompt", PROMPT, "--seed", 3, "--output_dir", tmp_path]
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid-001.png")  # somebody else's
+    draw("--lora_weights", trained, "--compare", *words)
+    (tmp_path / "grid-of-mine.png").write_bytes((tmp_path / "grid.png").read_bytes())
+    second = TUNED.replace(".png", "-2.png")
+    for _ in range(2):  # the same again changes nothing
+        draw("--lora_weights", trained, "--lora_scale", 0.5, *words)
+        names = {BASE, TUNED, second, "contact_sheet.html", "grid-001.png", "grid-of-mine.png"}
+        assert {path.name for path in tmp_path.iterdir()} == names
+    draw("--lora_weights", other, *words)
+    pictures = {path.name: Image.open(path) for path in tmp_path.glob("000-*")}
+    assert same(pictures[BASE], compared[BASE])
+    assert same(pictures[TUNED], compared[TUNED])
+    said = {name: image.text["adapter"] for name, image in pictures.items()}
+    third = TUNED.replace(".png", "-3.png")
+    assert said == {
+        BASE: "none",
+        TUNED: f"{trained} at scale 1",
+        second: f"{trained} at scale 0.5",
+        third: f"{other} at scale 1",
+    }
+    page = (tmp_path / "contact_sheet.html").read_text(encoding="utf-8")
+    assert f"{other} at scale 1" in page
+    assert f"{trained} at scale" not in page
+
+
+def test_grids_of_an_earlier_run_with_more_pages_go(draw, trained, tmp_path):
+    words = ["--lora_weights", trained, "--compare", "--num_inference_steps", 1, "--output_dir", tmp_path, "--prompt"]
+    draw(*words, *[f"star {n}" for n in range(9)])
+    assert {path.name for path in tmp_path.glob("grid*")} == {"grid-001.png", "grid-002.png"}
+    draw(*words, "a ring")
+    assert {path.name for path in tmp_path.glob("grid*")} == {"grid.png"}
 
 
 def test_a_decode_that_takes_the_unets_place_loses_no_picture(compared, draw, trained, monkeypatch):
@@ -403,6 +462,25 @@ def test_a_merged_model_goes_into_folders_that_are_not_there_yet(draw, trained, 
     for name in ("tuned", "tuned.safetensors"):
         draw("--lora_weights", trained, "--save_merged", tmp_path / "a" / name / name)
         assert (tmp_path / "a" / name / name).exists()
+
+
+@pytest.mark.parametrize("name", ["tuned", "tuned.safetensors"])
+def test_a_merged_model_is_written_by_one_run_at_a_time_and_over_none(draw, trained, tmp_path, monkeypatch, name):
+    merge, words = merging.merge, ["--lora_weights", trained, "--save_merged", tmp_path / name]
+
+    def second_run(*_):
+        monkeypatch.setattr(merging, "merge", merge)
+        with pytest.raises(UserError, match=f"{name}.* is in use by another run .*or give another --save_merged"):
+            draw(*words)
+        (tmp_path / name).touch()
+        raise UserError("the first run fails")
+
+    monkeypatch.setattr(merging, "merge", second_run)
+    with pytest.raises(UserError, match="the first run fails"):
+        draw(*words)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(UserError, match=f"--save_merged .*{name} exists"):
+        draw(*words)
 
 
 def test_a_long_negative_prompt_is_cut_and_that_is_said(draw, capsys):

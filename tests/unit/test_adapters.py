@@ -393,6 +393,7 @@ FAMILIES = {
     "Stable Diffusion XL": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 2048},
     "Stable Diffusion 3": {"lora_unet_joint_blocks_0_context_block_attn_qkv": 1536},
     "Flux": {"lora_unet_double_blocks_0_img_attn_proj": 3072},
+    "Wan": {"diffusion_model.blocks.0.self_attn.q": 1536, "diffusion_model.blocks.0.cross_attn.k": 1536},
     "another model family": {"lora_transformer_blocks_3_layer": 77},
 }
 
@@ -403,6 +404,37 @@ def test_an_adapter_of_another_family_is_refused_with_a_guess_of_it(tiny_base, t
     with pytest.raises(UserError, match=f"(looks as if made for|of) {family}") as caught:
         merged(tiny_base, read_adapter(file))
     assert next(iter(FAMILIES[family])).split("_")[-1].split(".")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("lora_alpha", [None, 4.0])
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("Wan", "diffusion_model.blocks.0.self_attn.q"),
+        ("Wan", "lora_unet_blocks_0_cross_attn_k"),
+        ("Wan", "transformer.blocks.0.attn1.to_q"),
+        ("Flux", "diffusion_model.single_blocks.0.linear1"),
+        ("Flux", "lora_unet_double_blocks_0_img_attn_proj"),
+        ("Flux", "transformer.single_transformer_blocks.0.attn.to_q"),
+        ("Stable Diffusion 3", "diffusion_model.joint_blocks.0.x_block.attn.qkv"),
+        ("Stable Diffusion 3", "transformer.transformer_blocks.0.attn.to_q"),
+        ("another model family", "diffusion_model.layers.0.attention.qkv"),
+    ],
+)
+def test_the_family_of_a_file_without_alpha_is_told_before_its_alpha_is_asked_for(
+    tmp_path, family, module, lora_alpha
+):
+    tensors = {f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"2 keys of 2 that no layout of an SDXL.*as if made for {family}"):
+        read_adapter(tmp_path / "a.safetensors", lora_alpha)
+
+
+def test_stable_diffusion_1_is_told_before_the_alpha_is_asked_for(tmp_path):
+    file = family_file(tmp_path / "a.safetensors", {SD1: 768})
+    save_file({key: tensor for key, tensor in load_file(file).items() if "alpha" not in key}, file)
+    with pytest.raises(UserError, match="a.safetensors looks as if made for Stable Diffusion 1.x. Give an SDXL"):
+        read_adapter(file)
 
 
 def test_a_text_encoder_of_stable_diffusion_1_is_not_taken_for_sdxls_first(tmp_path):

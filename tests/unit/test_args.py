@@ -338,3 +338,12 @@ def test_no_flag_that_names_a_place_takes_an_empty_text(train_script, infer_scri
         places = [name for name in args if name.endswith(("_dir", "_path", "_file", "_weights", "_merged", "config"))]
         for name in [*places, *PLACES & args.keys()]:
             assert_refused(script.parse_args, [*words, f"--{name}", ""], named=f"--{name}: it is empty")
+
+
+@pytest.mark.parametrize(
+    ("text", "scales"),
+    [("-1,0", [-1, 0]), ("-1", [-1]), ("-.5,.5", [-0.5, 0.5]), ("-1e-3", [-1e-3]), ("0,-2", [0, -2])],
+)
+def test_scales_may_begin_with_a_minus(infer_script, text, scales):
+    words = ["--lora_weights", "a", "--lora_scale", text, "--compare"]
+    assert infer_script.parse_args(words).lora_scale == scales

@@ -2,6 +2,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -479,6 +480,28 @@ def test_a_merge_counts_the_modules_that_it_changed(tiny_base, saved):
     key = next(key for key in adapter.weights["unet"] if "attn2.to_k.lora_B" in key)
     adapter.weights["unet"][key] = torch.zeros_like(adapter.weights["unet"][key])
     assert merged(tiny_base, "unet", adapter)[1].modules == MODULES["unet"] - 1
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("nan"), torch.float32), (float("inf"), torch.bfloat16), (1e7, torch.float16)]
+)
+def test_a_weight_that_a_merge_makes_non_finite_is_refused_by_name(tiny_base, saved, value, dtype):
+    adapter = adapter_reader.read_adapter(saved)
+    key = next(key for key in adapter.weights["unet"] if key.endswith("lora_B.weight"))
+    adapter.weights["unet"][key][0, 0] = value
+    module = key.removesuffix(".lora_B.weight")
+    with pytest.raises(UserError, match=f"Merging makes unet.{re.escape(module)} non-finite: .* overflows in {dtype}"):
+        merged(tiny_base, "unet", adapter, dtype)
+
+
+def test_the_relative_change_is_that_of_all_changed_weights(tiny_base, saved):
+    adapter, before = adapter_reader.read_adapter(saved), load(tiny_base, "unet").state_dict()
+    model, report = merged(tiny_base, "unet", adapter)
+    names = [f"{module}.weight" for module in adapters.by_module(adapter.weights["unet"])]
+    old, new = (
+        torch.cat([state[name].double().flatten() for name in names]) for state in (before, model.state_dict())
+    )
+    assert report.relative_change == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-6)
 
 
 def test_a_module_that_a_merge_leaves_out_is_refused_by_name(tiny_base, saved, monkeypatch):

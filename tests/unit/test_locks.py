@@ -140,3 +140,59 @@ def test_one_builder_waits_for_another_and_not_for_one_that_was_killed(tmp_path,
     process.wait()
     with locks.only_builder(tmp_path):
         pass
+
+
+def write_in_another_process(place, seconds):
+    """Begin to write a place, and return the process."""
+    code = "import sys, time; from pathlib import Path; from rasengan.locks import only_writer\n"
+    code += (
+        "with only_writer(Path(sys.argv[1]), '--to') as path: path.write_text('other'); print('begun', flush=True); "
+    )
+    code += "time.sleep(float(sys.argv[2]))"
+    command = [sys.executable, "-c", code, place, str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def write(place):
+    with locks.only_writer(place, "--to") as path:
+        assert not path.exists()
+        assert not place.exists()
+        path.write_text("mine")
+
+
+def test_of_two_that_write_a_place_one_does_and_the_other_is_refused(tmp_path):
+    place = tmp_path / "new" / "a.b"
+    process = write_in_another_process(place, 1)
+    with pytest.raises(UserError, match=r"in use by another run \(process .*, or give another --to\."):
+        write(place)
+    assert process.wait(timeout=10) == 0
+    assert place.read_text() == "other"
+    with pytest.raises(UserError, match=r"--to .*a\.b exists\. Give a name that does not\."):
+        write(place)
+    assert place.read_text() == "other"
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    place = tmp_path / ".[a]"
+    process = write_in_another_process(place, 60)
+    process.kill()
+    process.wait()
+    assert not place.exists()
+    assert list(tmp_path.iterdir()), "it could not clear up"
+    write(place)
+    assert place.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        with locks.only_writer(tmp_path / "new" / "a", "--to") as path:
+            path.mkdir()
+            (path / "part").touch()
+            raise RuntimeError
+
+    pytest.raises(RuntimeError, fail)
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -104,6 +105,31 @@ def test_letters_outside_ascii_are_not_drawn_as_a_box(letter):
     assert np.any(pixels(grids[0]) != pixels(grids[1]))
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a café — naïve", "a cafe - naive"),
+        ("ラーメン 忍者, a ninja", "[KATAKANA] [CJK], a ninja"),
+        ("Красный круг", "[CYRILLIC] [CYRILLIC]"),
+        ("ein \ue000", "ein [U+E000]"),
+        ("a\nб\u2029в \t\x07", "a [CYRILLIC] [CYRILLIC] [U+7]"),
+        ("[a][a] \u2163\u2163", "[a][a] IVIV"),
+    ],
+)
+def test_a_label_says_what_no_font_here_can_draw(monkeypatch, text, shown):
+    monkeypatch.setattr(sheets, "FONTS", ("no font has this name.ttf",))
+    assert sheets.wrap(text, sheets.font_for(text, 28), 900) == [shown]
+
+
+@pytest.mark.parametrize("text", ["a café — naïve", "Красный круг", "cafe\u0301"])
+def test_a_label_is_drawn_by_a_font_of_the_system_that_has_its_letters(text):
+    font = sheets.font_for(text, 28)
+    if font.getname() == ImageFont.load_default(28).getname():
+        pytest.skip("no font of many scripts is installed")
+    assert sheets.wrap(text, font, 900) == [unicodedata.normalize("NFC", text)]
+    assert sheets.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
+
+
 # --- contact sheets ---
 
 
@@ -134,3 +160,16 @@ def test_a_writer_writes_all_and_tells_of_what_it_could_not(tmp_path):
     assert {Image.open(file).text["seed"] for file in tmp_path.glob("*.png")} == {str(n) for n in range(20)}
     with pytest.raises(OSError), sheets.PictureWriter() as writer:
         writer.write(tmp_path / "0.png" / "a.png", Image.new("RGB", (8, 8)), {})
+
+
+def test_a_picture_takes_the_first_name_that_nothing_else_has(tmp_path):
+    about, file = {"prompt": "ein Ötzi, 忍者", "seed": 3, "negative_prompt": ""}, tmp_path / "a-0.5.png"
+    assert sheets.free_name(file, about, set()) == file
+    sheets.save_png(file, Image.new("RGB", (8, 8)), about)
+    assert sheets.free_name(file, about, set()) == file, "the same may be drawn again"
+    second = tmp_path / "a-0.5-2.png"
+    assert sheets.free_name(file, about, {file}) == second
+    for other in (about | {"seed": 4}, about | {"height": 64}, {"seed": 3}):
+        assert sheets.free_name(file, other, set()) == second
+    second.write_text("no picture")
+    assert sheets.free_name(file, {"seed": 4}, set()) == tmp_path / "a-0.5-3.png"
