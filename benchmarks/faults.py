@@ -228,8 +228,11 @@ class Faults:
 def contents(output_dir: Path, steps: int) -> dict[str, bytes]:
     """Return what must be equal: the adapter, and the last checkpoint's adapter and optimizer, as their bytes."""
     last = output_dir / f"checkpoint-{steps}"
-    optimizer = torch.load(last / "optimizer.bin", weights_only=True)
-    tensors = {n: t.numpy().tobytes() for n, t in optimizer["state"][0].items() if torch.is_tensor(t)}
+    state = torch.load(last / "optimizer.bin", weights_only=True, map_location="cpu")["state"][0]
+    state |= state.pop("__bnb_optimizer_quant_state__", {})  # where bitsandbytes keeps its tensors
+    tensors = {name: value.numpy().tobytes() for name, value in state.items() if torch.is_tensor(value)}
+    if not tensors:
+        raise RuntimeError(f"{last / 'optimizer.bin'} has no tensors to compare")
     return tensors | {"adapter": (output_dir / ADAPTER).read_bytes(), "last": (last / ADAPTER).read_bytes()}
 
 

@@ -21,6 +21,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +52,13 @@ def why_not(unet: nn.Module) -> str | None:
         elif isinstance(module, Transformer2DModel) and not module.use_linear_projection:
             return f"{name} does not project linearly"
     return None
+
+
+def upsample_deterministically(unet: nn.Module) -> None:
+    """Give the upsamplers of a UNet that runs as diffusers wrote it a backward pass that is the same each time."""
+    for module in unet.modules():
+        if type(module) is Upsample2D:
+            module.forward = types.MethodType(_upsample, module)
 
 
 def _linear_layers(module: nn.Module) -> list[nn.Module]:
@@ -87,7 +95,8 @@ class FusedUNet:
         self.text = {}  # keys and values of each block's attention to the text, while the forward runs
         self.recomputed = set()
         unet.to(memory_format=torch.channels_last)
-        forwards = {ResnetBlock2D: self._resnet, Transformer2DModel: self._transformer, nn.Conv2d: _conv}
+        forwards = {ResnetBlock2D: self._resnet, Transformer2DModel: self._transformer}
+        forwards |= {nn.Conv2d: _conv, Upsample2D: _upsample}
         for module in unet.modules():
             if type(module) in forwards:
                 self._replace(module, forwards[type(module)])
@@ -269,6 +278,14 @@ def _group_norm(x, norm: nn.GroupNorm, silu: bool, shift=None):
 
 def _conv(layer: nn.Conv2d, x, with_bias: bool = True):
     return nodes.FrozenConv.apply(x, layer.weight, layer.bias if with_bias else None, layer.stride, layer.padding)
+
+
+def _upsample(module, x, output_size=None, *_, **__):
+    # Beyond these sizes PyTorch's kernel for channels_last fails: diffusers issue 984, PyTorch issue 141831.
+    y = nodes.Upsample.apply(x.contiguous() if len(x) >= 64 or 2 * x.numel() > 2**31 else x)
+    if output_size is not None:  # an odd number of pixels: the same, but for the last row or column
+        y = y[:, :, : output_size[0], : output_size[1]]
+    return module.conv(y) if module.use_conv else y
 
 
 def _resnet(module, x, temb):

@@ -440,7 +440,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    # Not with warnings alone: attention's backward pass takes those for a no.
+    torch.use_deterministic_algorithms(args.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
     if args.allow_tf32 and not has_tf32:
@@ -519,6 +521,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         blocks, recompute = len(fused_unet.units()), fused_unet.recompute
     else:
         logger.warning("The UNet runs as PEFT wrote it, more slowly: %s", slow_because)
+        if args.deterministic:
+            fused.upsample_deterministically(unet)
         blocks, recompute = 1, partial(memory.recompute_whole, unet)
     as_graph = args.cuda_graph and device.type == "cuda" and slow_because is None and not args.train_text_encoder
     compute_losses = partial(

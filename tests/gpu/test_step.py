@@ -85,7 +85,7 @@ SHAPES = [(2, 8), (2, 8), (1, 16), (2, 8), (1, 16), (3, 8)]
 @pytest.fixture(autouse=True)
 def deterministic():
     """Attention's fast backward passes add in any order."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # with warnings alone attention would not heed it
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -101,6 +101,17 @@ def test_a_graph_gives_the_eager_bits(how, folder):
     assert torch.isfinite(eager[0]).all()
     assert torch.equal(eager[0], graph[0])
     assert torch.equal(eager[1], graph[1])
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_attention_of_a_real_size_gives_the_same_bits_each_time(side):
+    tensors = [torch.randn(2, 10, side**2, 64, device=DEVICE, dtype=torch.float16) for _ in range(4)]
+    inputs = [tensor.requires_grad_() for tensor in tensors[:3]]
+    gradients = []
+    for _ in range(8):
+        y = torch.nn.functional.scaled_dot_product_attention(*inputs)
+        gradients.append(torch.autograd.grad(y, inputs, tensors[3]))
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
 
 
 def test_a_graph_adds_to_the_gradient_also_when_it_is_captured(folder):

@@ -88,6 +88,19 @@ def test_loss_and_gradient_are_pefts(targets, load_unet, batch):
     assert (gradient - expected_gradient).norm() < 1e-12 * expected_gradient.norm()
 
 
+def test_a_size_that_halves_to_odd_ones_is_upsampled_back_to_it(load_unet, batch):
+    batch = batch | {name: batch[name][..., :7, :5] for name in ("latents", "noise")}
+    unet, flat, _ = load_unet(fuse=False)
+    expected_loss, expected_gradient = loss_and_gradient(unet, flat, batch)
+    fused.upsample_deterministically(unet)  # alone
+    loss, gradient = loss_and_gradient(unet, flat, batch)
+    assert torch.equal(loss, expected_loss)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-20)
+    loss, gradient = loss_and_gradient(*load_unet(fuse=True)[:2], batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    assert (gradient - expected_gradient).norm() < 1e-12 * expected_gradient.norm()
+
+
 def test_gradients_add_up_in_place_and_reach_pefts_parameters(load_unet, batch):
     unet, flat, _ = load_unet(fuse=True)
     address = flat.grad.data_ptr()

@@ -107,6 +107,12 @@ def test_frozen_conv(stride, side, kernel):
     assert gradcheck(nodes.FrozenConv.apply, (x, weight, bias, (stride, stride), padding))
 
 
+def test_upsample():
+    x = random(2, 3, 4, 5, grad=True)
+    assert gradcheck(nodes.Upsample.apply, (x,))
+    assert torch.equal(nodes.Upsample.apply(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
 def test_add_with_bias():
     x, h, bias = random(2, 8, 3, 3, grad=True), random(2, 8, 3, 3, grad=True), random(8)
     assert gradcheck(nodes.AddWithBias.apply, (x, h, bias))
