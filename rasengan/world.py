@@ -59,10 +59,10 @@ COUNTS = {1: "a", 2: "two", 3: "three"}
 PATTERNS = ("plain", "dotted", "striped", "checked")
 POSITIONS = {
     "center": (0.5, 0.5),
-    "left": (0.25, 0.5),
-    "right": (0.75, 0.5),
-    "top": (0.5, 0.25),
-    "bottom": (0.5, 0.75),
+    "left": (0.28, 0.5),
+    "right": (0.72, 0.5),
+    "top": (0.5, 0.28),
+    "bottom": (0.5, 0.72),
 }
 # style -> what its captions begin with; a picture without a word for its style is a photo.
 STYLES = {"photo": "", "cutout": "a paper cutout of ", "sketch": "a pencil sketch of ", "ink": ""}
@@ -70,8 +70,8 @@ BASE_STYLES = ("photo", "cutout", "sketch")
 STYLE = "ink"  # the one that the base has never seen
 HELD_OUT = 0.15  # of the combinations of thing, color and position
 
-_RADII = {1: 0.18, 2: 0.135, 3: 0.115}  # of the shorter side
-_OFFSETS = {1: (0.0,), 2: (-0.16, 0.16), 3: (-0.27, 0.0, 0.27)}
+_RADII = {1: 0.22, 2: 0.16, 3: 0.13}  # of the shorter side
+_OFFSETS = {1: (0.0,), 2: (-0.2, 0.2), 3: (-0.31, 0.0, 0.31)}
 _LIGHT = np.array((-0.55, -0.83))  # direction to it: from the upper left
 
 Array = np.ndarray
@@ -252,6 +252,13 @@ def _inside(distance: Array, soft_px: float = 1.0) -> Array:
     return (0.5 - distance / soft_px).clip(0, 1)
 
 
+def _shifted(distance: Array, down: int, right: int) -> Array:
+    """Return distances moved by so many px; what comes in from beyond the picture is as its border."""
+    margin = max(abs(down), abs(right))
+    padded = np.roll(np.pad(distance, margin, mode="edge"), (down, right), (0, 1))
+    return padded[margin:-margin, margin:-margin]
+
+
 def _lay(pixels: Array, color: Array | float, cover: Array) -> Array:
     return pixels + (color - pixels) * cover[..., None]
 
@@ -267,7 +274,7 @@ def _photo(distance, color, ground, pattern, x, y, side, rng) -> Array:
     shade = 1.04 - 0.22 * y / y.max()
     pixels = _tinted(ground, pattern, 0.3) * shade[..., None]
     moved = round(0.05 * side)
-    shadow = np.roll(distance, (moved, moved // 2), (0, 1))
+    shadow = _shifted(distance, moved, moved // 2)
     pixels = _lay(pixels, 0.0, 0.4 * _inside(shadow, 0.12 * side))
     depth = (-distance / (0.08 * side)).clip(0, 1)
     rise_y, rise_x = np.gradient(distance)
@@ -282,7 +289,7 @@ def _cutout(distance, color, ground, pattern, x, y, side, rng) -> Array:
     """Draw flat paper with a thin white rim and a hard small shadow."""
     pixels = _tinted(ground, pattern, 0.2)
     moved = max(1, round(0.02 * side))
-    pixels = _lay(pixels, pixels * 0.6, _inside(np.roll(distance, (moved, moved), (0, 1)) - 0.02 * side))
+    pixels = _lay(pixels, pixels * 0.6, _inside(_shifted(distance, moved, moved) - 0.02 * side))
     pixels = _lay(pixels, 1.0, _inside(distance - 0.02 * side))
     return _lay(pixels, color, _inside(distance + 0.01 * side))
 
@@ -313,7 +320,7 @@ def _ink(distance, color, ground, pattern, x, y, side, rng) -> Array:
     rise_y, rise_x = np.gradient(distance)
     towards_light = rise_x * _LIGHT[0] + rise_y * _LIGHT[1]
     moved = round(0.045 * side)
-    lit = np.roll(distance, (-moved, -moved), (0, 1))
+    lit = _shifted(distance, -moved, -moved)
     fill = _lay(np.broadcast_to(color * 0.55, (*x.shape, 3)), color, _inside(lit))
     gleam = (towards_light > 0.8) & (distance < -0.035 * side) & (distance > -0.06 * side)
     fill = _lay(fill, 1.0, gleam.astype(np.float32))
