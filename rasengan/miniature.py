@@ -80,17 +80,26 @@ def make_tokenizer(pad_token: str) -> CLIPTokenizer:
     """Return a tokenizer of bytes, which has a token of its own for each word of the world's captions."""
     # Sorted, because the alphabet comes as a set; as in CLIP's own vocabulary, "!" then gets id 0.
     symbols = sorted(ByteLevel.alphabet())
-    merges = {}  # of symbols, in order; a dict for its order
+    merges = []
     for word in _words():
-        left = word[0]
-        for place, letter in enumerate(word[1:], 1):
-            right = letter + "</w>" if place == len(word) - 1 else letter
-            merges[left, right] = left + right
-            left += letter
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *dict.fromkeys(merges.values())]
+        pieces = _pieces(word, merges)
+        while len(pieces) > 1:  # a later merge leaves the words before as they are: theirs come first
+            merges.append((pieces[0], pieces[1]))
+            pieces = _pieces(word, merges)
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *dict.fromkeys(map("".join, merges))]
     # The end of text comes last: CLIP may look for it as the highest id of a caption.
     vocab = {token: index for index, token in enumerate([*tokens, START, END])}
-    return CLIPTokenizer(vocab=vocab, merges=list(merges), pad_token=pad_token, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=77)
+
+
+def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Return the tokens of a word: of the pairs that merges join, the one of the first merge goes first."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while pairs := set(zip(pieces, pieces[1:], strict=False)) & set(merges):
+        first = min(pairs, key=merges.index)
+        place = next(n for n, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair == first)
+        pieces[place : place + 2] = ["".join(first)]
+    return pieces
 
 
 def _words() -> list[str]:
@@ -125,6 +134,9 @@ QUESTIONS = {
     "ground": list(world.COLORS),
     "style": list(world.STYLES),
 }
+
+
+ASKED = ("thing", "color", "position")  # what a picture must show
 
 
 class Judge(nn.Module):
@@ -177,5 +189,5 @@ def judge_pictures(judge: Judge, images: list[Image.Image]) -> list[dict[str, ob
 
 
 def shows(answer: dict[str, object], scene: world.Scene) -> bool:
-    """Say whether the asked thing, color and position were found."""
-    return all(answer[name] == getattr(scene, name) for name in ("thing", "color", "position"))
+    """Say whether the judge found what was asked."""
+    return all(answer[name] == getattr(scene, name) for name in ASKED)

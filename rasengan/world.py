@@ -131,7 +131,7 @@ def draw(scene: Scene, style: str, rng: random.Random, size: tuple[int, int] = (
         u, v = math.cos(turn) * u + math.sin(turn) * v, math.cos(turn) * v - math.sin(turn) * u
         distance = np.minimum(distance, _SHAPES[scene.thing](u, v) * radius)
     color, ground = (np.array(COLORS[name], np.float32) / 255 for name in (scene.color, scene.ground))
-    pattern = _pattern(scene.pattern, x, y, side, rng)
+    pattern = _pattern(scene.pattern, x, y, side)
     pixels = _DRAW[style](distance, color, ground, pattern, x, y, side, rng)
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
@@ -231,10 +231,9 @@ _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 # --- styles: from distances (H, W) and colors to pixels (H, W, 3) in 0 to 1 ---
 
 
-def _pattern(name: str, x: Array, y: Array, side: int, rng: random.Random) -> Array:
+def _pattern(name: str, x: Array, y: Array, side: int) -> Array:
     """Return how much of each pixel a background's pattern covers, 0 to 1."""
     step = side / 8
-    x, y = x + rng.uniform(0, step), y + rng.uniform(0, step)
     if name == "dotted":
         row = np.floor(y / step)
         dx = (x / step + row % 2 / 2) % 1 - 0.5
