@@ -22,10 +22,17 @@ MOST_GRAPHS = 4  # of batches and sizes; they share their memory
 class Denoiser:
     """A UNet's predictions for one prompt after another, eagerly or by replaying a CUDA graph of its forward."""
 
-    def __init__(self, unet: UNet2DConditionModel, as_graph: bool = False):
-        """Take a UNet on the device to draw on, in evaluation mode; `as_graph` needs a CUDA device."""
-        self.unet, self.as_graph = unet, as_graph
-        self.graphs, self.pool, self.condition = {}, None, None
+    def __init__(self, unet: UNet2DConditionModel, as_graph: bool = False, fused_unet=None):
+        """Take what draws.
+
+        Args:
+            unet: on the device to draw on, in evaluation mode.
+            as_graph: capture its forward; needs a CUDA device.
+            fused_unet: the `fused.FusedUNet` of a UNet without a LoRA, which then computes but once for each prompt
+                what all steps share.
+        """
+        self.unet, self.as_graph, self.fused_unet = unet, as_graph, fused_unet
+        self.graphs, self.pool, self.condition, self.text_shape = {}, None, None, None
 
     def set_condition(self, prompts: dict[str, torch.Tensor], height: int, width: int, guided: bool) -> None:
         """Take the embeddings of a batch, as `sdxl.conditioning` returns them, and the size of its pictures in px.
@@ -38,12 +45,17 @@ class Denoiser:
             pooled = torch.cat([prompts["negative_pooled_prompt_embeds"], pooled])
         time_ids = torch.tensor([sdxl.compute_time_ids((height, width), (0, 0), (height, width))] * len(texts))
         device, dtype = self.unet.device, self.unet.dtype
-        self.condition = {
+        condition = {
             "encoder_hidden_states": texts.to(device, dtype),
             "text_embeds": pooled.to(device, dtype),
             # Sizes over 2048 px are not exact in fp16: they stay fp32 until their sinusoidal embedding.
             "time_ids": time_ids.to(device, torch.float32),
         }
+        self.text_shape = texts.shape
+        if self.fused_unet is not None:
+            self.fused_unet.hold_condition(**condition)
+            condition = {}
+        self.condition = condition
 
     def __call__(self, sample: torch.Tensor, timestep: float) -> torch.Tensor:
         """Return the prediction for a sample (B, 4, h, w) at a timestep; a graph overwrites it at its next call."""
@@ -51,24 +63,31 @@ class Denoiser:
         inputs = self.condition | {"sample": sample.to(self.unet.dtype), "timestep": timesteps}
         if not self.as_graph:
             return self._predict(inputs)
-        shapes = graphs.shapes_of(inputs)
+        shapes = (self.text_shape, *graphs.shapes_of(inputs))
         if shapes not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
-                self.release()
+                self._drop_graphs()
             self.graphs[shapes] = graphs.capture(self._predict, inputs, self.pool)
             self.pool = self.graphs[shapes].graph.pool()
         return self.graphs[shapes](inputs)
 
     def _predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        added = {name: inputs[name] for name in ("text_embeds", "time_ids")}
-        text = inputs["encoder_hidden_states"]
+        text = inputs.get("encoder_hidden_states")  # None: what the condition says is held
+        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
         return self.unet(inputs["sample"], inputs["timestep"], text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def release(self) -> None:
-        """Give the graphs' memory back; the next prediction captures anew."""
+    def _drop_graphs(self) -> None:
         self.graphs.clear()
         self.pool = None
         memory.give_back()
+
+    def release(self) -> None:
+        """Give the memory of graphs and condition back; the next prediction needs a condition, and captures anew."""
+        self._drop_graphs()
+        self.condition = None
+        if self.fused_unet is not None:
+            self.fused_unet.forget_conditions()
+            memory.give_back()
 
 
 def timesteps_of(scheduler: SchedulerMixin, num_inference_steps: int, strength: float | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ The same arithmetic as theirs, but for the order of rounding, in a third of the 
 
 - all LoRA matrices are cast to the UNet's dtype together, and their gradients are added where they belong;
 - projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
+  the timestep's in all residual blocks of a width;
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;
 - nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
 - any number of blocks can be recomputed in the backward pass rather than kept.
@@ -93,7 +94,10 @@ class FusedUNet:
         self.ends = self._place_gradients()
         self.anchor = None
         self.text = {}  # keys and values of each block's attention to the text, while the forward runs
+        self.shifts = {}  # what each residual block adds for the timestep, likewise
+        self.held, self.conditions = {}, {}
         self.recomputed = set()
+        self.time_projections = _stack_time_projections(unet)
         unet.to(memory_format=torch.channels_last)
         forwards = {ResnetBlock2D: self._resnet, Transformer2DModel: self._transformer}
         forwards |= {nn.Conv2d: _conv, Upsample2D: _upsample}
@@ -103,6 +107,8 @@ class FusedUNet:
         self._replace(unet.conv_norm_out, lambda norm, x: _group_norm(x, norm, silu=True)[1])
         self._replace(unet.conv_act, lambda activation, x: x)  # conv_norm_out has done it
         self._replace(unet, self._forward)
+        if flat is None:
+            unet.get_aug_embed = types.MethodType(self._embed_condition, unet)
 
     def _place_gradients(self) -> tuple[int, int]:
         """Give each projection its part of the flat gradient; return where all lora_A end, and all lora_B."""
@@ -146,6 +152,43 @@ class FusedUNet:
             return checkpoint(function, unit, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(unit, *inputs)
 
+    # --- what all steps of a picture share ---
+
+    @torch.no_grad()
+    def hold_condition(self, encoder_hidden_states: torch.Tensor, text_embeds: torch.Tensor, time_ids: torch.Tensor):
+        """Compute what a UNet without a LoRA makes of the text and the sizes, for forwards that get None for the text.
+
+        Of texts of one shape it stays in one place, so that a CUDA graph which reads it sees the latest.
+
+        Args:
+            encoder_hidden_states: (B, T, D).
+            text_embeds: (B, P).
+            time_ids: (B, 6).
+        """
+        pictures, tokens, _ = encoder_hidden_states.shape
+        self.held = self.conditions.setdefault((pictures, tokens), {})
+
+        def hold(key, tensor):
+            self.held[key] = self.held[key].copy_(tensor) if key in self.held else tensor
+
+        # One layer after another: all at once would be there twice.
+        for block in lora.transformer_blocks(self.unet):
+            for layer in (block.attn2.to_k, block.attn2.to_v):
+                rows = layer(encoder_hidden_states)
+                hold(id(layer), rows.view(pictures, tokens, block.attn2.heads, -1).transpose(1, 2))
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        hold("embedding", type(self.unet).get_aug_embed(self.unet, text_embeds, encoder_hidden_states, added))
+
+    def forget_conditions(self) -> None:
+        """Give the memory of all that `hold_condition` computed back; graphs that read it must be gone."""
+        self.held = {}
+        self.conditions.clear()
+
+    def _embed_condition(self, unet, emb, encoder_hidden_states, added_cond_kwargs):
+        if encoder_hidden_states is None:
+            return self.held["embedding"]
+        return type(unet).get_aug_embed(unet, emb, encoder_hidden_states, added_cond_kwargs)
+
     # --- the forward, from the whole to the parts ---
 
     def _forward(self, unet, sample, timestep, encoder_hidden_states, **kwargs):
@@ -156,6 +199,7 @@ class FusedUNet:
             return type(unet).forward(unet, sample, timestep, encoder_hidden_states, **kwargs)
         finally:
             self.text.clear()
+            self.shifts.clear()
 
     @torch.no_grad()
     def _cast_lora(self, dtype: torch.dtype) -> None:
@@ -168,8 +212,12 @@ class FusedUNet:
         # Of this forward alone: a leaf that lived on would hold the stream of its first backward pass.
         self.anchor = torch.empty((), device=self.flat.device, requires_grad=True)
 
-    def _project_text(self, encoder_hidden_states: torch.Tensor) -> None:
-        """Compute the keys and values of all attentions to the text, stacked ones by one product."""
+    def _project_text(self, encoder_hidden_states: torch.Tensor | None) -> None:
+        """Compute the keys and values of all attentions to the text, stacked ones by one product; None: those held."""
+        if encoder_hidden_states is None:
+            for block in lora.transformer_blocks(self.unet):
+                self.text[id(block)] = self.held[id(block.attn2.to_k)], self.held[id(block.attn2.to_v)]
+            return
         pictures, tokens, width = encoder_hidden_states.shape
         rows = encoder_hidden_states.reshape(-1, width)
         projected = {}
@@ -234,7 +282,34 @@ class FusedUNet:
         )
 
     def _resnet(self, module, input_tensor, temb):
-        return self._checkpointed(_resnet, module, input_tensor, temb)
+        if not self.shifts:
+            rows = F.silu(temb)
+            for blocks, weight, bias in self.time_projections:
+                shifts = torch.baddbmm(bias, rows.expand(len(blocks), -1, -1), weight.transpose(1, 2))
+                self.shifts |= zip(blocks, shifts, strict=True)
+        return self._checkpointed(_resnet, module, input_tensor, self.shifts[id(module)])
+
+
+@torch.no_grad()
+def _stack_time_projections(unet: nn.Module) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Move the weights of the timestep's projections of each width into one tensor, of which they become views.
+
+    Returns:
+        For each width E of residual blocks the blocks' ids, the weights (n, E, D), and (n, 1, E) the biases of
+        projection and first convolution together, both of which nothing trains or merges into.
+    """
+    by_width = {}
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            by_width.setdefault(module.out_channels, []).append(module)
+    stacks = []
+    for blocks in by_width.values():
+        weight = torch.stack([block.time_emb_proj.weight for block in blocks])
+        bias = torch.stack([block.time_emb_proj.bias + block.conv1.bias for block in blocks])[:, None]
+        for block, part in zip(blocks, weight, strict=True):
+            block.time_emb_proj.weight.data = part
+        stacks.append(([id(block) for block in blocks], weight, bias))
+    return stacks
 
 
 class Projection:
@@ -288,9 +363,8 @@ def _upsample(module, x, output_size=None, *_, **__):
     return module.conv(y) if module.use_conv else y
 
 
-def _resnet(module, x, temb):
-    # The biases of the convolutions are added where a pass is made anyway.
-    shift = module.time_emb_proj(F.silu(temb)) + module.conv1.bias
+def _resnet(module, x, shift):
+    # The biases of the convolutions are added where a pass is made anyway: the first one's is in the shift.
     x, y = _group_norm(x, module.norm1, silu=True)
     y = _conv(module.conv1, y, with_bias=False)
     _, y = _group_norm(y, module.norm2, silu=True, shift=shift)

@@ -81,15 +81,15 @@ class Pipeline:
         return self.change
 
     def _load_unet(self) -> None:
-        unet = components.load("unet", self.folders["unet"], self.dtype, self.variant)
+        unet, fused_unet = components.load("unet", self.folders["unet"], self.dtype, self.variant), None
         try:
             if self.device.type == "cuda" and fused.why_not(unet) is None:
                 lora.stack_weights(unet, self.device)
-                fused.FusedUNet(unet.to(self.device))
+                fused_unet = fused.FusedUNet(unet.to(self.device))
             unet.to(self.device)
         except torch.OutOfMemoryError as error:
             raise memory.DoesNotFit("The UNet does not fit into what this card has left. Free some of it.") from error
-        self.denoiser = drawing.Denoiser(unet, as_graph=self.device.type == "cuda")
+        self.denoiser = drawing.Denoiser(unet, self.device.type == "cuda", fused_unet)
         self.weights = SwitchableWeights(unet, "unet")
 
     def drop_unet(self) -> None:

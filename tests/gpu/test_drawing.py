@@ -13,15 +13,13 @@ SIZE = {"height": 64, "width": 96, "num_inference_steps": 4, "guidance_scale": 5
 
 @pytest.fixture
 def load_unet(tiny_base):
-    """Function that returns the tiny UNet on the card."""
+    """Function that returns the tiny UNet on the card, and what makes it fast, or None."""
 
     def load(dtype, fuse):
         unet = components.load("unet", tiny_base / "unet", dtype)
         lora.stack_weights(unet, DEVICE)
         unet.to(DEVICE)
-        if fuse:
-            fused.FusedUNet(unet)
-        return unet
+        return unet, fused.FusedUNet(unet) if fuse else None
 
     return load
 
@@ -36,36 +34,42 @@ def prompts_of(unet, count):
     return sdxl.conditioning(row, None, count)
 
 
-def draw(unet, tiny_base, as_graph, seeds=(5, 6), sampler="euler", denoiser=None):
+def draw(denoiser, tiny_base, seeds=(5, 6), sampler="euler"):
     scheduler = sdxl.make_sampler(components.load("scheduler", tiny_base / "scheduler"), sampler)
-    denoiser = denoiser or drawing.Denoiser(unet, as_graph)
-    return drawing.draw(denoiser, scheduler, prompts_of(unet, len(seeds)), list(seeds), **SIZE)
+    return drawing.draw(denoiser, scheduler, prompts_of(denoiser.unet, len(seeds)), list(seeds), **SIZE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("sampler", sorted(sdxl.SAMPLERS))
 def test_a_graph_draws_the_eager_bits(load_unet, tiny_base, dtype, fuse, sampler):
-    unet = load_unet(dtype, fuse)
-    eager, graph = (draw(unet, tiny_base, as_graph, sampler=sampler) for as_graph in (False, True))
+    unet, fast = load_unet(dtype, fuse)
+    eager, graph = (
+        draw(drawing.Denoiser(unet, as_graph, fast), tiny_base, sampler=sampler) for as_graph in (False, True)
+    )
     assert torch.isfinite(eager).all()
     assert torch.equal(eager, graph)
 
 
 def test_a_graph_follows_prompts_sizes_of_batch_and_weights_that_change_in_place(load_unet, tiny_base):
-    unet = load_unet(torch.float16, True)
-    denoiser = drawing.Denoiser(unet, as_graph=True)
+    unet, fast = load_unet(torch.float16, True)
+    denoiser, eager = drawing.Denoiser(unet, True, fast), drawing.Denoiser(unet, False, fast)
     for seeds in ((5, 6), (7,), (5, 6)):
-        found = draw(unet, tiny_base, True, seeds, denoiser=denoiser)
-        assert torch.equal(found, draw(unet, tiny_base, False, seeds))
-    unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").weight.data.mul_(1.5)
-    tuned = draw(unet, tiny_base, True, (5, 6), denoiser=denoiser)
-    assert not torch.equal(tuned, found)
-    assert torch.equal(tuned, draw(unet, tiny_base, False, (5, 6)))
+        found = draw(denoiser, tiny_base, seeds)
+        assert torch.equal(found, draw(eager, tiny_base, seeds))
+    for name in ("attn1.to_q", "attn2.to_k"):
+        unet.get_submodule(f"mid_block.attentions.0.transformer_blocks.0.{name}").weight.data.mul_(1.5)
+        tuned = draw(denoiser, tiny_base)
+        assert not torch.equal(tuned, found)
+        assert torch.equal(tuned, draw(eager, tiny_base))
+        found = tuned
 
 
 def test_the_fused_forward_draws_what_diffusers_does(load_unet, tiny_base):
-    found, expected = (draw(load_unet(torch.float32, fuse), tiny_base, False) for fuse in (True, False))
+    found, expected = (
+        draw(drawing.Denoiser(unet, False, fast), tiny_base)
+        for unet, fast in (load_unet(torch.float32, fuse) for fuse in (True, False))
+    )
     assert not torch.equal(found, expected)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 

@@ -133,19 +133,52 @@ def test_from_a_picture_the_latents_are_those_of_the_img2img_pipeline(pipeline, 
 # --- the fused forward ---
 
 
-@torch.no_grad()
-def test_the_fused_forward_draws_what_diffusers_does(pipeline, tiny_base):
+@pytest.fixture(scope="module")
+def fused_unet(tiny_base):
     unet = components.load("unet", tiny_base / "unet")
     assert fused.why_not(unet) is None
     lora.stack_weights(unet, torch.device("cpu"))
-    fused.FusedUNet(unet)
+    return fused.FusedUNet(unet)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("holds", [True, False], ids=["condition held", "condition anew each step"])
+def test_the_fused_forward_draws_what_diffusers_does(pipeline, fused_unet, holds):
     prompts = rows_of(pipeline, PROMPTS[0], "blue", 2)
     found, expected = (
-        drawing.draw(drawing.Denoiser(model), pipeline.scheduler, prompts, [5, 6], **SIZE, **STEPS)
-        for model in (unet, pipeline.unet)
+        drawing.draw(denoiser, pipeline.scheduler, prompts, [5, 6], **SIZE, **STEPS)
+        for denoiser in (
+            drawing.Denoiser(fused_unet.unet, fused_unet=fused_unet if holds else None),
+            drawing.Denoiser(pipeline.unet),
+        )
     )
     assert not torch.equal(found, expected)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_condition_is_held_in_one_place_and_follows_prompts_sizes_and_weights(pipeline, fused_unet):
+    """A graph reads what is held by its address: each of these must change what is there, and nothing else."""
+    denoiser, anew = drawing.Denoiser(fused_unet.unet, fused_unet=fused_unet), drawing.Denoiser(fused_unet.unet)
+    to_k = fused_unet.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    weight, addresses, drawn = to_k.weight.data.clone(), {}, []
+    turns = [(PROMPTS[0], 2, 64), (PROMPTS[1], 2, 64), (PROMPTS[0], 1, 64), (PROMPTS[0], 2, 96), (PROMPTS[0], 2, 64)]
+    for number, (prompt, count, height) in enumerate(turns):
+        if number == len(turns) - 1:
+            to_k.weight.data.mul_(3)
+        rows, size = rows_of(pipeline, prompt, None, count), SIZE | {"height": height}
+        seeds = list(range(count))
+        found = drawing.draw(denoiser, pipeline.scheduler, rows, seeds, **size, **STEPS)
+        expected = drawing.draw(anew, pipeline.scheduler, rows, seeds, **size, **STEPS)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        places = {key: tensor.data_ptr() for key, tensor in fused_unet.held.items()}
+        assert addresses.setdefault(count, places) == places
+        drawn.append(found)
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+    assert (drawn[0] - drawn[4]).abs().max() > 1e-3
+    to_k.weight.data.copy_(weight)
+    denoiser.release()
+    assert not fused_unet.held
+    assert not fused_unet.conditions
 
 
 @pytest.mark.parametrize("name", sorted(sdxl.SAMPLERS))
