@@ -1,4 +1,4 @@
-"""The commands that README shows are commands that the scripts take."""
+"""The commands that README and docs/ show are commands that the scripts take; what they link to is there."""
 
 import re
 import shlex
@@ -11,13 +11,15 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 
 
-def readme_commands() -> list[tuple[str, list[str]]]:
-    """Return the script and the arguments of each command in README's fenced blocks that names a script of ours."""
-    commands = []
-    for block in re.findall(r"^```(?:bash|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+def shown_commands() -> list[tuple[str, list[str]]]:
+    """Return the script and the arguments of each command in fenced blocks that names a script of ours."""
+    commands, text = [], "\n".join(PAGES.values())
+    for block in re.findall(r"^```(?:bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if "scripts/" in line else []
             scripts = [word for word in words if re.fullmatch(r"scripts/\w+\.py", word)]
@@ -28,10 +30,10 @@ def readme_commands() -> list[tuple[str, list[str]]]:
     return commands
 
 
-COMMANDS = readme_commands()
+COMMANDS = shown_commands()
 
 
-def test_readme_shows_a_command_of_every_script():
+def test_a_command_of_every_script_is_shown():
     assert {script for script, _ in COMMANDS} == {path.stem for path in (ROOT / "scripts").glob("*.py")}
 
 
@@ -39,6 +41,19 @@ def test_readme_shows_a_command_of_every_script():
 def test_the_script_takes_the_command(script, arguments, load, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     load(script).parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page):
+    for target in re.findall(r"\]\((?!https://)([^)]+)\)", PAGES[page]):
+        path, _, heading = target.partition("#")
+        text = PAGES[page] if not path else ""
+        assert (page.parent / path).exists(), target
+        assert not heading or heading in {
+            re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+            for line in text.splitlines()
+            if line.startswith("#")
+        }, target
 
 
 @pytest.fixture(scope="module")
