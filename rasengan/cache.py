@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -141,32 +142,46 @@ def weights_digest(files: list[Path], memory: Path) -> str:
     return _digest(list(known.values()))
 
 
-def latent_cache(
+def latent_caches(
     directory: Path,
     pictures: list[data.Picture],
     vae_digest: str,
-    resolution: int,
+    sizes: list[data.Size],
     interpolation: str,
     random_flip: bool,
     batch_size: int,
     device: torch.device,
-) -> ShardedCache:
-    """Return the cache of the center-cropped pictures' latents, built or not.
+) -> list[ShardedCache]:
+    """Return the caches of the center-cropped pictures' latents, built or not, one for each of `data.crop_sizes`.
 
-    A row is `mean` and `std`, each (1 or 2, 4, resolution/8, resolution/8), unscaled, fp32; the second is flipped.
+    A row is `mean` and `std`, each (1 or 2, 4, height/8, width/8), unscaled, fp32; the second is flipped.
     """
     settings = {
         "content": "latents of center crops",
         "format": FORMAT,
         "vae": vae_digest,
-        "resolution": resolution,
         "interpolation": interpolation,
         "flips": random_flip,
         "batch_size": batch_size,
         "device": [device.type, torch.backends.cuda.matmul.allow_tf32],
         "versions": [torch.__version__, diffusers.__version__, PIL.__version__],
     }
-    return ShardedCache(directory / "latents", settings, [picture.digest for picture in pictures])
+    by_size = {size: [] for size in sizes}
+    for picture in pictures:
+        by_size[data.crop_size(picture.height_px, picture.width_px, sizes)].append(picture.digest)
+    return [
+        # A square is named by its side, whether there are others or not.
+        ShardedCache(
+            directory / "latents", settings | {"resolution": size[0] if size[0] == size[1] else size}, digests
+        )
+        for size, digests in by_size.items()
+        if digests
+    ]
+
+
+def together(caches: list[ShardedCache]) -> Mapping[str, dict[str, torch.Tensor]]:
+    """Return caches of different items as one."""
+    return caches[0] if len(caches) == 1 else ChainMap(*caches)
 
 
 def prompt_cache(
@@ -199,18 +214,18 @@ def encode_pictures(
     column: datasets.Column,
     positions: dict[str, int],
     vae: torch.nn.Module,
-    resolution: int,
+    sizes: list[data.Size],
     interpolation: str,
     random_flip: bool,
 ) -> dict[str, torch.Tensor]:
     """Return rows of a latent cache: `mean` and `std` (B, 1 or 2, 4, h, w), fp32.
 
     Args:
-        digests: of the pictures to encode.
+        digests: of the pictures to encode, all cropped to one size.
         column: the undecoded pictures.
         positions: where in the column each digest is.
         vae: on the device to encode on.
-        resolution: side of the crop, in px.
+        sizes: `data.crop_sizes`.
         interpolation: one of `data.INTERPOLATIONS`.
         random_flip: encode each picture mirrored too.
 
@@ -223,9 +238,9 @@ def encode_pictures(
     for flip in (False, True) if random_flip else (False,):
         pixels = []
         for image in images:
-            size = data.resized_size(image.height, image.width, resolution)
-            top_left = data.center_crop_top_left(size, resolution)
-            pixels.append(data.crop_pixels(image, resolution, interpolation, flip, top_left))
+            crop = data.crop_size(image.height, image.width, sizes)
+            top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, crop), crop)
+            pixels.append(data.crop_pixels(image, crop, interpolation, flip, top_left))
         moments.append(torch.stack(sdxl.encode_pictures(vae, torch.stack(pixels))))  # (2, B, 4, h, w)
     mean, std = torch.stack(moments, dim=2)  # each (B, 1 or 2, 4, h, w)
     for record, row in zip(records, mean + std, strict=True):

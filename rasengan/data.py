@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +24,8 @@ from rasengan.files import read_json_or_empty, write_atomically
 
 
 logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]  # height and width, in px
 
 # torchvision's names, which diffusers' --image_interpolation_mode uses, for Pillow's filters.
 INTERPOLATIONS = {
@@ -61,16 +65,17 @@ class LongCaption(NamedTuple):
 # --- finding pictures and captions ---
 
 
-def check_settings(dataset_name: str | None, train_data_dir: str | None, resolution: int) -> None:
+def check_settings(dataset_name: str | None, train_data_dir: str | None, resolution: int, bucket_step_px: int) -> None:
     """Check what is said of the data, before anything is read.
 
     Raises:
-        UserError: there is no data, or the resolution does not fit the VAE.
+        UserError: there is no data, or a size does not fit the VAE.
     """
     if dataset_name is None and train_data_dir is None:
         raise UserError("There is no data: give --dataset_name, or --train_data_dir with a metadata.jsonl.")
-    if resolution % 8:
-        raise UserError(f"--resolution is {resolution}. Give a multiple of 8, such as {resolution // 8 * 8}.")
+    for flag, value in (("--resolution", resolution), ("--bucket_step_px", bucket_step_px)):
+        if value % 8:
+            raise UserError(f"{flag} is {value}. Give a multiple of 8, such as {value // 8 * 8}.")
 
 
 def load_pictures(
@@ -354,27 +359,58 @@ def data_digest(pictures: list[Picture], captions: list[list[str]]) -> str:
 # --- sizes and crops ---
 
 
-def resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """Return (height, width) with the shorter side at `resolution` px, rounded as torchvision's Resize rounds."""
-    short, long = min(height, width), max(height, width)
-    scaled = int(resolution * long / short)
-    return (scaled, resolution) if height > width else (resolution, scaled)
+def crop_sizes(resolution: int, bucket_step_px: int | None) -> list[Size]:
+    """Return the sizes that pictures are cropped to, from the tallest to the widest.
+
+    Args:
+        resolution: side of the square, in px.
+        bucket_step_px: for aspect-ratio buckets: sides are multiples of it, at most twice as long as wide, and cover
+            as much of the square's area as they can without exceeding it. None for the square alone.
+    """
+    sizes = {(resolution, resolution)}
+    for width in range(bucket_step_px, 2 * resolution, bucket_step_px) if bucket_step_px else ():
+        height = resolution**2 // width // bucket_step_px * bucket_step_px
+        if 2 * height >= width and 2 * width >= height:
+            sizes |= {(height, width), (width, height)}
+    return sorted(sizes, key=_aspect)
 
 
-def center_crop_top_left(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+def crop_size(height: int, width: int, sizes: list[Size]) -> Size:
+    """Return the one of `crop_sizes` whose shape is nearest to a picture's."""
+    return min(sizes, key=lambda size: abs(math.log(_aspect(size) / _aspect((height, width)))))
+
+
+def count_by_crop(pictures: list[Picture], sizes: list[Size]) -> str:
+    """Return how many pictures are cropped to each size, as text: width x height, the commonest first."""
+    counts = Counter(crop_size(picture.height_px, picture.width_px, sizes) for picture in pictures)
+    return ", ".join(f"{width} x {height} px {count:,}" for (height, width), count in counts.most_common())
+
+
+def _aspect(size: Size) -> float:
+    return size[1] / size[0]
+
+
+def resized_size(height: int, width: int, crop: Size) -> Size:
+    """Return the size at which a picture just covers its crop, rounded as torchvision's Resize rounds."""
+    if height * crop[1] > width * crop[0]:  # too tall
+        return crop[1] * height // width, crop[1]
+    return crop[0], crop[0] * width // height
+
+
+def center_crop_top_left(size: Size, crop: Size) -> tuple[int, int]:
     """Return the (top, left) of the center crop of a resized picture, in px."""
-    return tuple(max(0, round((side - resolution) / 2.0)) for side in size)
+    return tuple(max(0, round((side - kept) / 2.0)) for side, kept in zip(size, crop, strict=True))
 
 
 def crop_pixels(
-    image: Image.Image, resolution: int, interpolation: str, flip: bool, top_left: tuple[int, int]
+    image: Image.Image, crop: Size, interpolation: str, flip: bool, top_left: tuple[int, int]
 ) -> torch.Tensor:
-    """Return the picture resized, flipped if asked for, and cropped: (3, resolution, resolution), fp32 in [-1, 1]."""
-    height, width = resized_size(image.height, image.width, resolution)
+    """Return the picture resized, flipped if asked for, and cropped: (3, *crop), fp32 in [-1, 1]."""
+    height, width = resized_size(image.height, image.width, crop)
     image = image.resize((width, height), INTERPOLATIONS[interpolation])
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left = top_left
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, resolution, resolution), uint8
+    image = image.crop((left, top, left + crop[1], top + crop[0]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, *crop), uint8
     return pixels.float() / 127.5 - 1

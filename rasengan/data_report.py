@@ -1,5 +1,6 @@
 """What there is to know of a data set before training: its numbers, and what should be mended, with the remedy."""
 
+import math
 import os
 import re
 import statistics
@@ -10,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from rasengan.data import LongCaption, Picture, resized_size
+from rasengan.data import LongCaption, Picture, Size, crop_size, resized_size
 from rasengan.data_survey import Look, Usable
 from rasengan.near_duplicates import similar_groups
 
@@ -49,7 +50,7 @@ def make_report(
     long_captions: list[LongCaption] | None,
     *,
     directory: str | None,
-    resolution: int,
+    sizes: list[Size],
     center_crop: bool,
     refused: str,
 ) -> Report:
@@ -62,7 +63,7 @@ def make_report(
         unlisted: files that no metadata names.
         long_captions: of the usable ones; None where tokens could not be counted.
         directory: what names are shortened by; None leaves them.
-        resolution: side of the crops, in px.
+        sizes: `data.crop_sizes`.
         center_crop: the crops are at the center, and not at random.
         refused: what `refusal` returned.
     """
@@ -72,14 +73,14 @@ def make_report(
     shown = [picture._replace(name=name(picture.name)) for picture in usable.pictures]
     found = [
         *_unusable_findings(pictures, usable, unlisted, name),
-        *_size_findings(shown, resolution, center_crop),
+        *_size_findings(shown, sizes, center_crop),
         *_copy_findings(shown, looks),
         *_caption_findings(named, long_captions, name),
     ]
     tables = {"Pictures": _picture_facts(pictures, looks), "Captions": _caption_facts(usable.captions, long_captions)}
     histograms = {}
     if shown:
-        tables["Sizes, upright"] = _size_facts(shown, resolution)
+        tables["Sizes, upright"] = _size_facts(shown, sizes)
         histograms["Shorter side"] = _side_histogram(shown)
         histograms["Width to height"] = _aspect_histogram(shown)
         histograms["Common words, and how many captions have them"] = common_words(captions)
@@ -146,28 +147,39 @@ def common_words(captions: list[str]) -> dict[str, int]:
 # --- sizes ---
 
 
-def crop_loss(picture: Picture, resolution: int) -> float:
-    """Return the share of the picture's area that its square crop leaves out."""
-    height, width = resized_size(picture.height_px, picture.width_px, resolution)
-    return (height * width - resolution**2) / (height * width)
+def crop_loss(picture: Picture, sizes: list[Size]) -> float:
+    """Return the share of the picture's area that its crop leaves out."""
+    crop = crop_size(picture.height_px, picture.width_px, sizes)
+    area = math.prod(resized_size(picture.height_px, picture.width_px, crop))
+    return (area - math.prod(crop)) / area
+
+
+def enlargement(picture: Picture, sizes: list[Size]) -> float:
+    """Return how many times as long a picture's sides are once it covers its crop; below 1 it is made smaller."""
+    height, width = crop_size(picture.height_px, picture.width_px, sizes)
+    return max(height / picture.height_px, width / picture.width_px)
 
 
 def _size_of(picture: Picture) -> str:
     return f"{picture.width_px:,} x {picture.height_px:,} px"
 
 
-def _size_facts(pictures: list[Picture], resolution: int) -> dict[str, str]:
+def _crop_named(sizes: list[Size]) -> str:
+    return f"{sizes[0][0]} px" if len(sizes) == 1 else "their crop"
+
+
+def _size_facts(pictures: list[Picture], sizes: list[Size]) -> dict[str, str]:
     by_area = sorted(pictures, key=lambda picture: (picture.width_px * picture.height_px, picture.name))
     middle = [statistics.median(getattr(p, side) for p in pictures) for side in ("width_px", "height_px")]
     aspects = sorted(picture.width_px / picture.height_px for picture in pictures)
-    losses = sorted(crop_loss(picture, resolution) for picture in pictures)
-    small = sum(min(picture.height_px, picture.width_px) < resolution for picture in pictures)
+    losses = sorted(crop_loss(picture, sizes) for picture in pictures)
+    small = sum(enlargement(picture, sizes) > 1 for picture in pictures)
     return {
         "smallest": f"{_size_of(by_area[0])} ({by_area[0].name})",
         "median": f"{middle[0]:,g} x {middle[1]:,g} px",
         "largest": f"{_size_of(by_area[-1])} ({by_area[-1].name})",
         "width / height": f"{aspects[0]:.2f} to {aspects[-1]:.2f}, median {statistics.median(aspects):.2f}",
-        f"smaller than {resolution} px": f"{small:,} of {len(pictures):,}",
+        f"smaller than {_crop_named(sizes)}": f"{small:,} of {len(pictures):,}",
         "cut off by the crop": f"{losses[0]:.1%} to {losses[-1]:.1%}, median {statistics.median(losses):.1%}",
     }
 
@@ -224,29 +236,27 @@ def _is_missing(picture: Picture) -> bool:
     return picture.error == "is missing" or not (picture.digest or os.path.lexists(picture.name))
 
 
-def _size_findings(pictures: list[Picture], resolution: int, center_crop: bool) -> list[Finding]:
-    small = sorted((p for p in pictures if min(p.height_px, p.width_px) < resolution), key=_shorter_side)
-    cut = [picture for picture in pictures if crop_loss(picture, resolution) > 1 / 3]
-    cut.sort(key=lambda picture: (-crop_loss(picture, resolution), picture.name))
+def _size_findings(pictures: list[Picture], sizes: list[Size], center_crop: bool) -> list[Finding]:
+    enlarged, lost = (partial(of, sizes=sizes) for of in (enlargement, crop_loss))
+    small = sorted((p for p in pictures if enlarged(p) > 1), key=lambda p: (-enlarged(p), p.name))
+    cut = sorted((p for p in pictures if lost(p) > 1 / 3), key=lambda p: (-lost(p), p.name))
+    is_square = len(sizes) == 1
+    less = "--aspect_ratio_buckets cuts less off; " if is_square else ""
     parts = "with --no-center_crop each epoch sees another part" if center_crop else "each epoch sees another part"
     return [
         Finding(
             len(small),
-            f"of {len(pictures):,} pictures are smaller than {resolution} px, and will be enlarged",
+            f"of {len(pictures):,} pictures are smaller than {_crop_named(sizes)}, and will be enlarged",
             "Give larger ones, leave them out, or lower --resolution.",
-            [f"{p.name} {_size_of(p)}, enlarged {resolution / _shorter_side(p)[0]:,.1f} times" for p in small],
+            [f"{p.name} {_size_of(p)}, enlarged {enlarged(p):,.1f} times" for p in small],
         ),
         Finding(
             len(cut),
-            f"of {len(pictures):,} pictures lose more than a third to the square crop",
-            f"Crop them by hand around what matters; {parts}.",
-            [f"{p.name} {_size_of(p)} loses {crop_loss(p, resolution):.1%}" for p in cut],
+            f"of {len(pictures):,} pictures lose more than a third to the {'square ' * is_square}crop",
+            f"Crop them by hand around what matters; {less}{parts}.",
+            [f"{p.name} {_size_of(p)} loses {lost(p):.1%}" for p in cut],
         ),
     ]
-
-
-def _shorter_side(picture: Picture) -> tuple[int, str]:
-    return min(picture.height_px, picture.width_px), picture.name
 
 
 def _copy_findings(pictures: list[Picture], looks: list[Look]) -> list[Finding]:

@@ -78,7 +78,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def look_at_pictures(
     column: datasets.Column,
-    resolution: int,
+    sizes: list[data.Size],
     interpolation: str,
     shown: Collection[int],
     on_picture: Callable[[], object] = lambda: None,
@@ -87,31 +87,34 @@ def look_at_pictures(
 
     Args:
         column: undecoded, of pictures that can be decoded.
-        resolution: side of the crops, in px.
+        sizes: `data.crop_sizes`.
         interpolation: one of `data.INTERPOLATIONS`.
         shown: the rows to keep a thumbnail of.
         on_picture: called after each picture.
     """
     with ThreadPoolExecutor() as pool:
-        look = partial(_look, column, resolution, interpolation, frozenset(shown), on_picture)
+        look = partial(_look, column, sizes, interpolation, frozenset(shown), on_picture)
         return list(pool.map(look, range(len(column))))
 
 
-def _look(column, resolution: int, interpolation: str, shown: frozenset, on_picture: Callable, row: int) -> Look:
+def _look(
+    column, sizes: list[data.Size], interpolation: str, shown: frozenset, on_picture: Callable, row: int
+) -> Look:
     content = data.read_bytes(column[row])
     with Image.open(io.BytesIO(content)) as stored:
         kind = f"{stored.format} {stored.mode}"
         is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     image = data.decode(content)
-    thumbnail = as_jpeg(center_crop(image, resolution, interpolation)) if row in shown else b""
+    thumbnail = as_jpeg(center_crop(image, sizes, interpolation)) if row in shown else b""
     on_picture()
     return Look(kind, is_turned, fingerprint(image), thumbnail)
 
 
-def center_crop(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
-    """Return the picture as training crops it at its center, as one of `resolution` px a side."""
-    top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, resolution), resolution)
-    pixels = data.crop_pixels(image, resolution, interpolation, False, top_left)
+def center_crop(image: Image.Image, sizes: list[data.Size], interpolation: str) -> Image.Image:
+    """Return the picture as training crops it at its center, to one of `data.crop_sizes`."""
+    crop = data.crop_size(image.height, image.width, sizes)
+    top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, crop), crop)
+    pixels = data.crop_pixels(image, crop, interpolation, False, top_left)
     levels = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels.numpy()))
 

@@ -97,12 +97,13 @@ def fixed_sample(held_out: TrainingSamples, index: int, band: int) -> dict:
         index: which of them.
         band: which of `BANDS`.
     """
-    row, side = held_out.rows[index], held_out.resolution // 8
+    row = held_out.rows[index]
+    shape = (4, *(side // 8 for side in held_out.crops[row]))
     generator = generator_for("validation", held_out.seed, held_out.pictures[row].digest, band)
     caption_draw = torch.rand((), generator=generator).item()
     timestep = torch.randint(*band_edges(held_out.num_train_timesteps)[band], (), generator=generator)
-    latent_noise = torch.randn(4, side, side, generator=generator)
-    noise = torch.randn(4, side, side, generator=generator)
+    latent_noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator)
     return held_out.assemble(row, timestep, noise, latent_noise, caption_draw)
 
 
@@ -170,29 +171,39 @@ class ValidationLoss:
         """Return the mean loss by the names of its plots: of all samples, and of each band of timesteps.
 
         The models are in evaluation mode already. All processes call it together; the boundaries of the batches hang
-        on the batch size alone, and the sum is taken in one order, so that any number of processes gives the same.
-        Draws from no global generator, and leaves no memory taken.
+        on the batch size and the buckets alone, and the sum is taken in one order, so that any number of processes
+        gives the same. Draws from no global generator, and leaves no memory taken.
 
         Raises:
             UserError: one sample alone does not fit, or another process has ended.
         """
         keys = [(index, band) for index in range(len(self.held_out)) for band in range(BANDS)]
-        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        batches = self._batches(keys)
         number, processes = self.share
         mine = range(number, len(batches), processes)
         losses = torch.zeros(len(keys), dtype=torch.float64, device=self.device)
-        collated = (collate([fixed_sample(self.held_out, *key) for key in batches[n]]) for n in mine)
+        collated = (collate([fixed_sample(self.held_out, *keys[place]) for place in batches[n]]) for n in mine)
         size = self.batch_size
         for n, batch in zip(mine, prefetched(collated), strict=True):
             found, size = self._losses(batch, size)
-            start = n * self.batch_size
-            losses[start : start + len(found)] = found
+            losses[torch.tensor(batches[n], device=self.device)] = found
         add_up(losses)  # each is zero on all processes but one
         memory.give_back()
         by_band = losses.cpu().view(-1, BANDS).mean(dim=0)
         edges = band_edges(self.held_out.num_train_timesteps)
         named = {f"{LOSS}/t{low}-{end - 1}": loss for (low, end), loss in zip(edges, by_band.tolist(), strict=True)}
         return {LOSS: by_band.mean().item()} | named
+
+    def _batches(self, keys: list[tuple[int, int]]) -> list[list[int]]:
+        """Return the places of the keys that are met together, which are of one bucket."""
+        buckets, places = self.held_out.buckets(), {}
+        for place, (index, _) in enumerate(keys):
+            places.setdefault(buckets[index], []).append(place)
+        return [
+            alike[start : start + self.batch_size]
+            for alike in places.values()
+            for start in range(0, len(alike), self.batch_size)
+        ]
 
     def _losses(self, batch: dict, size: int) -> tuple[torch.Tensor, int]:
         """Return the losses (B,) of a batch, and how many samples were taken at once, which is as many as fit."""

@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 # What the weights and the optimizer's state mean hangs on these.
 BOUND_SETTINGS = {
     *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "optimizer", "use_8bit_adam"),
-    *("mixed_precision", "prediction_type", "resolution", "seed", "data_digest"),
+    *("mixed_precision", "prediction_type", "resolution", "aspect_ratio_buckets", "bucket_step_px"),
+    *("seed", "data_digest"),
 }
 # What is trained does not hang on these: where things are, how long and how a run is split, what it shows and keeps.
 FREE_SETTINGS = {

@@ -6,16 +6,27 @@ another number of processes or another split into micro-batches sees the same sa
 """
 
 import hashlib
+import math
 import signal
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 
 import datasets
 import torch
 
 from rasengan import first_line, sdxl
-from rasengan.data import Picture, center_crop_top_left, crop_pixels, decode, read_bytes, resized_size
+from rasengan.data import (
+    Picture,
+    Size,
+    center_crop_top_left,
+    crop_pixels,
+    crop_size,
+    decode,
+    read_bytes,
+    resized_size,
+)
 
 
 def derive_seed(*key) -> int:
@@ -29,8 +40,39 @@ def generator_for(*key) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
+def epoch_order(seed: int, epoch: int, buckets: list[int], global_batch: int) -> list[int]:
+    """Return the order of an epoch's samples: a permutation, in which a step's samples are of one bucket.
+
+    What a bucket has beyond full steps is left to the epoch's first and last steps, which mix buckets: as the steps
+    go on across epochs, the first ones complete the step that the epoch before has begun.
+
+    Args:
+        seed: the run's.
+        epoch: which one.
+        buckets: of each sample; all alike where there are none, which gives a plain permutation.
+        global_batch: samples of a step.
+    """
+    generator, size = generator_for("order", seed, epoch), len(buckets)
+    order = torch.randperm(size, generator=generator).tolist()
+    if len(set(buckets)) == 1:
+        return order
+    by_bucket = defaultdict(list)
+    for index in order:
+        by_bucket[buckets[index]].append(index)
+    steps, rest = [], []
+    for samples in by_bucket.values():
+        full = len(samples) // global_batch * global_batch
+        steps += [samples[start : start + global_batch] for start in range(0, full, global_batch)]
+        rest += samples[full:]
+    steps = [steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()]
+    begun = -epoch * size % global_batch
+    while len(rest) < begun and steps:
+        rest += steps.pop()
+    return [*rest[:begun], *(index for samples in steps for index in samples), *rest[begun:]]
+
+
 def sample_stream(
-    dataset_size: int,
+    buckets: list[int],
     seed: int,
     batch_size: int,
     accumulation_steps: int,
@@ -41,24 +83,27 @@ def sample_stream(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield this process's micro-batches of the next `num_steps` steps, as (epoch, index) pairs.
 
-    The samples are one endless stream of permutations, one for each epoch. The steps go on at `first_sample` of it,
-    and each takes as many as all processes and micro-batches together. A batch may span two epochs; nothing is
-    padded, dropped or repeated.
+    The samples are one endless stream of permutations, one for each epoch, as `epoch_order` gives it of `buckets`.
+    The steps go on at `first_sample` of it, and each takes as many as all processes and micro-batches together. A
+    step may span two epochs; nothing is padded, dropped or repeated. A micro-batch that mixes buckets comes in parts.
     """
     epoch_of_order, order = None, None
     micro_batches_per_step = accumulation_steps * num_processes
+    global_batch = batch_size * micro_batches_per_step
     for step in range(num_steps):
         for micro_step in range(accumulation_steps):
             micro_batch = step * micro_batches_per_step + micro_step * num_processes + process_index
             samples = []
             start = first_sample + micro_batch * batch_size
             for position in range(start, start + batch_size):
-                epoch, place = divmod(position, dataset_size)
+                epoch, place = divmod(position, len(buckets))
                 if epoch != epoch_of_order:
-                    order = torch.randperm(dataset_size, generator=generator_for("order", seed, epoch)).tolist()
+                    order = epoch_order(seed, epoch, buckets, global_batch)
                     epoch_of_order = epoch
                 samples.append((epoch, order[place]))
-            yield samples
+            samples.sort(key=lambda sample: buckets[sample[1]])
+            for _, part in groupby(samples, key=lambda sample: buckets[sample[1]]):
+                yield list(part)
 
 
 class TrainingSamples(torch.utils.data.Dataset):
@@ -78,7 +123,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         *,
         rows: list[int] | None = None,
         seed: int,
-        resolution: int,
+        sizes: list[Size],
         interpolation: str,
         center_crop: bool,
         random_flip: bool,
@@ -89,7 +134,8 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.column, self.pictures, self.captions = column, pictures, captions
         self.latents, self.prompts = latents, prompts
         self.rows = list(range(len(pictures))) if rows is None else rows  # of the pictures that are drawn from
-        self.seed, self.resolution, self.interpolation = seed, resolution, interpolation
+        self.crops = [crop_size(picture.height_px, picture.width_px, sizes) for picture in pictures]
+        self.seed, self.sizes, self.interpolation = seed, sizes, interpolation
         self.center_crop, self.random_flip = center_crop, random_flip
         self.scaling_factor, self.noise_offset = scaling_factor, noise_offset
         self.num_train_timesteps = num_train_timesteps
@@ -97,16 +143,21 @@ class TrainingSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def buckets(self) -> list[int]:
+        """Return the number of each sample's size: those of one number can be of one batch."""
+        numbers = {size: number for number, size in enumerate(self.sizes)}
+        return [numbers[self.crops[row]] for row in self.rows]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        side = self.resolution // 8
+        shape = (4, *(side // 8 for side in self.crops[self.rows[index]]))
 
         # Everything is drawn, in this order, whether used or not: no flag changes what another one draws.
         generator = generator_for("sample", self.seed, epoch, index)
         flip_draw, top_draw, left_draw, caption_draw = torch.rand(4, generator=generator).tolist()
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
-        latent_noise = torch.randn(4, side, side, generator=generator)
-        noise = torch.randn(4, side, side, generator=generator)
+        latent_noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator)
         noise += self.noise_offset * torch.randn(4, 1, 1, generator=generator)
 
         flip = self.random_flip and flip_draw < 0.5
@@ -128,23 +179,20 @@ class TrainingSamples(torch.utils.data.Dataset):
         Args:
             row: of the picture.
             timestep: (), int64.
-            noise: (4, side, side), with side = resolution / 8.
+            noise: (4, h, w), the crop's size / 8.
             latent_noise: of the same shape; the latent is its mean and this many standard deviations.
             caption_draw: in [0, 1), which of its captions.
             crop_draws: in [0, 1), how far from the top and from the left; None for the center.
             flip: mirror it.
         """
-        picture, captions = self.pictures[row], self.captions[row]
-        size = resized_size(picture.height_px, picture.width_px, self.resolution)
+        picture, captions, crop = self.pictures[row], self.captions[row], self.crops[row]
+        size = resized_size(picture.height_px, picture.width_px, crop)
         if crop_draws is None:
-            top_left = center_crop_top_left(size, self.resolution)
+            top_left = center_crop_top_left(size, crop)
         else:
-            top_left = tuple(
-                int(draw * (length - self.resolution + 1)) for draw, length in zip(crop_draws, size, strict=True)
-            )
-        time_ids = sdxl.compute_time_ids(
-            (picture.height_px, picture.width_px), top_left, (self.resolution, self.resolution)
-        )
+            lengths = zip(crop_draws, size, crop, strict=True)
+            top_left = tuple(int(draw * (length - kept + 1)) for draw, length, kept in lengths)
+        time_ids = sdxl.compute_time_ids((picture.height_px, picture.width_px), top_left, crop)
         sample = {
             "name": picture.name,
             "noise": noise,
@@ -152,12 +200,12 @@ class TrainingSamples(torch.utils.data.Dataset):
             "time_ids": torch.tensor(time_ids, dtype=torch.float32),
         }
         if self.latents is not None:
-            moments = self.latents[picture.digest]  # mean and std (2, 4, side, side): as it is, and flipped
+            moments = self.latents[picture.digest]  # mean and std (2, 4, h, w): as it is, and flipped
             latents = moments["mean"][int(flip)] + moments["std"][int(flip)] * latent_noise
             sample["latents"] = latents * self.scaling_factor
         else:
             image = decode(read_bytes(self.column[row]))
-            sample["pixel_values"] = crop_pixels(image, self.resolution, self.interpolation, flip, top_left)
+            sample["pixel_values"] = crop_pixels(image, crop, self.interpolation, flip, top_left)
             sample["latent_noise"] = latent_noise
         caption = captions[int(caption_draw * len(captions))]
         sample |= self.prompts[caption] if self.prompts is not None else {"caption": caption}
@@ -173,8 +221,11 @@ def collate(samples: list[dict]) -> dict:
 
 
 def first_batch(training_set: TrainingSamples, size: int) -> dict:
-    """Return a batch of the first pictures, as large as is asked for, to try a step on."""
-    return collate([training_set[0, index % len(training_set)] for index in range(size)])
+    """Return a batch of the first pictures of the largest size, as many as are asked for, to try a step on."""
+    crops = [training_set.crops[row] for row in training_set.rows]
+    largest = max(crops, key=math.prod)
+    alike = [index for index, crop in enumerate(crops) if crop == largest]
+    return collate([training_set[0, alike[index % len(alike)]] for index in range(size)])
 
 
 class WorkerDied(Exception):

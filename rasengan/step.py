@@ -80,13 +80,14 @@ class TrainingStep:
             as_graph: capture it; only device work whose shapes hang on the batch's alone can be.
         """
         self.compute, self.backward, self.flat, self.as_graph = compute, backward, flat, as_graph
-        self.accumulation_steps = 1  # micro-batches whose gradients are averaged; to be set before the first call
+        self.samples = 1  # whose gradients a step of this process averages; to be set before the first call
+        self.micro_batch_size = None  # of other sizes, which are rare, there are no graphs; None: of all there are
         self.graphs, self.pool = {}, None
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the losses (B,) of a micro-batch; a graph overwrites them at its next call."""
         batch = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
-        if not self.as_graph:
+        if not self.as_graph or self.micro_batch_size not in (None, len(batch["timesteps"])):
             return self.run(batch)
         shapes = graphs.shapes_of(batch)
         if shapes not in self.graphs:
@@ -100,7 +101,7 @@ class TrainingStep:
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the losses (B,) of a micro-batch, without a graph."""
         losses = self.compute(batch)
-        self.backward(losses.mean() / self.accumulation_steps)
+        self.backward(losses.sum() / self.samples)
         return losses.detach()
 
     def release(self) -> None:

@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def validate_args(args: argparse.Namespace) -> None:
     """Check what the arguments say by themselves."""
-    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution)
+    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution, args.bucket_step_px)
     if args.max_train_samples is not None and args.seed is None:
         raise UserError("--max_train_samples draws by training's --seed. Give that too.")
     directory = args.train_data_dir and Path(args.train_data_dir).resolve()
@@ -89,13 +89,14 @@ def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> 
 
 def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data_page.Tile], int]:
     """Return what there is to say, the pictures to show, and of how many these are."""
+    sizes = data.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
     dataset, pictures, unlisted = find_pictures(args)
     usable = data_survey.usable_rows(dataset[args.caption_column][:], pictures)
     long_captions = find_long_captions(args, usable)
     column = dataset.select(usable.rows)[args.image_column]
     shown = data_survey.spread(len(column), MOST_SHOWN)
     with tqdm(desc="Looking at pictures", total=len(column), dynamic_ncols=True) as bar:
-        how = (args.resolution, args.image_interpolation_mode)
+        how = (sizes, args.image_interpolation_mode)
         looks = data_survey.look_at_pictures(column, *how, shown, bar.update)
     directory = args.train_data_dir if args.dataset_name is None else None
     report = data_report.make_report(
@@ -105,7 +106,7 @@ def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data
         unlisted,
         long_captions,
         directory=directory,
-        resolution=args.resolution,
+        sizes=sizes,
         center_crop=args.center_crop,
         refused=data_survey.refusal(dataset, pictures, args.caption_column, args.skip_bad_images),
     )
@@ -129,7 +130,8 @@ def main(args: argparse.Namespace) -> int:
     page = output_dir / "data_report.html"
     crops = "center crops" if args.center_crop else "random crops, of which the center is shown"
     place = args.dataset_name or args.train_data_dir
-    settings = f"{place}: {args.resolution} px, {crops}, {args.image_interpolation_mode}"
+    shapes = ", in buckets of that area" if args.aspect_ratio_buckets else ""
+    settings = f"{place}: {args.resolution} px{shapes}, {crops}, {args.image_interpolation_mode}"
     write_atomically(page, data_page.as_page(report, settings, tiles, picture_count).encode())
     if tiles:
         few = [tiles[place] for place in data_survey.spread(len(tiles), MOST_IN_PNG)]

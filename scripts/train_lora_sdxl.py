@@ -226,6 +226,7 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
         "validation_epochs": not args.validation_prompt,
         "validation_inference_steps": not args.validation_prompt,
         "validation_loss_steps": args.validation_split is None,
+        "bucket_step_px": not args.aspect_ratio_buckets,
         "ema_decay": not args.use_ema,
         "use_8bit_adam": args.optimizer != "adamw",
         "vram_budget_gib": not torch.cuda.is_available(),
@@ -238,7 +239,7 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
 def validate_args(args: argparse.Namespace) -> None:
     """Check what the arguments and the launcher say, before anything is read, loaded or downloaded."""
     processes.check_launch(os.environ)
-    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution)
+    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution, args.bucket_step_px)
     for flag in ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
         if not getattr(args, flag) < 1:
             raise UserError(f"--{flag} is {getattr(args, flag)}. Give a number from 0 to under 1.")
@@ -334,21 +335,20 @@ def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
     return dataset, pictures, data.read_captions(dataset[args.caption_column][:], pictures)
 
 
-def cache_pictures(args, accelerator, dataset, pictures, folder: Path) -> cache.ShardedCache:
+def cache_pictures(args, accelerator, dataset, pictures, sizes: list[data.Size], folder: Path):
     """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet."""
     batch_size = args.encode_batch_size or max(1, 2 * 512**2 // args.resolution**2)
     files = components.component_files("vae", folder, args.variant)
     digest = cache.weights_digest(files, Path(args.conditioning_cache_dir) / "weights.json")
-    options = {"resolution": args.resolution, "interpolation": args.image_interpolation_mode}
-    options["random_flip"] = args.random_flip
+    options = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
     how = options | {"batch_size": batch_size, "device": accelerator.device}
-    latents = cache.latent_cache(Path(args.conditioning_cache_dir), pictures, digest, **how)
+    caches = cache.latent_caches(Path(args.conditioning_cache_dir), pictures, digest, **how)
     positions = {picture.digest: position for position, picture in enumerate(pictures)}
     options |= {"column": dataset[args.image_column], "positions": positions}
     load_encoder = partial(cache.load_picture_encoder, folder, args.variant, accelerator.device, **options)
     share, bar = processes.machine_share(os.environ), partial(progress_bar, accelerator, "Encoding pictures")
-    cache.fill(share, [latents], batch_size, load_encoder, bar)
-    return latents
+    cache.fill(share, caches, batch_size, load_encoder, bar)
+    return cache.together(caches)
 
 
 def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype) -> list[cache.ShardedCache]:
@@ -451,6 +451,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
     args.data_digest = data.data_digest(pictures, captions)
+    sizes = data.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
+    if len(sizes) > 1:
+        logger.info("Pictures by the size of their crop: %s", data.count_by_crop(pictures, sizes))
     rows = held_out.split(pictures, args.validation_split, args.seed)
     if args.validation_split is not None:
         copies = f"; left out as their copies: {len(rows.copies)}" if rows.copies else ""
@@ -480,7 +483,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
     if args.cache_conditioning and args.center_crop:
-        latents = cache_pictures(args, accelerator, dataset, pictures, folders["vae"])
+        latents = cache_pictures(args, accelerator, dataset, pictures, sizes, folders["vae"])
     else:
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
@@ -566,7 +569,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         latents,
         prompts,
         seed=args.seed,
-        resolution=args.resolution,
+        sizes=sizes,
         interpolation=args.image_interpolation_mode,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
@@ -615,11 +618,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if args.plan_only:
         return 0
     recompute(plan.recomputed_blocks)
-    train_step.accumulation_steps = accumulation_steps = samples_per_process // plan.micro_batch_size
+    train_step.samples, train_step.micro_batch_size = samples_per_process, plan.micro_batch_size
 
+    accumulation_steps = samples_per_process // plan.micro_batch_size
     split = (accumulation_steps, accelerator.num_processes, accelerator.process_index)
     stream = samples.sample_stream(
-        len(training_set), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
+        training_set.buckets(), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
     )
     dataloader = torch.utils.data.DataLoader(
         training_set,
@@ -689,10 +693,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss = torch.zeros((), device=device)
         try:
-            for _ in range(accumulation_steps):
+            left = samples_per_process
+            while left:
                 batch = next(batches)
+                left -= len(batch["name"])
                 losses = train_step(batch)
-                step_loss += losses.mean() / accumulation_steps
+                step_loss += losses.sum() / samples_per_process
                 if args.debug_loss:
                     named = zip(batch["name"], losses.tolist(), strict=True)
                     accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)

@@ -58,6 +58,18 @@ def test_a_deterministic_run_that_was_resumed_equals_the_whole_bit_for_bit(run_s
     assert (whole / name).read_bytes() == (halved / name).read_bytes()
 
 
+def test_buckets_have_a_graph_each_and_train_what_eager_steps_do(run_script, train_arguments, tmp_path):
+    arguments = [*train_arguments, "--aspect_ratio_buckets", "--bucket_step_px", 16, "--max_train_steps", 40]
+    arguments += ["--mixed_precision", "no", "--deterministic", "--checkpointing_steps", 40, "--train_batch_size", 4]
+    adapters = []
+    for name, flags in (("graph", []), ("eager", ["--no-cuda_graph"])):
+        finished = run_script("train_lora_sdxl", *arguments, *flags, "--output_dir", tmp_path / name)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr.split("by the size of their crop: ")[1].splitlines()[0].count(" px ") > 2
+        adapters.append((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
 def test_two_processes_share_one_gpu_through_gloo(run_script, train_arguments, tmp_path):
     launch = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "fp16"]
     finished = run_script("train_lora_sdxl", *train_arguments, "--output_dir", tmp_path, launch=launch)

@@ -211,7 +211,7 @@ def test_the_crops_are_those_of_training(folder, tmp_path):
         None,
         None,
         seed=0,
-        resolution=RES,
+        sizes=[(RES, RES)],
         interpolation="bicubic",
         center_crop=True,
         random_flip=False,
@@ -221,7 +221,7 @@ def test_the_crops_are_those_of_training(folder, tmp_path):
     )
     for row in range(len(pictures)):
         image = data.decode(data.read_bytes(dataset["image"][row]))
-        levels = np.asarray(data_survey.center_crop(image, RES, "bicubic"))
+        levels = np.asarray(data_survey.center_crop(image, [(RES, RES)], "bicubic"))
         trained = (samples[0, row]["pixel_values"].permute(1, 2, 0).numpy() + 1) * 127.5
         assert levels.shape == (RES, RES, 3)
         assert np.abs(levels - trained).max() < 1e-3
@@ -233,7 +233,7 @@ def test_the_page_shows_each_crop_with_its_captions_escaped(checked, folder):
     assert len(shown) == len(USABLE)
     for name, picture in zip(USABLE, shown, strict=True):
         image = data.decode((folder / name).read_bytes())
-        expected = np.asarray(data_survey.center_crop(image, RES, "lanczos"), dtype=float)
+        expected = np.asarray(data_survey.center_crop(image, [(RES, RES)], "lanczos"), dtype=float)
         assert np.abs(np.asarray(picture, dtype=float) - expected).mean() < 4, name
         for text in LINES[name]:
             assert f'<p dir="auto">{html.escape(text) or "(empty)"}</p>' in page
@@ -248,7 +248,7 @@ def test_a_thumbnail_has_at_most_256_px(check, folder):
 
 def test_of_pictures_that_are_not_shown_no_thumbnail_is_kept(picture_set, tmp_path):
     column = data.load_pictures(None, None, str(picture_set), "image", "text", str(tmp_path))["image"]
-    looks = data_survey.look_at_pictures(column, RES, "lanczos", [3, 60])
+    looks = data_survey.look_at_pictures(column, [(RES, RES)], "lanczos", [3, 60])
     assert [row for row, look in enumerate(looks) if look.thumbnail] == [3, 60]
 
 

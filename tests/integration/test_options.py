@@ -32,6 +32,7 @@ def plain(train):
     [
         ["--random_flip"],
         ["--no-center_crop"],
+        ["--aspect_ratio_buckets", "--bucket_step_px", 16],
         ["--snr_gamma", 0.1],
         ["--noise_offset", 0.1],
         ["--prediction_type", "v_prediction"],

@@ -28,6 +28,7 @@ def bits(folder) -> dict[str, bytes]:
         ["--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--random_flip"],
         ["--train_text_encoder", "--max_train_samples", 3],
         ["--mixed_precision", "bf16"],
+        ["--aspect_ratio_buckets", "--bucket_step_px", 16, "--max_train_samples", 7, "--train_batch_size", 3],
     ],
     ids=[
         "8-bit AdamW",
@@ -38,6 +39,7 @@ def bits(folder) -> dict[str, bytes]:
         "accumulation, schedule and flips",
         "text encoders across an epoch",
         "bf16",
+        "buckets across epochs",
     ],
 )
 def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_whole(flags, train, read_scalars, tmp_path, caplog):

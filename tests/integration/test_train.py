@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -157,6 +158,18 @@ def test_encoding_in_the_loop_equals_the_cache(train):
     # The last bits of an encoding depend on the size of its batch.
     plain = ["--no-use_8bit_adam", "--adam_epsilon", "1e-4", "--report_to", "none", "--max_train_steps", 3]
     assert_close_adapters(train(*plain), train(*plain, "--no-cache_conditioning"), atol=1e-5)
+
+
+def test_buckets_are_split_into_parts_of_one_shape_and_cached_as_in_the_loop(train, caplog):
+    # 11 pictures of several shapes, 5 in a step: most steps mix them.
+    plain = ["--no-use_8bit_adam", "--adam_epsilon", "1e-4", "--report_to", "none", "--max_train_steps", 4]
+    plain += ["--aspect_ratio_buckets", "--bucket_step_px", 8, "--max_train_samples", 11]
+    whole = train(*plain, "--train_batch_size", 5)
+    counts = re.search(r"by the size of their crop: (.*)", caplog.text).group(1)
+    assert counts.count(" px ") > 3
+    halved = train(*plain, "--train_batch_size", 1, "--gradient_accumulation_steps", 5)
+    assert_close_adapters(whole, halved, atol=1e-6)
+    assert_close_adapters(whole, train(*plain, "--train_batch_size", 5, "--no-cache_conditioning"), atol=1e-5)
 
 
 def test_a_second_run_with_the_same_cache_encodes_nothing(train, train_arguments, trained, loaded):

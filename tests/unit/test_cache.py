@@ -93,9 +93,9 @@ def test_a_changed_setting_is_another_cache_in_the_same_folder(tmp_path):
     ("function", "options", "changes"),
     [
         (
-            lambda *a, **o: cache.latent_cache(*a, device=CPU, **o),
-            {"vae_digest": "a", "resolution": 64, "interpolation": "box", "random_flip": False, "batch_size": 8},
-            {"vae_digest": "b", "resolution": 72, "interpolation": "lanczos", "random_flip": True, "batch_size": 4},
+            lambda *a, **o: cache.latent_caches(*a, device=CPU, **o)[0],
+            {"vae_digest": "a", "sizes": [(64, 64)], "interpolation": "box", "random_flip": False, "batch_size": 8},
+            {"vae_digest": "b", "sizes": [(72, 72)], "interpolation": "lanczos", "random_flip": True, "batch_size": 4},
         ),
         (
             lambda folder, pictures, **o: cache.prompt_cache(folder, [p.digest for p in pictures], device=CPU, **o),
@@ -183,8 +183,8 @@ def pictures(column, tmp_path_factory):
 @pytest.mark.parametrize("random_flip", [False, True])
 @torch.no_grad()
 def test_cached_latents_are_the_vaes_for_the_same_batch(tiny_base, column, pictures, tmp_path, random_flip):
-    options = {"resolution": 48, "interpolation": "lanczos", "random_flip": random_flip}
-    shards = cache.latent_cache(tmp_path, pictures[:20], "digest", batch_size=8, device=CPU, **options)
+    options = {"sizes": [(48, 48)], "interpolation": "lanczos", "random_flip": random_flip}
+    (shards,) = cache.latent_caches(tmp_path, pictures[:20], "digest", batch_size=8, device=CPU, **options)
     positions = {picture.digest: position for position, picture in enumerate(pictures)}
     options |= {"column": column, "positions": positions}
     shards.build(shards.missing(), cache.load_picture_encoder(tiny_base / "vae", None, CPU, **options), 8)
@@ -195,13 +195,39 @@ def test_cached_latents_are_the_vaes_for_the_same_batch(tiny_base, column, pictu
             pixels = []
             for record in column[start : min(start + 8, 20)]:
                 image = data.decode(data.read_bytes(record))
-                top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, 48), 48)
-                pixels.append(data.crop_pixels(image, 48, "lanczos", bool(flip), top_left))
+                top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, (48, 48)), (48, 48))
+                pixels.append(data.crop_pixels(image, (48, 48), "lanczos", bool(flip), top_left))
             mean, log_variance = vae.quant_conv(vae.encoder(torch.stack(pixels))).chunk(2, dim=1)
             rows = [shards[picture.digest] for picture in pictures[start : start + len(pixels)]]
             assert torch.equal(torch.stack([row["mean"][flip] for row in rows]), mean)
             assert torch.equal(torch.stack([row["std"][flip] for row in rows]), (log_variance / 2).exp())
     assert rows[0]["mean"].shape == rows[0]["std"].shape == (1 + random_flip, 4, 6, 6)
+
+
+@torch.no_grad()
+def test_each_bucket_has_a_cache_and_all_are_looked_up_as_one(tiny_base, column, pictures, tmp_path):
+    options = {"sizes": data.crop_sizes(48, 16), "interpolation": "box", "random_flip": False}
+    caches = cache.latent_caches(tmp_path, pictures, "digest", batch_size=8, device=CPU, **options)
+    assert len(caches) > 2
+    # The square's is the one of a run without buckets.
+    squares = [p for p in pictures if data.crop_size(p.height_px, p.width_px, options["sizes"]) == (48, 48)]
+    alone = options | {"sizes": [(48, 48)]}
+    (square,) = cache.latent_caches(tmp_path, squares, "digest", batch_size=8, device=CPU, **alone)
+    assert square._paths in [shards._paths for shards in caches]
+    assert len({path for shards in caches for path in shards._paths}) == sum(len(shards._paths) for shards in caches)
+
+    options |= {"column": column, "positions": {p.digest: position for position, p in enumerate(pictures)}}
+    encode = cache.load_picture_encoder(tiny_base / "vae", None, CPU, **options)
+    for shards in caches:
+        shards.build(shards.missing(), encode, 8)
+    latents = cache.together(caches)
+    for picture in pictures:
+        height, width = data.crop_size(picture.height_px, picture.width_px, options["sizes"])
+        assert latents[picture.digest]["mean"].shape == (1, 4, height // 8, width // 8)
+    with pytest.raises(KeyError):
+        latents["another"]
+    copy = pickle.loads(pickle.dumps(latents))  # as data workers get it
+    assert torch.equal(copy[pictures[0].digest]["std"], latents[pictures[0].digest]["std"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,7 +251,7 @@ def test_cached_prompts_are_the_encoders_states(tiny_base, tmp_path, dtype):
 
 
 def test_latents_that_are_not_finite_name_their_picture(tiny_base, column, pictures):
-    options = {"resolution": 48, "interpolation": "box", "random_flip": False, "column": column}
+    options = {"sizes": [(48, 48)], "interpolation": "box", "random_flip": False, "column": column}
     options["positions"] = {picture.digest: position for position, picture in enumerate(pictures)}
     vae = components.load("vae", tiny_base / "vae")
     vae.encoder.register_forward_hook(lambda m, i, output: output.index_fill(0, torch.tensor([2]), torch.inf))

@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 from rasengan import UserError, components, data
-from rasengan.samples import TrainingSamples, collate, prefetched, sample_stream
+from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
 
 
 RES = 32
@@ -46,7 +46,13 @@ def pictures(dataset, tmp_path_factory):
 @pytest.fixture
 def make_samples(dataset, pictures):
     def make(**changes):
-        options = {"seed": 0, "resolution": RES, "interpolation": "lanczos", "center_crop": True, "noise_offset": 0.0}
+        options = {
+            "seed": 0,
+            "sizes": [(RES, RES)],
+            "interpolation": "lanczos",
+            "center_crop": True,
+            "noise_offset": 0.0,
+        }
         options |= {"random_flip": False, "scaling_factor": 0.5, "num_train_timesteps": 1000}
         options |= {"latents": None, "prompts": None, "captions": data.read_captions(dataset["text"][:])} | changes
         return TrainingSamples(dataset["image"], pictures, **options)
@@ -89,11 +95,16 @@ def test_sizes_and_center_crops_are_torchvisions():
     for _ in range(2000):
         height, width, size = rng.randint(1, 3000), rng.randint(1, 3000), rng.choice([64, 512, 1000, 1024])
         new = torchvision_size(height, width, size)
-        assert data.resized_size(height, width, size) == new
-        assert data.center_crop_top_left(new, size) == tuple(int(round((side - size) / 2.0)) for side in new)
-    assert data.resized_size(768, 1024, 512) == (512, 682)
-    assert data.center_crop_top_left((512, 682), 512) == (0, 85)
-    assert [data.center_crop_top_left((side, 64), 64)[0] for side in (65, 67, 69, 71)] == [0, 2, 2, 4]  # half to even
+        assert data.resized_size(height, width, (size, size)) == new
+        assert data.center_crop_top_left(new, (size, size)) == tuple(int(round((side - size) / 2.0)) for side in new)
+    assert data.resized_size(768, 1024, (512, 512)) == (512, 682)
+    assert data.center_crop_top_left((512, 682), (512, 512)) == (0, 85)
+    assert [data.center_crop_top_left((side, 64), (64, 64))[0] for side in (65, 67, 69, 71)] == [
+        0,
+        2,
+        2,
+        4,
+    ]  # half to even
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -107,7 +118,7 @@ def test_cropped_pixels_are_those_of_plain_pillow_and_numpy(name, flip):
         top, left = height - RES, (width - RES) // 3
         pixels = (pixels[:, ::-1] if flip else pixels)[top : top + RES, left : left + RES]
         expected = torch.tensor((pixels / 255 - 0.5) / 0.5, dtype=torch.float32).permute(2, 0, 1)
-        result = data.crop_pixels(image, RES, name, flip, (top, left))
+        result = data.crop_pixels(image, (RES, RES), name, flip, (top, left))
         assert result.dtype == torch.float32
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
@@ -346,7 +357,9 @@ def stream(size, batch, accumulation, processes, steps, seed=0):
     by_step = {step: [] for step in steps}
     for process in range(processes):
         first_sample = steps[0] * batch * accumulation * processes
-        micro_batches = sample_stream(size, seed, batch, accumulation, processes, process, first_sample, len(steps))
+        micro_batches = sample_stream(
+            [0] * size, seed, batch, accumulation, processes, process, first_sample, len(steps)
+        )
         for number, samples in enumerate(micro_batches):
             assert len(samples) == batch
             by_step[steps[0] + number // accumulation] += samples
@@ -373,9 +386,120 @@ def test_a_step_sees_the_same_samples_however_it_is_split(size):
 @pytest.mark.parametrize("first", [1, 3, 10])
 def test_a_stream_from_a_later_step_is_the_tail_of_the_whole(first):
     for process in range(2):
-        whole = list(sample_stream(7, 5, 3, 2, 2, process, 0, 12))
-        assert list(sample_stream(7, 5, 3, 2, 2, process, 12 * first, 12 - first)) == whole[2 * first :]
+        whole = list(sample_stream([0] * 7, 5, 3, 2, 2, process, 0, 12))
+        assert list(sample_stream([0] * 7, 5, 3, 2, 2, process, 12 * first, 12 - first)) == whole[2 * first :]
         assert len(whole) == 24
+
+
+# --- aspect-ratio buckets ---
+
+
+def test_buckets_are_the_largest_shapes_of_that_area():
+    assert data.crop_sizes(512, None) == [(512, 512)]
+    assert data.crop_sizes(512, 64) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
+    sizes = data.crop_sizes(1024, 64)
+    assert {(1024, 1024), (832, 1216), (768, 1344), (704, 1408), (1152, 896)} <= set(sizes)  # of SDXL's own training
+    assert sizes == [(width, height) for height, width in reversed(sizes)]
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0
+        assert 0.5 <= width / height <= 2
+        assert height * width <= 1024**2
+        assert max((height + 64) * width, height * (width + 64)) > 1024**2  # no step more would fit
+    assert (1000, 1000) in data.crop_sizes(1000, 64)
+
+
+def test_a_picture_goes_to_the_nearest_shape_and_covers_it():
+    sizes, rng = data.crop_sizes(512, 64), random.Random(0)
+    assert data.crop_size(4000, 100, sizes) == (640, 384)
+    assert data.crop_size(100, 100, sizes) == (512, 512)
+    for _ in range(2000):
+        height, width = rng.randint(1, 3000), rng.randint(1, 3000)
+        crop = data.crop_size(height, width, sizes)
+        ratios = [max(h * width / (w * height), w * height / (h * width)) for h, w in sizes]
+        assert sizes.index(crop) == ratios.index(min(ratios))
+        resized = data.resized_size(height, width, crop)
+        # One side fits exactly; the other is as long as the shape asks for, in whole px, and never too short.
+        assert any(side == kept for side, kept in zip(resized, crop, strict=True))
+        assert all(side >= kept for side, kept in zip(resized, crop, strict=True))
+        scale = max(crop[0] / height, crop[1] / width)
+        assert resized == pytest.approx((height * scale, width * scale), abs=1)
+
+
+BUCKETS = [0] * 23 + [1] * 11 + [2] * 2 + [3]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 12, 37, 50])
+def test_with_buckets_every_sample_comes_once_an_epoch_and_few_steps_mix(batch):
+    size, mixed, orders = len(BUCKETS), 0, set()
+    whole = list(sample_stream(BUCKETS, 0, batch, 1, 1, 0, 0, size))
+    flat = [sample for part in whole for sample in part]
+    assert len(flat) == batch * size
+    assert sorted(flat) == [(epoch, index) for epoch in range(batch) for index in range(size)]
+    for part in whole:
+        assert len({BUCKETS[index] for _, index in part}) == 1
+    # Joined again into steps: those that mix stand where one epoch ends and the next begins.
+    steps, step = [], []
+    for part in whole:
+        step += part
+        if len(step) == batch:
+            steps.append(step)
+            step = []
+    assert not step
+    for number, step in enumerate(steps):
+        if len({BUCKETS[index] for _, index in step}) > 1:
+            mixed += 1
+            places = range(number * batch, (number + 1) * batch)
+            assert any(min(place % size, size - 1 - place % size) < 4 * batch for place in places)
+    if batch == 1:
+        assert mixed == 0
+    if batch == 4:
+        assert mixed <= 4 * batch  # in an epoch of 9 steps, at most 4: one of 3 left over for each bucket and epoch
+    orders = {tuple(index for epoch, index in flat if epoch == number) for number in range(min(batch, 8))}
+    assert len(orders) == min(batch, 8)
+
+
+@pytest.mark.parametrize("first", [0, 1, 9, 10])
+def test_with_buckets_too_a_step_sees_the_same_samples_however_it_is_split_and_resumed(first):
+    def steps_of(batch, accumulation, processes, first_step):
+        steps = {}
+        for process in range(processes):
+            split = (batch, accumulation, processes, process, first_step * 12, 25 - first_step)
+            left, number = 12 // processes, first_step
+            for part in sample_stream(BUCKETS, 5, *split):
+                assert len({BUCKETS[index] for _, index in part}) == 1
+                steps.setdefault(number, []).extend(part)
+                left -= len(part)
+                if not left:
+                    left, number = 12 // processes, number + 1
+            assert left == 12 // processes
+        return {number: sorted(samples) for number, samples in steps.items()}
+
+    whole = {number: samples for number, samples in steps_of(12, 1, 1, 0).items() if number >= first}
+    for batch, accumulation, processes in ((12, 1, 1), (6, 2, 1), (6, 1, 2), (3, 2, 2), (1, 3, 4), (1, 12, 1)):
+        assert steps_of(batch, accumulation, processes, first) == whole
+
+
+def test_samples_of_a_bucket_have_its_shape_and_sizes(make_samples, pictures):
+    sizes = data.crop_sizes(RES, 8)
+    for center_crop in (True, False):
+        samples = make_samples(sizes=sizes, center_crop=center_crop, random_flip=True)
+        buckets = samples.buckets()
+        assert len(set(buckets)) > 2
+        for index in range(0, 64, 3):
+            sample = samples[0, index]
+            height, width = sizes[buckets[index]]
+            assert (height, width) == data.crop_size(pictures[index].height_px, pictures[index].width_px, sizes)
+            assert sample["pixel_values"].shape == (3, height, width)
+            assert sample["noise"].shape == sample["latent_noise"].shape == (4, height // 8, width // 8)
+            original, corner, target = sample["time_ids"].view(3, 2).tolist()
+            assert original == [pictures[index].height_px, pictures[index].width_px]
+            assert target == [height, width]
+            resized = data.resized_size(*map(int, original), (height, width))
+            assert all(0 <= c <= r - t for c, r, t in zip(corner, resized, target, strict=True))
+    shape = first_batch(samples, 5)["pixel_values"].shape
+    areas = [sizes[bucket][0] * sizes[bucket][1] for bucket in buckets]
+    assert shape[:2] == (5, 3)
+    assert shape[2] * shape[3] == max(areas)
 
 
 def test_a_sample_depends_on_its_key_alone(make_samples):
@@ -396,7 +520,7 @@ def test_worker_processes_give_the_same_batches(make_samples):
     samples = make_samples(random_flip=True, center_crop=False)
     batches = []
     for workers in (0, 2):
-        keys = sample_stream(len(samples), 0, 4, 1, 1, 0, 14 * 4, 4)  # across the end of an epoch
+        keys = sample_stream(samples.buckets(), 0, 4, 1, 1, 0, 14 * 4, 4)  # across the end of an epoch
         loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, collate_fn=collate)
         batches.append(list(loader))
     assert len(batches[0]) == 4
@@ -465,7 +589,7 @@ def test_pixels_sizes_and_crops_of_a_sample_belong_together(make_samples, datase
         assert (height, width, target) == (image.height, image.width, [RES, RES])
         assert 0 <= top <= size[0] - RES
         assert 0 <= left <= size[1] - RES
-        crops = [data.crop_pixels(image, RES, "lanczos", flip, (top, left)) for flip in (False, True)]
+        crops = [data.crop_pixels(image, (RES, RES), "lanczos", flip, (top, left)) for flip in (False, True)]
         found = [torch.equal(sample["pixel_values"], crop) for crop in crops]
         assert any(found)
         assert sample["name"] == dataset[index]["image"]["path"]

@@ -12,7 +12,7 @@ from rasengan.data_survey import Look, Usable
 from rasengan.near_duplicates import Fingerprint
 
 
-def report_of(sizes, captions=None, long_captions=(), *, kinds=None, resolution=512, center_crop=True):
+def report_of(sizes, captions=None, long_captions=(), *, kinds=None, sizes_of_crops=((512, 512),), center_crop=True):
     """The report of pictures of (width, height), all different, with a caption each."""
     pictures = [Picture(f"{n}.png", f"digest {n}", h, w, None, n) for n, (w, h) in enumerate(sizes)]
     captions = captions or [[f"caption {n}"] for n in range(len(sizes))]
@@ -21,7 +21,7 @@ def report_of(sizes, captions=None, long_captions=(), *, kinds=None, resolution=
     hashes = np.random.default_rng(0).integers(0, 2**63, len(sizes)).tolist()
     looks = [Look(kind, False, Fingerprint(h, bytes(48)), b"") for kind, h in zip(kinds, hashes, strict=True)]
     usable = Usable(list(range(len(sizes))), pictures, captions, [])
-    options = {"directory": None, "resolution": resolution, "center_crop": center_crop, "refused": ""}
+    options = {"directory": None, "sizes": list(sizes_of_crops), "center_crop": center_crop, "refused": ""}
     long_captions = None if long_captions is None else list(long_captions)
     return data_report.make_report(pictures, usable, looks, [], long_captions, **options)
 
@@ -74,10 +74,22 @@ def test_a_third_is_not_more_than_a_third():
 @pytest.mark.parametrize("width", [1, 300, 511, 512, 700, 5000])
 @pytest.mark.parametrize("height", [1, 512, 4097])
 def test_the_loss_is_what_the_crop_leaves_of_the_resized_picture(width, height):
-    resized_height, resized_width = data.resized_size(height, width, 64)
-    loss = data_report.crop_loss(Picture("a", "", height, width, None), 64)
+    resized_height, resized_width = data.resized_size(height, width, (64, 64))
+    loss = data_report.crop_loss(Picture("a", "", height, width, None), [(64, 64)])
     assert loss == pytest.approx(1 - 64 * 64 / (resized_height * resized_width))
     assert 0 <= loss < 1
+
+
+def test_with_buckets_less_is_cut_off_and_pictures_are_measured_by_their_own_crop():
+    sizes = [(640, 384), (512, 1024), (570, 450), (3000, 500)]
+    report = report_of(sizes, sizes_of_crops=data.crop_sizes(512, 64))
+    assert report.tables["Sizes, upright"]["smaller than their crop"] == "1 of 4"
+    assert found(report, "enlarged").text == "of 4 pictures are smaller than their crop, and will be enlarged"
+    assert found(report, "enlarged").examples == ["2.png 570 x 450 px, enlarged 1.0 times"]
+    cut = found(report, "lose more than a third")
+    assert (cut.count, cut.text) == (1, "of 4 pictures lose more than a third to the crop")
+    assert "--aspect_ratio_buckets" not in cut.advice
+    assert "--aspect_ratio_buckets" in found(report_of(sizes), "lose more than a third").advice
 
 
 def test_smaller_pictures_are_named_the_smallest_first():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rasengan import UserError, held_out
-from rasengan.data import Picture
+from rasengan.data import Picture, crop_size
 from rasengan.samples import TrainingSamples
 
 
@@ -67,9 +67,10 @@ def test_a_split_that_leaves_nothing_on_one_side_is_refused(size):
 # --- what is drawn ---
 
 
-def samples_of(rows, pictures=PICTURES, captions=("one", "two", "three")):
-    latents = {p.digest: {"mean": torch.ones(1, 4, 8, 8), "std": torch.full((1, 4, 8, 8), 2.0)} for p in pictures}
-    options = {"seed": 0, "resolution": 64, "interpolation": "lanczos", "center_crop": True, "random_flip": True}
+def samples_of(rows, pictures=PICTURES, captions=("one", "two", "three"), sizes=((64, 64),)):
+    shapes = {p.digest: (1, 4, *(side // 8 for side in crop_size(p.height_px, p.width_px, sizes))) for p in pictures}
+    latents = {digest: {"mean": torch.ones(s), "std": torch.full(s, 2.0)} for digest, s in shapes.items()}
+    options = {"seed": 0, "sizes": list(sizes), "interpolation": "lanczos", "center_crop": True, "random_flip": True}
     options |= {"scaling_factor": 0.5, "noise_offset": 3.0, "num_train_timesteps": 1000}
     return TrainingSamples([], pictures, [list(captions)] * len(pictures), latents, None, rows=rows, **options)
 
@@ -121,6 +122,31 @@ def test_the_mean_and_those_of_the_bands_are_of_all_samples():
     names = ["validation_loss/t0-249", "validation_loss/t250-499", "validation_loss/t500-749"]
     assert list(values) == ["validation_loss", *names, "validation_loss/t750-999"]
     assert list(values.values()) == pytest.approx([sum(expected) / 4, *expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_samples_of_several_shapes_are_met_apart_and_each_counts_once(batch_size):
+    shapes = [(64, 64), (64, 128), (100, 50), (70, 66), (60, 130)]
+    pictures = [Picture(f"{n}.png", f"digest {n}", h, w, None, n) for n, (h, w) in enumerate(shapes)]
+    held = samples_of(list(range(5)), pictures, sizes=[(88, 40), (64, 64), (40, 88)])
+    seen, options = [], {"device": torch.device("cpu"), "batch_size": batch_size, "every": 1}
+
+    def compute(batch):
+        seen.append(batch["noise"].shape)
+        return batch["timesteps"].float() + batch["noise"].mean(dim=(1, 2, 3))
+
+    drawn = [[held_out.fixed_sample(held, i, band) for i in range(5)] for band in range(4)]
+    expected = [sum(float(s["timesteps"] + s["noise"].mean()) for s in band) / 5 for band in drawn]
+    for processes in (1, 2):
+        parts = [
+            held_out.ValidationLoss(
+                held, lambda b: b, compute, lambda: None, share=(n, processes), **options
+            ).measure()
+            for n in range(processes)
+        ]
+        found = [sum(part[name] for part in parts) for name in parts[0]]
+        assert found == pytest.approx([sum(expected) / 4, *expected], rel=1e-6)
+    assert {tuple(shape[2:]) for shape in seen} == {(11, 5), (8, 8), (5, 11)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])

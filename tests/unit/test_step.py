@@ -156,7 +156,7 @@ def test_one_process_leaves_its_gradient_as_it_is():
 # --- TrainingStep ---
 
 
-def training_step(tiny_base, accumulation_steps):
+def training_step(tiny_base, samples):
     unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
     torch.manual_seed(0)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, target_modules=TARGETS))
@@ -169,15 +169,15 @@ def training_step(tiny_base, accumulation_steps):
         return step.compute_losses(unet, batch, ALPHAS_CUMPROD, "epsilon", SNR_GAMMA, torch.float32)
 
     made = step.TrainingStep(compute, torch.Tensor.backward, flat, as_graph=False)
-    made.accumulation_steps = accumulation_steps
+    made.samples = samples
     return made
 
 
 def test_micro_batches_add_up_to_the_batch(tiny_base):
     batch = make_batch(torch.float32) | {"name": ["a", "b", "c"]}
-    whole, parts = training_step(tiny_base, 1), training_step(tiny_base, 3)
+    whole, parts = training_step(tiny_base, 3), training_step(tiny_base, 3)
     losses = whole(batch)
-    found = [parts({k: v[i : i + 1] for k, v in batch.items()}) for i in range(3)]
+    found = [parts({k: v[part] for k, v in batch.items()}) for part in (slice(0, 2), slice(2, 3))]
     torch.testing.assert_close(torch.cat(found), losses, rtol=1e-5, atol=0)
     assert not losses.requires_grad
     assert (parts.flat.grad - whole.flat.grad).norm() < 1e-5 * whole.flat.grad.norm()
