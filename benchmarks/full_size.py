@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rasengan import demo
-from rasengan.data import decode
+from rasengan.imaging import decode
 
 
 UNET = {

@@ -11,12 +11,11 @@ import json
 import os
 import zlib
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import datasets
 import diffusers
 import PIL
 import torch
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, data, locks, memory, sdxl
+from rasengan import UserError, components, imaging, locks, memory, sdxl
 from rasengan.files import read_json_or_empty, write_atomically
 from rasengan.processes import is_first, wait_for_everyone
 
@@ -144,15 +143,15 @@ def weights_digest(files: list[Path], memory: Path) -> str:
 
 def latent_caches(
     directory: Path,
-    pictures: list[data.Picture],
+    pictures: list[imaging.Picture],
     vae_digest: str,
-    sizes: list[data.Size],
+    sizes: list[imaging.Size],
     interpolation: str,
     random_flip: bool,
     batch_size: int,
     device: torch.device,
 ) -> list[ShardedCache]:
-    """Return the caches of the center-cropped pictures' latents, built or not, one for each of `data.crop_sizes`.
+    """Return the caches of the center-cropped pictures' latents, built or not, one for each of `imaging.crop_sizes`.
 
     A row is `mean` and `std`, each (1 or 2, 4, height/8, width/8), unscaled, fp32; the second is flipped.
     """
@@ -168,7 +167,7 @@ def latent_caches(
     }
     by_size = {size: [] for size in sizes}
     for picture in pictures:
-        by_size[data.crop_size(picture.height_px, picture.width_px, sizes)].append(picture.digest)
+        by_size[imaging.crop_size(picture.height_px, picture.width_px, sizes)].append(picture.digest)
     return [
         # A square is named by its side, whether there are others or not.
         ShardedCache(
@@ -211,10 +210,10 @@ def prompt_cache(
 @torch.no_grad()
 def encode_pictures(
     digests: list[str],
-    column: datasets.Column,
+    column: Sequence[dict],
     positions: dict[str, int],
     vae: torch.nn.Module,
-    sizes: list[data.Size],
+    sizes: list[imaging.Size],
     interpolation: str,
     random_flip: bool,
 ) -> dict[str, torch.Tensor]:
@@ -225,22 +224,22 @@ def encode_pictures(
         column: the undecoded pictures.
         positions: where in the column each digest is.
         vae: on the device to encode on.
-        sizes: `data.crop_sizes`.
-        interpolation: one of `data.INTERPOLATIONS`.
+        sizes: `imaging.crop_sizes`.
+        interpolation: one of `imaging.INTERPOLATIONS`.
         random_flip: encode each picture mirrored too.
 
     Raises:
         UserError: the VAE gave non-finite latents.
     """
     records = [column[positions[digest]] for digest in digests]
-    images = [data.decode(data.read_bytes(record)) for record in records]
+    images = [imaging.decode(imaging.read_bytes(record)) for record in records]
     moments = []
     for flip in (False, True) if random_flip else (False,):
         pixels = []
         for image in images:
-            crop = data.crop_size(image.height, image.width, sizes)
-            top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, crop), crop)
-            pixels.append(data.crop_pixels(image, crop, interpolation, flip, top_left))
+            crop = imaging.crop_size(image.height, image.width, sizes)
+            top_left = imaging.center_crop_top_left(imaging.resized_size(image.height, image.width, crop), crop)
+            pixels.append(imaging.crop_pixels(image, crop, interpolation, flip, top_left))
         moments.append(torch.stack(sdxl.encode_pictures(vae, torch.stack(pixels))))  # (2, B, 4, h, w)
     mean, std = torch.stack(moments, dim=2)  # each (B, 1 or 2, 4, h, w)
     for record, row in zip(records, mean + std, strict=True):

@@ -1,56 +1,23 @@
-"""Captioned pictures: find them, check them, decode and crop them."""
+"""Captioned pictures: find them and their captions."""
 
 import glob
 import hashlib
-import io
 import json
 import logging
-import math
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-import PIL
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from rasengan import UserError, first_line
-from rasengan.files import read_json_or_empty, write_atomically
+from rasengan.imaging import Picture
 
 
 logger = logging.getLogger(__name__)
 
-Size = tuple[int, int]  # height and width, in px
-
-# torchvision's names, which diffusers' --image_interpolation_mode uses, for Pillow's filters.
-INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,
-}
-# Where Pillow begins to warn of a decompression bomb: 9,400 px square.
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS
 ARCHIVES = {".zip", ".tar", ".tgz", ".gz"}
-
-
-class Picture(NamedTuple):
-    """What is known of a picture file without decoding it again."""
-
-    name: str
-    digest: str
-    height_px: int  # upright, by its EXIF orientation
-    width_px: int
-    error: str | None  # why it cannot be decoded
-    position: int = 0  # in the data set, before any was left out
 
 
 class LongCaption(NamedTuple):
@@ -232,97 +199,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# --- checking and decoding pictures ---
-
-
-def read_bytes(record: dict) -> bytes:
-    """Return the file behind an undecoded entry of an image column."""
-    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
-
-
-def decode(content: bytes) -> Image.Image:
-    """Return a picture upright, in RGB, transparency over white and 16 bits scaled to 8; decodes it wholly.
-
-    Of an animated one that is the first picture.
-
-    Raises:
-        ValueError: it has more than `MOST_PIXELS`. Pillow's plugins raise others for a broken file.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        if image.width * image.height > MOST_PIXELS:
-            megapixels = f"{image.width * image.height / 1e6:,.0f} megapixels, over the {MOST_PIXELS / 1e6:.0f}"
-            raise ValueError(f"it has {megapixels} that are read at most")
-        image.load()
-        return _plain(image)
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def inspect_pictures(
-    column: datasets.Column,
-    memory_dir: Path,
-    on_picture: Callable[[], object] = lambda: None,
-    positions: list[int] | None = None,
-) -> list[Picture]:
-    """Decode every picture once, and return what there is to know of it, the reason included where it cannot be.
-
-    What was found is remembered in `memory_dir` by the content of the files, so the next run only reads them.
-
-    Args:
-        column: the undecoded image column.
-        memory_dir: where to remember; made if missing.
-        on_picture: called after each picture.
-        positions: where the rows were in the data set; None if they are all of it.
-    """
-    positions = list(range(len(column))) if positions is None else positions
-    with ThreadPoolExecutor() as pool:
-        known = list(pool.map(partial(_digest_picture, column), range(len(column)), positions))
-        digests = sorted(((picture.digest, picture.error) for picture in known), key=str)
-        everything = hashlib.blake2b(repr([PIL.__version__, digests]).encode(), digest_size=16)
-        file = memory_dir / f"pictures-{everything.hexdigest()}.json"
-        remembered = read_json_or_empty(file)
-        pictures = list(pool.map(partial(_look_at, column, remembered, on_picture), range(len(column)), known))
-    if not remembered:
-        facts = {p.digest: [p.height_px, p.width_px, p.error] for p in pictures if p.digest}
-        write_atomically(file, json.dumps(facts).encode())
-    return pictures
-
-
-# A record of a hub dataset holds the whole file: it is looked up one at a time, and no more often than needed.
-def _digest_picture(column: datasets.Column, row: int, position: int) -> Picture:
-    record, digest, error = column[row], "", None
-    try:
-        digest = hashlib.blake2b(read_bytes(record), digest_size=16).hexdigest() if record else ""
-        error = None if record else "is missing"
-    except OSError as reason:
-        error = f"cannot be read: {reason.strerror}"
-    return Picture((record or {}).get("path") or f"picture {position}", digest, 0, 0, error, position)
-
-
-def _look_at(
-    column: datasets.Column, remembered: dict, on_picture: Callable[[], object], row: int, picture: Picture
-) -> Picture:
-    fact = [0, 0, picture.error] if picture.error else remembered.get(picture.digest)
-    if fact is None:
-        try:
-            content = read_bytes(column[row])
-            width, height = decode(content).size
-            fact = [height, width, None]
-        except UnidentifiedImageError:
-            fact = [0, 0, "is no picture of a known format" if content else "is empty"]
-        except Exception as reason:  # Pillow's plugins raise anything on a broken file
-            fact = [0, 0, f"cannot be decoded: {str(reason) or type(reason).__name__}"]
-    on_picture()
-    height_px, width_px, error = fact
-    return picture._replace(height_px=height_px, width_px=width_px, error=error)
+# --- which pictures are used ---
 
 
 def leave_out_broken(
@@ -354,63 +231,3 @@ def data_digest(pictures: list[Picture], captions: list[list[str]]) -> str:
     """Return a digest of what the samples are drawn from: the pictures' contents and captions, in order."""
     content = json.dumps([[picture.digest for picture in pictures], captions])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-
-# --- sizes and crops ---
-
-
-def crop_sizes(resolution: int, bucket_step_px: int | None) -> list[Size]:
-    """Return the sizes that pictures are cropped to, from the tallest to the widest.
-
-    Args:
-        resolution: side of the square, in px.
-        bucket_step_px: for aspect-ratio buckets: sides are multiples of it, at most twice as long as wide, and cover
-            as much of the square's area as they can without exceeding it. None for the square alone.
-    """
-    sizes = {(resolution, resolution)}
-    for width in range(bucket_step_px, 2 * resolution, bucket_step_px) if bucket_step_px else ():
-        height = resolution**2 // width // bucket_step_px * bucket_step_px
-        if 2 * height >= width and 2 * width >= height:
-            sizes |= {(height, width), (width, height)}
-    return sorted(sizes, key=_aspect)
-
-
-def crop_size(height: int, width: int, sizes: list[Size]) -> Size:
-    """Return the one of `crop_sizes` whose shape is nearest to a picture's."""
-    return min(sizes, key=lambda size: abs(math.log(_aspect(size) / _aspect((height, width)))))
-
-
-def count_by_crop(pictures: list[Picture], sizes: list[Size]) -> str:
-    """Return how many pictures are cropped to each size, as text: width x height, the commonest first."""
-    counts = Counter(crop_size(picture.height_px, picture.width_px, sizes) for picture in pictures)
-    return ", ".join(f"{width} x {height} px {count:,}" for (height, width), count in counts.most_common())
-
-
-def _aspect(size: Size) -> float:
-    return size[1] / size[0]
-
-
-def resized_size(height: int, width: int, crop: Size) -> Size:
-    """Return the size at which a picture just covers its crop, rounded as torchvision's Resize rounds."""
-    if height * crop[1] > width * crop[0]:  # too tall
-        return crop[1] * height // width, crop[1]
-    return crop[0], crop[0] * width // height
-
-
-def center_crop_top_left(size: Size, crop: Size) -> tuple[int, int]:
-    """Return the (top, left) of the center crop of a resized picture, in px."""
-    return tuple(max(0, round((side - kept) / 2.0)) for side, kept in zip(size, crop, strict=True))
-
-
-def crop_pixels(
-    image: Image.Image, crop: Size, interpolation: str, flip: bool, top_left: tuple[int, int]
-) -> torch.Tensor:
-    """Return the picture resized, flipped if asked for, and cropped: (3, *crop), fp32 in [-1, 1]."""
-    height, width = resized_size(image.height, image.width, crop)
-    image = image.resize((width, height), INTERPOLATIONS[interpolation])
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    top, left = top_left
-    image = image.crop((left, top, left + crop[1], top + crop[0]))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, *crop), uint8
-    return pixels.float() / 127.5 - 1

@@ -11,8 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from rasengan.data import LongCaption, Picture, Size, crop_size, resized_size
+from rasengan.data import LongCaption
 from rasengan.data_survey import Look, Usable
+from rasengan.imaging import Picture, Size, crop_size, resized_size
 from rasengan.near_duplicates import similar_groups
 
 
@@ -63,7 +64,7 @@ def make_report(
         unlisted: files that no metadata names.
         long_captions: of the usable ones; None where tokens could not be counted.
         directory: what names are shortened by; None leaves them.
-        sizes: `data.crop_sizes`.
+        sizes: `imaging.crop_sizes`.
         center_crop: the crops are at the center, and not at random.
         refused: what `refusal` returned.
     """

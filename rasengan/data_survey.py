@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 from PIL import ExifTags, Image
 
-from rasengan import UserError, data, first_line
-from rasengan.data import Picture
+from rasengan import UserError, data, first_line, imaging
+from rasengan.imaging import Picture
 from rasengan.near_duplicates import Fingerprint, fingerprint
 
 
@@ -78,7 +78,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def look_at_pictures(
     column: datasets.Column,
-    sizes: list[data.Size],
+    sizes: list[imaging.Size],
     interpolation: str,
     shown: Collection[int],
     on_picture: Callable[[], object] = lambda: None,
@@ -87,8 +87,8 @@ def look_at_pictures(
 
     Args:
         column: undecoded, of pictures that can be decoded.
-        sizes: `data.crop_sizes`.
-        interpolation: one of `data.INTERPOLATIONS`.
+        sizes: `imaging.crop_sizes`.
+        interpolation: one of `imaging.INTERPOLATIONS`.
         shown: the rows to keep a thumbnail of.
         on_picture: called after each picture.
     """
@@ -98,23 +98,23 @@ def look_at_pictures(
 
 
 def _look(
-    column, sizes: list[data.Size], interpolation: str, shown: frozenset, on_picture: Callable, row: int
+    column, sizes: list[imaging.Size], interpolation: str, shown: frozenset, on_picture: Callable, row: int
 ) -> Look:
-    content = data.read_bytes(column[row])
+    content = imaging.read_bytes(column[row])
     with Image.open(io.BytesIO(content)) as stored:
         kind = f"{stored.format} {stored.mode}"
         is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    image = data.decode(content)
+    image = imaging.decode(content)
     thumbnail = as_jpeg(center_crop(image, sizes, interpolation)) if row in shown else b""
     on_picture()
     return Look(kind, is_turned, fingerprint(image), thumbnail)
 
 
-def center_crop(image: Image.Image, sizes: list[data.Size], interpolation: str) -> Image.Image:
-    """Return the picture as training crops it at its center, to one of `data.crop_sizes`."""
-    crop = data.crop_size(image.height, image.width, sizes)
-    top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, crop), crop)
-    pixels = data.crop_pixels(image, crop, interpolation, False, top_left)
+def center_crop(image: Image.Image, sizes: list[imaging.Size], interpolation: str) -> Image.Image:
+    """Return the picture as training crops it at its center, to one of `imaging.crop_sizes`."""
+    crop = imaging.crop_size(image.height, image.width, sizes)
+    top_left = imaging.center_crop_top_left(imaging.resized_size(image.height, image.width, crop), crop)
+    pixels = imaging.crop_pixels(image, crop, interpolation, False, top_left)
     levels = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels.numpy()))
 

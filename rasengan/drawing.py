@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from rasengan import UserError, data, decoding, first_line, graphs, memory, sdxl
+from rasengan import UserError, decoding, first_line, graphs, imaging, memory, sdxl
 
 
 MOST_GRAPHS = 4  # of batches and sizes; they share their memory
@@ -181,7 +181,7 @@ def read_picture(file: str, height: int | None, width: int | None, side: int) ->
         UserError: there is no such picture, or it is broken.
     """
     try:
-        image = data.decode(Path(file).read_bytes())
+        image = imaging.decode(Path(file).read_bytes())
     except Exception as error:  # Pillow's plugins raise what they like
         reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
         if isinstance(error, UnidentifiedImageError):  # whose message names the bytes

@@ -17,8 +17,8 @@ import torch
 from rasengan import UserError, memory
 from rasengan.adapters import DIFFUSERS_FILE
 from rasengan.checkpoint import BEST_FILE, BEST_FOLDER
-from rasengan.data import Picture
 from rasengan.files import read_json_or_empty
+from rasengan.imaging import Picture
 from rasengan.processes import add_up
 from rasengan.samples import TrainingSamples, collate, derive_seed, generator_for, prefetched
 

@@ -9,15 +9,14 @@ import hashlib
 import math
 import signal
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
-import datasets
 import torch
 
 from rasengan import first_line, sdxl
-from rasengan.data import (
+from rasengan.imaging import (
     Picture,
     Size,
     center_crop_top_left,
@@ -115,7 +114,7 @@ class TrainingSamples(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        column: datasets.Column,
+        column: Sequence[dict],
         pictures: list[Picture],
         captions: list[list[str]],
         latents: Mapping[str, dict[str, torch.Tensor]] | None,

@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, data, data_page, data_report, data_survey
+from rasengan import UserError, components, data, data_page, data_report, data_survey, imaging
 from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type
 from rasengan.endings import in_one_line
 from rasengan.files import check_writable, write_atomically
@@ -32,7 +32,7 @@ MOST_IN_PNG = 64
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__, "Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.")
-    add = parser.add_data_flags(data.INTERPOLATIONS)
+    add = parser.add_data_flags(imaging.INTERPOLATIONS)
     add("--seed", type=number_type(0, most=2**32 - 1), help="of training, which draws --max_train_samples by it")
     add("--conditioning_cache_dir", type=path_type, help="remembers pictures, for training too [~/.cache/rasengan]")
 
@@ -62,7 +62,7 @@ def validate_args(args: argparse.Namespace) -> None:
         check_writable(Path(getattr(args, flag)), f"--{flag}")
 
 
-def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[data.Picture], list[str]]:
+def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[imaging.Picture], list[str]]:
     """Return the data set, what is known of each picture, and the files that no metadata names."""
     source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
     dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
@@ -72,7 +72,7 @@ def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[data
     dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
     column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
     with tqdm(desc="Checking pictures", total=len(dataset), dynamic_ncols=True) as bar:
-        pictures = data.inspect_pictures(column, memory_dir, bar.update, positions)
+        pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
     return dataset, pictures, unlisted
 
 
@@ -89,7 +89,7 @@ def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> 
 
 def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data_page.Tile], int]:
     """Return what there is to say, the pictures to show, and of how many these are."""
-    sizes = data.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
+    sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
     dataset, pictures, unlisted = find_pictures(args)
     usable = data_survey.usable_rows(dataset[args.caption_column][:], pictures)
     long_captions = find_long_captions(args, usable)

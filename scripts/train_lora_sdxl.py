@@ -29,7 +29,7 @@ from pathlib import Path
 # Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from rasengan import stopping
+from rasengan import imaging, stopping
 
 
 if __name__ == "__main__":
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
 
     parser.add_base_flags(components.COMPONENT_FLAGS)
 
-    add = parser.add_data_flags(data.INTERPOLATIONS)
+    add = parser.add_data_flags(imaging.INTERPOLATIONS)
     add("--dataloader_num_workers", type=number_type(0), default=0, help="processes that load samples [%(default)s]")
 
     add = parser.add_argument_group("conditioning cache", "the encoders run once, and leave memory").add_argument
@@ -330,12 +330,12 @@ def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
         dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
         column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
         with progress_bar(accelerator, "Checking pictures", len(dataset)) as bar:
-            pictures = data.inspect_pictures(column, memory_dir, bar.update, positions)
+            pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     return dataset, pictures, data.read_captions(dataset[args.caption_column][:], pictures)
 
 
-def cache_pictures(args, accelerator, dataset, pictures, sizes: list[data.Size], folder: Path):
+def cache_pictures(args, accelerator, dataset, pictures, sizes: list[imaging.Size], folder: Path):
     """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet."""
     batch_size = args.encode_batch_size or max(1, 2 * 512**2 // args.resolution**2)
     files = components.component_files("vae", folder, args.variant)
@@ -451,9 +451,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
     args.data_digest = data.data_digest(pictures, captions)
-    sizes = data.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
+    sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
     if len(sizes) > 1:
-        logger.info("Pictures by the size of their crop: %s", data.count_by_crop(pictures, sizes))
+        logger.info("Pictures by the size of their crop: %s", imaging.count_by_crop(pictures, sizes))
     rows = held_out.split(pictures, args.validation_split, args.seed)
     if args.validation_split is not None:
         copies = f"; left out as their copies: {len(rows.copies)}" if rows.copies else ""

@@ -37,9 +37,9 @@ from rasengan import (  # noqa: E402
     adapters,
     checkpoint,
     components,
-    data,
     demo,
     export,
+    imaging,
     resuming,
 )
 
@@ -121,7 +121,7 @@ class Targets:
     def look_at(self, content: bytes) -> None:
         """Inspect a picture as a run does: what Pillow raises must be told as the picture's error."""
         column = [{"bytes": content, "path": "picture"}]
-        (picture,) = data.inspect_pictures(column, self.work / "memory")
+        (picture,) = imaging.inspect_pictures(column, self.work / "memory")
         assert picture.error or (picture.height_px > 0 and picture.width_px > 0)
 
     def command_line(self, words: list[str]) -> None:

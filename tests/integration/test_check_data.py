@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from rasengan import UserError, data, data_survey, demo, first_line
+from rasengan import UserError, data, data_survey, demo, first_line, imaging
 from rasengan.samples import TrainingSamples
 
 
@@ -202,7 +202,7 @@ def test_only_the_tokenizer_of_a_base_is_needed(check, tiny_base, folder, tmp_pa
 
 def test_the_crops_are_those_of_training(folder, tmp_path):
     dataset = data.load_pictures(None, None, str(folder), "image", "text", str(tmp_path / "hf"))
-    pictures = data.inspect_pictures(dataset["image"], tmp_path)
+    pictures = imaging.inspect_pictures(dataset["image"], tmp_path)
     dataset, pictures = data.leave_out_broken(dataset, pictures, skip=True)
     samples = TrainingSamples(
         dataset["image"],
@@ -220,7 +220,7 @@ def test_the_crops_are_those_of_training(folder, tmp_path):
         num_train_timesteps=1000,
     )
     for row in range(len(pictures)):
-        image = data.decode(data.read_bytes(dataset["image"][row]))
+        image = imaging.decode(imaging.read_bytes(dataset["image"][row]))
         levels = np.asarray(data_survey.center_crop(image, [(RES, RES)], "bicubic"))
         trained = (samples[0, row]["pixel_values"].permute(1, 2, 0).numpy() + 1) * 127.5
         assert levels.shape == (RES, RES, 3)
@@ -232,7 +232,7 @@ def test_the_page_shows_each_crop_with_its_captions_escaped(checked, folder):
     shown = pictures_of(page)
     assert len(shown) == len(USABLE)
     for name, picture in zip(USABLE, shown, strict=True):
-        image = data.decode((folder / name).read_bytes())
+        image = imaging.decode((folder / name).read_bytes())
         expected = np.asarray(data_survey.center_crop(image, [(RES, RES)], "lanczos"), dtype=float)
         assert np.abs(np.asarray(picture, dtype=float) - expected).mean() < 4, name
         for text in LINES[name]:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rasengan import UserError, checkpoint_writer, data, demo, held_out, samples, step
+from rasengan import UserError, checkpoint_writer, demo, held_out, imaging, samples, step
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -160,7 +160,7 @@ def reference(tiny_base, picture_set, adapter, name: str, caption: str, digest: 
         unet = PeftModel.from_pretrained(unet, adapter).double().eval()
     vae = AutoencoderKL.from_pretrained(tiny_base / "vae", **double).eval()
     scheduler = DDPMScheduler.from_pretrained(tiny_base / "scheduler")
-    image = data.decode((picture_set / Path(name).name).read_bytes())
+    image = imaging.decode((picture_set / Path(name).name).read_bytes())
     height, width = image.height, image.width
     factor = 64 / min(width, height)
     image = image.resize((int(width * factor), int(height * factor)), Image.Resampling.LANCZOS)
@@ -200,7 +200,7 @@ def test_the_loss_is_that_of_diffusers_modules_in_float64(cached, train, seen, t
     lines = [json.loads(line) for line in (picture_set / "metadata.jsonl").read_text().splitlines()]
     captions = {line["file_name"]: line["text"] for line in lines}
     column = [{"bytes": Path(name).read_bytes(), "path": name} for name in names]
-    pictures = data.inspect_pictures(column, output_dir / "memory")
+    pictures = imaging.inspect_pictures(column, output_dir / "memory")
     losses = read_losses(output_dir)
     for at, adapter in ((0, None), (2, output_dir / "peft")):
         rows = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from rasengan import UserError, cache, components, data
+from rasengan import UserError, cache, components, data, imaging
 
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_a_changed_setting_is_another_cache_in_the_same_folder(tmp_path):
     ids=["latents", "prompts"],
 )
 def test_all_that_changes_a_result_is_in_its_key(tmp_path, function, options, changes):
-    pictures = [data.Picture("name", str(number), 9, 9, None) for number in range(70)]
+    pictures = [imaging.Picture("name", str(number), 9, 9, None) for number in range(70)]
     shards = function(tmp_path, pictures, **options)
     shards.build(shards.missing(), encode, 8)
     assert function(tmp_path, pictures, **options).missing() == []
@@ -177,7 +177,7 @@ def column(picture_set, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(column, tmp_path_factory):
-    return data.inspect_pictures(column, tmp_path_factory.mktemp("memory"))
+    return imaging.inspect_pictures(column, tmp_path_factory.mktemp("memory"))
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
@@ -194,9 +194,11 @@ def test_cached_latents_are_the_vaes_for_the_same_batch(tiny_base, column, pictu
         for flip in range(1 + random_flip):
             pixels = []
             for record in column[start : min(start + 8, 20)]:
-                image = data.decode(data.read_bytes(record))
-                top_left = data.center_crop_top_left(data.resized_size(image.height, image.width, (48, 48)), (48, 48))
-                pixels.append(data.crop_pixels(image, (48, 48), "lanczos", bool(flip), top_left))
+                image = imaging.decode(imaging.read_bytes(record))
+                top_left = imaging.center_crop_top_left(
+                    imaging.resized_size(image.height, image.width, (48, 48)), (48, 48)
+                )
+                pixels.append(imaging.crop_pixels(image, (48, 48), "lanczos", bool(flip), top_left))
             mean, log_variance = vae.quant_conv(vae.encoder(torch.stack(pixels))).chunk(2, dim=1)
             rows = [shards[picture.digest] for picture in pictures[start : start + len(pixels)]]
             assert torch.equal(torch.stack([row["mean"][flip] for row in rows]), mean)
@@ -206,11 +208,11 @@ def test_cached_latents_are_the_vaes_for_the_same_batch(tiny_base, column, pictu
 
 @torch.no_grad()
 def test_each_bucket_has_a_cache_and_all_are_looked_up_as_one(tiny_base, column, pictures, tmp_path):
-    options = {"sizes": data.crop_sizes(48, 16), "interpolation": "box", "random_flip": False}
+    options = {"sizes": imaging.crop_sizes(48, 16), "interpolation": "box", "random_flip": False}
     caches = cache.latent_caches(tmp_path, pictures, "digest", batch_size=8, device=CPU, **options)
     assert len(caches) > 2
     # The square's is the one of a run without buckets.
-    squares = [p for p in pictures if data.crop_size(p.height_px, p.width_px, options["sizes"]) == (48, 48)]
+    squares = [p for p in pictures if imaging.crop_size(p.height_px, p.width_px, options["sizes"]) == (48, 48)]
     alone = options | {"sizes": [(48, 48)]}
     (square,) = cache.latent_caches(tmp_path, squares, "digest", batch_size=8, device=CPU, **alone)
     assert square._paths in [shards._paths for shards in caches]
@@ -222,7 +224,7 @@ def test_each_bucket_has_a_cache_and_all_are_looked_up_as_one(tiny_base, column,
         shards.build(shards.missing(), encode, 8)
     latents = cache.together(caches)
     for picture in pictures:
-        height, width = data.crop_size(picture.height_px, picture.width_px, options["sizes"])
+        height, width = imaging.crop_size(picture.height_px, picture.width_px, options["sizes"])
         assert latents[picture.digest]["mean"].shape == (1, 4, height // 8, width // 8)
     with pytest.raises(KeyError):
         latents["another"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from rasengan import UserError, components, data
+from rasengan import UserError, components, data, imaging
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
 
 
@@ -40,7 +40,7 @@ def dataset(picture_set, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(dataset, tmp_path_factory):
-    return data.inspect_pictures(dataset["image"], tmp_path_factory.mktemp("memory"))
+    return imaging.inspect_pictures(dataset["image"], tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_long_caption_is_seen_to_the_last_token_before_the_end(tiny_base):
     tokenizer = components.load("tokenizer", tiny_base / "tokenizer")
     assert len(tokenizer("word word").input_ids) == 2 + 2 * 3  # begin and end, and three tokens a word
     captions = [["word " * 30], ["short", "word " * 25, "word " * 40], ["word " * 26]]
-    pictures = [data.Picture(f"{number}.png", "", 8, 8, None) for number in range(3)]
+    pictures = [imaging.Picture(f"{number}.png", "", 8, 8, None) for number in range(3)]
     found = data.find_long_captions(captions, pictures, tokenizer)
     assert [(one.name, one.token_count) for one in found] == [("1.png", 122), ("0.png", 92), ("2.png", 80)]
     for one, words in zip(found, (40, 30, 26), strict=True):
@@ -95,11 +95,13 @@ def test_sizes_and_center_crops_are_torchvisions():
     for _ in range(2000):
         height, width, size = rng.randint(1, 3000), rng.randint(1, 3000), rng.choice([64, 512, 1000, 1024])
         new = torchvision_size(height, width, size)
-        assert data.resized_size(height, width, (size, size)) == new
-        assert data.center_crop_top_left(new, (size, size)) == tuple(int(round((side - size) / 2.0)) for side in new)
-    assert data.resized_size(768, 1024, (512, 512)) == (512, 682)
-    assert data.center_crop_top_left((512, 682), (512, 512)) == (0, 85)
-    assert [data.center_crop_top_left((side, 64), (64, 64))[0] for side in (65, 67, 69, 71)] == [
+        assert imaging.resized_size(height, width, (size, size)) == new
+        assert imaging.center_crop_top_left(new, (size, size)) == tuple(
+            int(round((side - size) / 2.0)) for side in new
+        )
+    assert imaging.resized_size(768, 1024, (512, 512)) == (512, 682)
+    assert imaging.center_crop_top_left((512, 682), (512, 512)) == (0, 85)
+    assert [imaging.center_crop_top_left((side, 64), (64, 64))[0] for side in (65, 67, 69, 71)] == [
         0,
         2,
         2,
@@ -110,7 +112,7 @@ def test_sizes_and_center_crops_are_torchvisions():
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("name", PILLOW_FILTERS)
 def test_cropped_pixels_are_those_of_plain_pillow_and_numpy(name, flip):
-    assert data.INTERPOLATIONS.keys() == PILLOW_FILTERS.keys()
+    assert imaging.INTERPOLATIONS.keys() == PILLOW_FILTERS.keys()
     for size in ((100, 61), (61, 100), (50, 50), (20, 27)):
         image = noise_image(*size)
         height, width = torchvision_size(image.height, image.width, RES)
@@ -118,7 +120,7 @@ def test_cropped_pixels_are_those_of_plain_pillow_and_numpy(name, flip):
         top, left = height - RES, (width - RES) // 3
         pixels = (pixels[:, ::-1] if flip else pixels)[top : top + RES, left : left + RES]
         expected = torch.tensor((pixels / 255 - 0.5) / 0.5, dtype=torch.float32).permute(2, 0, 1)
-        result = data.crop_pixels(image, (RES, RES), name, flip, (top, left))
+        result = imaging.crop_pixels(image, (RES, RES), name, flip, (top, left))
         assert result.dtype == torch.float32
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
@@ -129,14 +131,14 @@ def test_cropped_pixels_are_those_of_plain_pillow_and_numpy(name, flip):
 def test_transparency_is_laid_on_white():
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[..., 3] = np.arange(0, 256, 17).reshape(4, 4)  # black, ever less transparent
-    pixels = np.asarray(data.decode(encoded(Image.fromarray(rgba))))
+    pixels = np.asarray(imaging.decode(encoded(Image.fromarray(rgba))))
     assert np.abs(pixels.astype(int) - (255 - rgba[..., 3:])).max() <= 1
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
-    assert np.asarray(data.decode(encoded(palette, transparency=0))).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    assert np.asarray(imaging.decode(encoded(palette, transparency=0))).tolist() == [[[255, 255, 255], [0, 0, 255]]]
     gray = Image.fromarray(np.array([[[0, 0], [40, 255]]], np.uint8), "LA")
-    assert np.asarray(data.decode(encoded(gray))).tolist() == [[[255, 255, 255], [40, 40, 40]]]
+    assert np.asarray(imaging.decode(encoded(gray))).tolist() == [[[255, 255, 255], [40, 40, 40]]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -147,30 +149,30 @@ def test_a_picture_comes_upright(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = Image.fromarray(np.ascontiguousarray(turns[orientation - 1](upright)))
-    assert np.array_equal(data.decode(encoded(stored, exif=exif)), upright)
+    assert np.array_equal(imaging.decode(encoded(stored, exif=exif)), upright)
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     values = np.array([[0, 257, 128 * 257, 40000, 65535]], np.uint16)
     for kind in ("PNG", "TIFF"):
-        pixels = np.asarray(data.decode(encoded(Image.fromarray(values), kind)))
+        pixels = np.asarray(imaging.decode(encoded(Image.fromarray(values), kind)))
         assert pixels.shape == (1, 5, 3)
         assert np.abs(pixels - values[..., None] / 257).max() < 1
 
 
 def test_other_modes_become_rgb():
-    red = np.asarray(data.decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))).astype(int)
+    red = np.asarray(imaging.decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))).astype(int)
     assert np.abs(red - [255, 0, 0]).max() < 10
-    assert np.asarray(data.decode(encoded(Image.new("L", (1, 1), 90)))).tolist() == [[[90, 90, 90]]]
-    assert np.asarray(data.decode(encoded(Image.new("1", (1, 1), 1)))).tolist() == [[[255, 255, 255]]]
+    assert np.asarray(imaging.decode(encoded(Image.new("L", (1, 1), 90)))).tolist() == [[[90, 90, 90]]]
+    assert np.asarray(imaging.decode(encoded(Image.new("1", (1, 1), 1)))).tolist() == [[[255, 255, 255]]]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_truncated_picture_fails(kind):
     content = encoded(noise_image(64, 64), kind)
-    data.decode(content)
+    imaging.decode(content)
     with pytest.raises(Exception, match=r"truncat|unrecognized|decod|cannot identify"):
-        data.decode(content[: len(content) // 2])
+        imaging.decode(content[: len(content) // 2])
 
 
 # --- finding and inspecting ---
@@ -194,7 +196,7 @@ def test_broken_files_are_found_and_remembered(tmp_path, monkeypatch):
     (folder / "3.png").write_text("<html>404</html>")
     noise_image(64, 48).save(folder / "4.png", exif=exif)
     column, calls = load_folder(folder, tmp_path / "cache")["image"], []
-    found = data.inspect_pictures(column, tmp_path / "memory", lambda: calls.append(1))
+    found = imaging.inspect_pictures(column, tmp_path / "memory", lambda: calls.append(1))
     assert [(Path(p.name).name, p.height_px, p.width_px, p.error is None) for p in found] == [
         ("0.png", 30, 20, True),
         *((f"{broken}.png", 0, 0, False) for broken in (1, 2, 3)),
@@ -203,15 +205,15 @@ def test_broken_files_are_found_and_remembered(tmp_path, monkeypatch):
     assert len({picture.digest for picture in found}) == len(calls) == 5
     assert not any("object at 0x" in (picture.error or "") for picture in found)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", lambda content: pytest.fail("a second look decodes nothing"))
-        assert data.inspect_pictures(column, tmp_path / "memory") == found
+        patch.setattr(imaging, "decode", lambda content: pytest.fail("a second look decodes nothing"))
+        assert imaging.inspect_pictures(column, tmp_path / "memory") == found
 
     # A changed picture is seen, even of the same length and age; so is one that has gone.
     before = (folder / "0.png").stat()
     (folder / "0.png").write_bytes(encoded(noise_image(10, 10)).ljust(before.st_size, b"\0"))
     os.utime(folder / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
     (folder / "4.png").unlink()
-    again = data.inspect_pictures(column, tmp_path / "memory")
+    again = imaging.inspect_pictures(column, tmp_path / "memory")
     assert (folder / "0.png").stat().st_size == before.st_size
     assert again[0][1:] != found[0][1:]
     assert again[0].width_px == 10
@@ -227,7 +229,7 @@ def test_captions_are_texts_or_lists_of_texts():
 
 
 def test_a_wrong_caption_names_its_picture_and_its_place_in_the_data_set():
-    pictures = [data.Picture(f"{n}.jpg", str(n), 9, 9, None, position) for n, position in enumerate((7, 40))]
+    pictures = [imaging.Picture(f"{n}.jpg", str(n), 9, 9, None, position) for n, position in enumerate((7, 40))]
     with pytest.raises(UserError, match=r"Picture 40 \(1.jpg\) has None in the caption column"):
         data.read_captions(["a", None], pictures)
 
@@ -261,9 +263,9 @@ def test_a_warm_start_reads_each_picture_once(dataset, pictures, tmp_path):
             return dataset["image"][row]
 
     read = []
-    assert data.inspect_pictures(Column(), tmp_path) == pictures
+    assert imaging.inspect_pictures(Column(), tmp_path) == pictures
     read.clear()
-    assert data.inspect_pictures(Column(), tmp_path) == pictures
+    assert imaging.inspect_pictures(Column(), tmp_path) == pictures
     assert sorted(read) == list(range(64))
 
 
@@ -301,7 +303,7 @@ def test_a_folder_of_any_name_is_read_in_order_and_undecoded(tmp_path, name):
     found = load_folder(write_folder(tmp_path / name), tmp_path / "cache")
     assert [row["path"] for row in found["image"]] == [str(tmp_path / name / f"{n}.png") for n in range(3)]
     assert found["text"][:] == ["0.png", "1.png", "2.png"]
-    assert data.read_bytes(found["image"][1]) == (tmp_path / name / "1.png").read_bytes()
+    assert imaging.read_bytes(found["image"][1]) == (tmp_path / name / "1.png").read_bytes()
 
 
 def test_a_local_copy_of_a_hub_dataset_is_read(tmp_path):
@@ -312,8 +314,8 @@ def test_a_local_copy_of_a_hub_dataset_is_read(tmp_path):
     written.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     found = data.load_pictures(str(tmp_path / "set"), None, None, "image", "text", str(tmp_path / "cache"))
     assert found["text"][:] == ["a", "b", "c"]
-    assert [data.read_bytes(row) for row in found["image"]] == contents
-    picture = data.inspect_pictures(found["image"], tmp_path / "memory")[2]
+    assert [imaging.read_bytes(row) for row in found["image"]] == contents
+    picture = imaging.inspect_pictures(found["image"], tmp_path / "memory")[2]
     assert (picture.name, picture.height_px, picture.width_px, picture.error) == ("2.png", 30, 20, None)
 
 
@@ -395,9 +397,9 @@ def test_a_stream_from_a_later_step_is_the_tail_of_the_whole(first):
 
 
 def test_buckets_are_the_largest_shapes_of_that_area():
-    assert data.crop_sizes(512, None) == [(512, 512)]
-    assert data.crop_sizes(512, 64) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
-    sizes = data.crop_sizes(1024, 64)
+    assert imaging.crop_sizes(512, None) == [(512, 512)]
+    assert imaging.crop_sizes(512, 64) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
+    sizes = imaging.crop_sizes(1024, 64)
     assert {(1024, 1024), (832, 1216), (768, 1344), (704, 1408), (1152, 896)} <= set(sizes)  # of SDXL's own training
     assert sizes == [(width, height) for height, width in reversed(sizes)]
     for height, width in sizes:
@@ -405,19 +407,19 @@ def test_buckets_are_the_largest_shapes_of_that_area():
         assert 0.5 <= width / height <= 2
         assert height * width <= 1024**2
         assert max((height + 64) * width, height * (width + 64)) > 1024**2  # no step more would fit
-    assert (1000, 1000) in data.crop_sizes(1000, 64)
+    assert (1000, 1000) in imaging.crop_sizes(1000, 64)
 
 
 def test_a_picture_goes_to_the_nearest_shape_and_covers_it():
-    sizes, rng = data.crop_sizes(512, 64), random.Random(0)
-    assert data.crop_size(4000, 100, sizes) == (640, 384)
-    assert data.crop_size(100, 100, sizes) == (512, 512)
+    sizes, rng = imaging.crop_sizes(512, 64), random.Random(0)
+    assert imaging.crop_size(4000, 100, sizes) == (640, 384)
+    assert imaging.crop_size(100, 100, sizes) == (512, 512)
     for _ in range(2000):
         height, width = rng.randint(1, 3000), rng.randint(1, 3000)
-        crop = data.crop_size(height, width, sizes)
+        crop = imaging.crop_size(height, width, sizes)
         ratios = [max(h * width / (w * height), w * height / (h * width)) for h, w in sizes]
         assert sizes.index(crop) == ratios.index(min(ratios))
-        resized = data.resized_size(height, width, crop)
+        resized = imaging.resized_size(height, width, crop)
         # One side fits exactly; the other is as long as the shape asks for, in whole px, and never too short.
         assert any(side == kept for side, kept in zip(resized, crop, strict=True))
         assert all(side >= kept for side, kept in zip(resized, crop, strict=True))
@@ -480,7 +482,7 @@ def test_with_buckets_too_a_step_sees_the_same_samples_however_it_is_split_and_r
 
 
 def test_samples_of_a_bucket_have_its_shape_and_sizes(make_samples, pictures):
-    sizes = data.crop_sizes(RES, 8)
+    sizes = imaging.crop_sizes(RES, 8)
     for center_crop in (True, False):
         samples = make_samples(sizes=sizes, center_crop=center_crop, random_flip=True)
         buckets = samples.buckets()
@@ -488,13 +490,13 @@ def test_samples_of_a_bucket_have_its_shape_and_sizes(make_samples, pictures):
         for index in range(0, 64, 3):
             sample = samples[0, index]
             height, width = sizes[buckets[index]]
-            assert (height, width) == data.crop_size(pictures[index].height_px, pictures[index].width_px, sizes)
+            assert (height, width) == imaging.crop_size(pictures[index].height_px, pictures[index].width_px, sizes)
             assert sample["pixel_values"].shape == (3, height, width)
             assert sample["noise"].shape == sample["latent_noise"].shape == (4, height // 8, width // 8)
             original, corner, target = sample["time_ids"].view(3, 2).tolist()
             assert original == [pictures[index].height_px, pictures[index].width_px]
             assert target == [height, width]
-            resized = data.resized_size(*map(int, original), (height, width))
+            resized = imaging.resized_size(*map(int, original), (height, width))
             assert all(0 <= c <= r - t for c, r, t in zip(corner, resized, target, strict=True))
     shape = first_batch(samples, 5)["pixel_values"].shape
     areas = [sizes[bucket][0] * sizes[bucket][1] for bucket in buckets]
@@ -583,13 +585,13 @@ def test_pixels_sizes_and_crops_of_a_sample_belong_together(make_samples, datase
     samples, corners, flips = make_samples(center_crop=center_crop, random_flip=True), set(), 0
     for epoch, index in [(epoch, index) for epoch in range(3) for index in range(0, 64, 5)]:
         sample = samples[epoch, index]
-        image = data.decode(Path(dataset[index]["image"]["path"]).read_bytes())
+        image = imaging.decode(Path(dataset[index]["image"]["path"]).read_bytes())
         height, width, top, left, *target = map(int, sample["time_ids"])
         size = torchvision_size(image.height, image.width, RES)
         assert (height, width, target) == (image.height, image.width, [RES, RES])
         assert 0 <= top <= size[0] - RES
         assert 0 <= left <= size[1] - RES
-        crops = [data.crop_pixels(image, (RES, RES), "lanczos", flip, (top, left)) for flip in (False, True)]
+        crops = [imaging.crop_pixels(image, (RES, RES), "lanczos", flip, (top, left)) for flip in (False, True)]
         found = [torch.equal(sample["pixel_values"], crop) for crop in crops]
         assert any(found)
         assert sample["name"] == dataset[index]["image"]["path"]

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rasengan import data, data_page, data_report, data_survey, sheets
-from rasengan.data import LongCaption, Picture
+from rasengan import data_page, data_report, data_survey, imaging, sheets
+from rasengan.data import LongCaption
 from rasengan.data_report import Finding, Report
 from rasengan.data_survey import Look, Usable
+from rasengan.imaging import Picture
 from rasengan.near_duplicates import Fingerprint
 
 
@@ -74,7 +75,7 @@ def test_a_third_is_not_more_than_a_third():
 @pytest.mark.parametrize("width", [1, 300, 511, 512, 700, 5000])
 @pytest.mark.parametrize("height", [1, 512, 4097])
 def test_the_loss_is_what_the_crop_leaves_of_the_resized_picture(width, height):
-    resized_height, resized_width = data.resized_size(height, width, (64, 64))
+    resized_height, resized_width = imaging.resized_size(height, width, (64, 64))
     loss = data_report.crop_loss(Picture("a", "", height, width, None), [(64, 64)])
     assert loss == pytest.approx(1 - 64 * 64 / (resized_height * resized_width))
     assert 0 <= loss < 1
@@ -82,7 +83,7 @@ def test_the_loss_is_what_the_crop_leaves_of_the_resized_picture(width, height):
 
 def test_with_buckets_less_is_cut_off_and_pictures_are_measured_by_their_own_crop():
     sizes = [(640, 384), (512, 1024), (570, 450), (3000, 500)]
-    report = report_of(sizes, sizes_of_crops=data.crop_sizes(512, 64))
+    report = report_of(sizes, sizes_of_crops=imaging.crop_sizes(512, 64))
     assert report.tables["Sizes, upright"]["smaller than their crop"] == "1 of 4"
     assert found(report, "enlarged").text == "of 4 pictures are smaller than their crop, and will be enlarged"
     assert found(report, "enlarged").examples == ["2.png 570 x 450 px, enlarged 1.0 times"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rasengan import UserError, held_out
-from rasengan.data import Picture, crop_size
+from rasengan.imaging import Picture, crop_size
 from rasengan.samples import TrainingSamples
 
 

@@ -31,3 +31,11 @@ def test_the_libraries_write_nothing_to_stderr_at_import():
     code = "import rasengan, bitsandbytes, diffusers, peft, transformers"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_drawing_imports_no_library_that_only_training_needs():
+    code = "import sys, infer; sys.exit(str({'datasets', 'pandas', 'pyarrow', 'tensorboard'} & set(sys.modules)))"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=120
+    )
+    assert finished.stderr.strip() == "set()"

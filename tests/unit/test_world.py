@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from rasengan import world
-from rasengan.data import decode
+from rasengan.imaging import decode
 
 
 PLAIN = world.Scene("ball", "red", "left", 1, "plain", "white")
