@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         add, switch = self.add_argument_group("data").add_argument, argparse.BooleanOptionalAction
         add("--dataset_name", type=path_type, help="hub id of a dataset, or a local copy of one")
         add("--dataset_config_name", help="the dataset's configuration, where it has several")
-        add("--train_data_dir", type=path_type, help="folder of pictures, and a metadata.jsonl of file_name and text")
+        add("--train_data_dir", type=path_type, help="folder of pictures with a .txt each, or a metadata.jsonl")
         add("--image_column", default="image", help="[%(default)s]")
         add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
         add("--max_train_samples", type=number_type(1), help="use only so many pictures, drawn by the seed")

@@ -39,7 +39,7 @@ def check_settings(dataset_name: str | None, train_data_dir: str | None, resolut
         UserError: there is no data, or a size does not fit the VAE.
     """
     if dataset_name is None and train_data_dir is None:
-        raise UserError("There is no data: give --dataset_name, or --train_data_dir with a metadata.jsonl.")
+        raise UserError("There is no data: give --dataset_name, or --train_data_dir with captions.")
     for flag, value in (("--resolution", resolution), ("--bucket_step_px", bucket_step_px)):
         if value % 8:
             raise UserError(f"{flag} is {value}. Give a multiple of 8, such as {value // 8 * 8}.")
@@ -53,17 +53,19 @@ def load_pictures(
     caption_column: str,
     cache_dir: str | None = None,
 ) -> datasets.Dataset:
-    """Return the train split of a hub dataset, a local copy of one, or an imagefolder; pictures stay undecoded.
+    """Return the train split of a hub dataset, a local copy of one, or a folder; pictures stay undecoded.
+
+    A folder's captions stand in its metadata, as imagefolders have it, or beside each picture in a .txt of its name.
 
     Raises:
         UserError: there is nothing there, or a column is missing.
     """
     given = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
     if dataset_name is None and not Path(train_data_dir).is_dir():
-        raise UserError(f"{given} is no folder. Give one that holds pictures and a metadata.jsonl.")
+        raise UserError(f"{given} is no folder. Give one that holds pictures and captions.")
     files = list_files(train_data_dir) if dataset_name is None else []
     count = sum(map(is_picture_name, files))
-    none_there = UserError(f"{given} holds no pictures. Put some there, with a metadata.jsonl.")
+    none_there = UserError(f"{given} holds no pictures. Put some there, with captions.")
     packed = any(file.suffix.lower() in ARCHIVES for file in files)  # which datasets looks into
     if dataset_name is None and not (count or packed):
         raise none_there
@@ -72,11 +74,15 @@ def load_pictures(
             found = datasets.load_dataset(
                 dataset_name, dataset_config_name, cache_dir=cache_dir, data_dir=train_data_dir
             )
+        elif beside := _captions_beside(files):
+            found = {"train": datasets.Dataset.from_dict(beside).cast_column("image", datasets.Image(decode=False))}
         else:
             patterns = {"train": f"{glob.escape(train_data_dir)}/**"}
             found = datasets.load_dataset(
                 "imagefolder", data_files=patterns, cache_dir=_folder_cache(train_data_dir, files, cache_dir)
             )
+    except UserError:
+        raise
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
         reason = first_line(error.__cause__ or error)
         raise UserError(f"{given} cannot be read: {reason} Correct the name, or what it holds.") from error
@@ -89,7 +95,8 @@ def load_pictures(
         if column not in dataset.column_names:
             raise UserError(
                 f"{flag} {column} is no column of {given}; its columns are: {', '.join(dataset.column_names)}. "
-                "In a folder, captions stand in a metadata.jsonl with the keys file_name and text."
+                "In a folder, captions stand in a metadata.jsonl with the keys file_name and text, or in a .txt beside "
+                "each picture."
             )
     if not isinstance(dataset.features[image_column], datasets.Image):
         raise UserError(
@@ -99,6 +106,28 @@ def load_pictures(
     if len(dataset) == 0:
         raise none_there
     return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def _captions_beside(files: list[Path]) -> dict[str, list[str]] | None:
+    """Return pictures and the captions that stand beside each in a .txt; None where there is metadata, or no such."""
+    texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
+    pictures = sorted(file for file in files if is_picture_name(file))
+    without = [file for file in pictures if file.with_suffix("") not in texts]
+    if any(file.name.startswith("metadata.") for file in files) or len(without) == len(pictures):
+        return None
+    if without:
+        names = ", ".join(file.name for file in without[:10]) + ", ..." * (len(without) > 10)
+        raise UserError(
+            f"{len(without)} of {len(pictures)} pictures have no .txt of their name with a caption: {names}. Write "
+            "one for each, empty where it needs none, or move these pictures elsewhere."
+        )
+    captions = []
+    for file in pictures:
+        try:
+            captions.append(" ".join(file.with_suffix(".txt").read_text(encoding="utf-8-sig").split()))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file.with_suffix('.txt')} is no text in UTF-8. Save it as such.") from error
+    return {"image": [str(file) for file in pictures], "text": captions}
 
 
 def list_files(directory: str) -> list[Path]:

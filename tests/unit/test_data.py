@@ -351,6 +351,43 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
         data.load_pictures(str(tmp_path / "none"), None, None, "image", "text", str(tmp_path / "cache"))
 
 
+def test_captions_may_stand_beside_the_pictures(tmp_path, picture_set):
+    names = ["b/one.png", "two.JPG", "a.b.webp"]
+    (tmp_path / "b").mkdir()
+    for number, name in enumerate(names):
+        noise_image(20 + number, 30).save(tmp_path / name)
+        text = f"caption  {number}, 東京\n" if number else "\ufeffwith a mark\r\nand two lines"
+        (tmp_path / name).with_suffix(".txt").write_text(text, encoding="utf-8")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "notes.txt").write_text("of no picture")
+    found = load_folder(tmp_path, tmp_path / "cache")
+    read = {Path(row["image"]["path"]).relative_to(tmp_path).as_posix(): row["text"] for row in found}
+    assert read == dict(zip(names, ["with a mark and two lines", "caption 1, 東京", "caption 2, 東京"], strict=True))
+    pictures = imaging.inspect_pictures(found["image"], tmp_path / "memory")
+    assert {picture.width_px for picture in pictures} == {20, 21, 22}
+    assert not any(picture.error for picture in pictures)
+
+    # Where there is metadata, it counts.
+    line = {"file_name": "two.JPG", "text": "from the metadata"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    assert load_folder(tmp_path, tmp_path / "cache")["text"][:] == ["from the metadata"]
+
+
+def test_captions_beside_some_of_the_pictures_or_that_are_no_text_are_refused(tmp_path):
+    for name in ("one.png", "two.png"):
+        noise_image(20, 30).save(tmp_path / name)
+    (tmp_path / "one.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(
+        UserError, match=r"1 of 2 pictures have no \.txt of their name with a caption: two\.png\. Write"
+    ):
+        load_folder(tmp_path, tmp_path / "cache")
+    (tmp_path / "two.txt").write_text("")
+    with pytest.raises(UserError, match=r"one\.txt is no text in UTF-8\. Save it"):
+        load_folder(tmp_path, tmp_path / "cache")
+    (tmp_path / "one.txt").write_text("fine")
+    assert load_folder(tmp_path, tmp_path / "cache")["text"][:] == ["fine", ""]
+
+
 # --- order and randomness ---
 
 
