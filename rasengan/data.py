@@ -95,8 +95,8 @@ def load_pictures(
         if column not in dataset.column_names:
             raise UserError(
                 f"{flag} {column} is no column of {given}; its columns are: {', '.join(dataset.column_names)}. "
-                "In a folder, captions stand in a metadata.jsonl with the keys file_name and text, or in a .txt beside "
-                "each picture."
+                "In a folder, captions stand in a metadata.jsonl with the keys file_name and text, or in a .txt "
+                "beside each picture."
             )
     if not isinstance(dataset.features[image_column], datasets.Image):
         raise UserError(
