@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,6 +145,17 @@ def test_a_launcher_that_dies_during_the_imports_leaves_no_orphan(train_argument
     process.kill()
     process.wait()
     wait_for(lambda: not processes_of(process), limit_s=20)
+
+
+def test_a_script_whose_launcher_is_gone_at_its_first_line_ends(train_arguments, tmp_path):
+    words = [sys.executable, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG, "--output_dir", tmp_path]
+    late = f"(sleep 1; exec {shlex.join(map(str, words))}) &"
+    environment = os.environ | {"RUN_OF_TEST": str(tmp_path), "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
+    process = subprocess.Popen(["sh", "-c", late], stderr=subprocess.DEVNULL, env=environment)
+    process.name = str(tmp_path)
+    process.wait()
+    wait_for(lambda: not processes_of(process))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(train, trained, capfd, tmp_path):
