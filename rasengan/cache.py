@@ -269,6 +269,77 @@ def encode_captions(captions: list[str], tokenizers: list, text_encoders: list) 
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 
+def cached_latents(
+    directory: Path,
+    column: Sequence[dict],
+    pictures: list[imaging.Picture],
+    folder: Path,
+    variant: str | None,
+    device: torch.device,
+    share: tuple[int, int],
+    make_bar: Callable[[int], tqdm],
+    batch_size: int,
+    **options,
+) -> Mapping[str, dict[str, torch.Tensor]]:
+    """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet.
+
+    Args:
+        directory: of the cache.
+        column: the undecoded pictures.
+        pictures: the same rows.
+        folder: of the VAE.
+        variant: of its weight files.
+        device: to encode on.
+        share: as `fill` takes it.
+        make_bar: likewise.
+        batch_size: pictures encoded together.
+        options: `sizes`, `interpolation` and `random_flip`, as `encode_pictures` takes them.
+    """
+    digest = weights_digest(components.component_files("vae", folder, variant), directory / "weights.json")
+    caches = latent_caches(directory, pictures, digest, **options, batch_size=batch_size, device=device)
+    options |= {"column": column, "positions": {picture.digest: place for place, picture in enumerate(pictures)}}
+    fill(share, caches, batch_size, partial(load_picture_encoder, folder, variant, device, **options), make_bar)
+    return together(caches)
+
+
+def pictures_at_once(resolution: int) -> int:
+    """Return how many pictures of this side in px are encoded together, where the user does not say: little memory."""
+    return max(1, 2 * 512**2 // resolution**2)
+
+
+def cached_prompts(
+    directory: Path,
+    groups: Iterable[Iterable[str]],
+    folders: dict[str, Path],
+    variant: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    share: tuple[int, int],
+    make_bar: Callable[[int], tqdm],
+    batch_size: int = 8,
+) -> list[ShardedCache]:
+    """Return the embeddings of each group of texts, encoded now where they are not on disk yet.
+
+    Args:
+        directory: of the cache.
+        groups: each becomes a cache of its own, so that what one holds changes nothing in another.
+        folders: of the components.
+        variant: of their weight files.
+        device: to encode on.
+        dtype: of the text encoders.
+        share: as `fill` takes it.
+        make_bar: likewise.
+        batch_size: texts encoded together.
+    """
+    names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
+    files = [file for name in names for file in components.component_files(name, folders[name], variant)]
+    digest = weights_digest(files, directory / "weights.json")
+    caches = [prompt_cache(directory, texts, digest, dtype, batch_size, device) for texts in groups]
+    load_encoder = partial(load_caption_encoder, folders, variant, device, dtype)
+    fill(share, caches, batch_size, load_encoder, make_bar)
+    return caches
+
+
 def load_picture_encoder(folder: Path, variant: str | None, device: torch.device, **options):
     """Load the VAE, and return the function that encodes a batch of pictures with it; `options` are its others."""
     return partial(encode_pictures, vae=components.load("vae", folder, variant=variant).to(device), **options)

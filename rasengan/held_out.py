@@ -107,6 +107,14 @@ def fixed_sample(held_out: TrainingSamples, index: int, band: int) -> dict:
     return held_out.assemble(row, timestep, noise, latent_noise, caption_draw)
 
 
+def named_means(losses: torch.Tensor, num_train_timesteps: int) -> dict[str, float]:
+    """Return the mean of losses (pictures, BANDS), of all and of each band, by the names of their plots."""
+    by_band = losses.mean(dim=0)
+    edges = band_edges(num_train_timesteps)
+    named = {f"{LOSS}/t{low}-{end - 1}": loss for (low, end), loss in zip(edges, by_band.tolist(), strict=True)}
+    return {LOSS: by_band.mean().item()} | named
+
+
 class ValidationLoss:
     """Measures the loss of the held-out pictures, and knows the base's, the last and the lowest.
 
@@ -166,9 +174,16 @@ class ValidationLoss:
         """Say whether the loss after so many steps is the lowest so far."""
         return self.record["best_step"] == global_step
 
-    @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return the mean loss by the names of its plots: of all samples, and of each band of timesteps.
+
+        As `measure_each` otherwise.
+        """
+        return named_means(self.measure_each(), self.held_out.num_train_timesteps)
+
+    @torch.no_grad()
+    def measure_each(self) -> torch.Tensor:
+        """Return the loss of each picture in each band, (pictures, BANDS), fp64 on the CPU.
 
         The models are in evaluation mode already. All processes call it together; the boundaries of the batches hang
         on the batch size and the buckets alone, and the sum is taken in one order, so that any number of processes
@@ -189,10 +204,7 @@ class ValidationLoss:
             losses[torch.tensor(batches[n], device=self.device)] = found
         add_up(losses)  # each is zero on all processes but one
         memory.give_back()
-        by_band = losses.cpu().view(-1, BANDS).mean(dim=0)
-        edges = band_edges(self.held_out.num_train_timesteps)
-        named = {f"{LOSS}/t{low}-{end - 1}": loss for (low, end), loss in zip(edges, by_band.tolist(), strict=True)}
-        return {LOSS: by_band.mean().item()} | named
+        return losses.cpu().view(-1, BANDS)
 
     def _batches(self, keys: list[tuple[int, int]]) -> list[list[int]]:
         """Return the places of the keys that are met together, which are of one bucket."""

@@ -1,7 +1,6 @@
 """The embeddings of prompts to draw: from a cache on disk, or from text encoders with adapters merged into them."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,13 +43,9 @@ def encode_once(
         share: as `cache.fill` takes it.
         make_bar: likewise.
     """
-    names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
-    files = [file for name in names for file in components.component_files(name, folders[name], variant)]
-    digest = cache.weights_digest(files, directory / "weights.json")
     # One for each text: which others a run draws must not matter.
-    caches = [cache.prompt_cache(directory, [text], digest, dtype, 1, device) for text in texts]
-    load_encoder = partial(cache.load_caption_encoder, folders, variant, device, dtype)
-    cache.fill(share, caches, 1, load_encoder, make_bar)
+    groups = [[text] for text in texts]
+    caches = cache.cached_prompts(directory, groups, folders, variant, device, dtype, share, make_bar, batch_size=1)
     rows = [(text, prompts[text]) for text, prompts in zip(texts, caches, strict=True)]
     return {text: (row["prompt_embeds"], row["pooled_prompt_embeds"]) for text, row in rows}
 

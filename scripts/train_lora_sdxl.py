@@ -335,36 +335,6 @@ def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
     return dataset, pictures, data.read_captions(dataset[args.caption_column][:], pictures)
 
 
-def cache_pictures(args, accelerator, dataset, pictures, sizes: list[imaging.Size], folder: Path):
-    """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet."""
-    batch_size = args.encode_batch_size or max(1, 2 * 512**2 // args.resolution**2)
-    files = components.component_files("vae", folder, args.variant)
-    digest = cache.weights_digest(files, Path(args.conditioning_cache_dir) / "weights.json")
-    options = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
-    how = options | {"batch_size": batch_size, "device": accelerator.device}
-    caches = cache.latent_caches(Path(args.conditioning_cache_dir), pictures, digest, **how)
-    positions = {picture.digest: position for position, picture in enumerate(pictures)}
-    options |= {"column": dataset[args.image_column], "positions": positions}
-    load_encoder = partial(cache.load_picture_encoder, folder, args.variant, accelerator.device, **options)
-    share, bar = processes.machine_share(os.environ), partial(progress_bar, accelerator, "Encoding pictures")
-    cache.fill(share, caches, batch_size, load_encoder, bar)
-    return cache.together(caches)
-
-
-def cache_captions(args, accelerator, captions, folders: dict[str, Path], dtype) -> list[cache.ShardedCache]:
-    """Return the embeddings of all captions, and of the validation prompts, as `cache_pictures` does."""
-    names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
-    files = [file for name in names for file in components.component_files(name, folders[name], args.variant)]
-    digest = cache.weights_digest(files, Path(args.conditioning_cache_dir) / "weights.json")
-    texts = [caption for several in captions for caption in several], args.validation_prompt or []
-    where, device = Path(args.conditioning_cache_dir), accelerator.device
-    caches = [cache.prompt_cache(where, captions, digest, dtype, 8, device) for captions in texts]
-    load_encoder = partial(cache.load_caption_encoder, folders, args.variant, accelerator.device, dtype)
-    share, bar = processes.machine_share(os.environ), partial(progress_bar, accelerator, "Encoding captions")
-    cache.fill(share, caches, 8, load_encoder, bar)
-    return caches
-
-
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
     """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
     if accelerator.is_main_process:
@@ -482,13 +452,20 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
+    cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
     if args.cache_conditioning and args.center_crop:
-        latents = cache_pictures(args, accelerator, dataset, pictures, sizes, folders["vae"])
+        sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
+        batch_size = args.encode_batch_size or cache.pictures_at_once(args.resolution)
+        column, bar = dataset[args.image_column], partial(progress_bar, accelerator, "Encoding pictures")
+        where = (folders["vae"], args.variant, device)
+        latents = cache.cached_latents(cache_dir, column, pictures, *where, share, bar, batch_size, **sized)
     else:
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
     if args.cache_conditioning and not args.train_text_encoder:
-        prompts, validation_prompts = cache_captions(args, accelerator, captions, folders, weight_dtype)
+        groups = [caption for several in captions for caption in several], args.validation_prompt or []
+        where, bar = (folders, args.variant, device), partial(progress_bar, accelerator, "Encoding captions")
+        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *where, weight_dtype, share, bar)
     else:
         logger.info("The text encoders run in the loop: they are trained, or --no-cache_conditioning was given")
         tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, weight_dtype)

@@ -149,6 +149,19 @@ def test_samples_of_several_shapes_are_met_apart_and_each_counts_once(batch_size
     assert {tuple(shape[2:]) for shape in seen} == {(11, 5), (8, 8), (5, 11)}
 
 
+def test_the_losses_of_each_picture_and_band_make_the_means_to_the_bit():
+    rows = [4, 8, 15, 16, 23, 42, 77]
+    each = measurer(rows).measure_each()
+    assert (each.shape, each.dtype) == ((7, 4), torch.float64)
+    for index in range(7):
+        for band in range(4):
+            sample = held_out.fixed_sample(samples_of(rows), index, band)
+            assert each[index, band].item() == pytest.approx(float(sample["timesteps"] + sample["noise"].mean()))
+    values = list(measurer(rows).measure().values())
+    by_band = each.mean(dim=0)
+    assert values == [by_band.mean().item(), *by_band.tolist()]
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_no_batch_size_leaves_a_sample_out(batch_size):
     assert measurer([4, 8, 15], batch_size).measure() == pytest.approx(measurer([4, 8, 15]).measure(), rel=1e-6)
