@@ -10,7 +10,7 @@ FLOORS = [
     {"__init__", "adapters", "command_line", "families", "files", "naming", "near_duplicates", "stopping"}
     | {"tensor_files", "world"},
     {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
-    | {"kernels", "locks", "memory", "miniature", "objective", "optim", "sdxl", "sheets"},
+    | {"kernels", "locks", "memory", "miniature", "objective", "optim", "pages", "sdxl", "sheets"},
     {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
     | {"single_file"},
     {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
