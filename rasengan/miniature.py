@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rasengan import world
+from rasengan import UserError, first_line, world
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -160,10 +161,25 @@ class Judge(nn.Module):
         return {name: head(hidden) for name, head in self.answers.items()}
 
 
-def load_judge() -> Judge:
-    """Return the trained judge, on the CPU."""
+def load_judge(place: str | Path | None = None) -> Judge:
+    """Return a trained judge, on the CPU.
+
+    Args:
+        place: a file of its weights, or a folder with `judge.safetensors`; None for the one that is trained already.
+
+    Raises:
+        UserError: there is none, or it is no judge's.
+    """
+    file = Path(place or ASSETS)
+    file = file / "judge.safetensors" if file.is_dir() else file
     judge = Judge()
-    judge.load_state_dict({name: weight.float() for name, weight in load_file(ASSETS / "judge.safetensors").items()})
+    try:
+        judge.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{file} holds no weights of a judge: {first_line(error).rstrip(':.')}. Give the folder that "
+            "train_miniature.py wrote."
+        ) from error
     return judge.eval()
 
 

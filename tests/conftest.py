@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from transformers import CLIPConfig, CLIPModel
 
-from rasengan import demo
+from rasengan import demo, miniature
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,21 @@ def picture_set(tmp_path_factory) -> Path:
     """Imagefolder of 64 captioned pictures of mixed sizes and modes."""
     folder = tmp_path_factory.mktemp("pictures")
     demo.draw_picture_set(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """Folder of a tiny CLIP with random weights."""
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), miniature.make_tokenizer(pad_token=miniature.END)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text, vision = sizes | ids | {"vocab_size": len(tokenizer)}, sizes | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 
@@ -67,6 +84,12 @@ def convert_script():
 def check_script():
     """scripts/check_data.py as a module."""
     return load_script("check_data")
+
+
+@pytest.fixture(scope="session")
+def evaluate_script():
+    """scripts/evaluate.py as a module."""
+    return load_script("evaluate")
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ SMALL = {
     "train_lora_sdxl": "--resolution 64 --max_train_steps 4 --checkpointing_steps 2 --validation_inference_steps 2",
     "infer": "--height 64 --width 64 --num_inference_steps 2",
     "check_data": "--output_dir report",
+    "evaluate": "--validation_split 2 --num_pictures 1 --num_inference_steps 2",
 }
-CACHED = ("train_lora_sdxl", "infer", "check_data")
+CACHED = ("train_lora_sdxl", "infer", "check_data", "evaluate")
 # What `...` stands for.
 REST = {"infer": "--pretrained_model_name_or_path sdxl"}
 # The page has its own tests in a browser, and the miniature's training its own in test_train_miniature.py; the

@@ -12,11 +12,12 @@ FLOORS = [
     {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "memory", "miniature", "objective", "optim", "pages", "sdxl", "sheets"},
     {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
-    | {"single_file"},
+    | {"scores", "single_file"},
     {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
     {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
     | {"validation"},
-    {"data_page", "pairs"},
+    {"data_page", "evaluation", "pairs"},
+    {"evaluation_page"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "rasengan").glob("*.py"))

@@ -1,0 +1,265 @@
+"""An evaluation as text for the terminal, as plots, and as a page that holds its pictures itself."""
+
+import html
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.tensorboard import SummaryWriter
+
+from rasengan import pages
+from rasengan.data_report import printable
+from rasengan.evaluation import KINDS, Drawn, signed
+from rasengan.held_out import LOSS
+
+
+MOST_PAIRS, MOST_HELD_OUT = 48, 200
+WIDTH, HEIGHT = 400, 240  # of the chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 40  # its margins
+
+
+class Table(NamedTuple):
+    """Figures in rows, each with a label before them."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Pair(NamedTuple):
+    """What base and tuned model drew for a prompt, as JPEGs."""
+
+    drawn: Drawn
+    base: bytes
+    tuned: bytes
+
+
+# --- what is shown ---
+
+
+def tables(figures: dict) -> list[Table]:
+    """Return the figures of an evaluation as tables, but for those of the curve."""
+    loss = figures["loss"]
+    found = [_loss_table("held-out", loss["held_out"])]
+    if loss["trained"]:
+        found.append(_loss_table("trained-on", loss["trained"]))
+    for name, make in (("judge", _judge_table), ("clip", _clip_table)):
+        if scores := figures.get("pictures", {}).get(name):
+            found.append(make(scores))
+    return found
+
+
+def _curve_table(points: list[dict]) -> Table:
+    rows = [[f"{p['step']:,}" if p["step"] else "base", _loss(p["held_out"]), _loss(p["trained"])] for p in points]
+    return Table("Loss by step", ["step", "held out", "trained on"], rows)
+
+
+def _loss_table(what: str, compared: dict) -> Table:
+    rows = []
+    for name, base in compared["base"].items():
+        tuned = compared["tuned"][name]
+        label = "all timesteps" if name == LOSS else name.removeprefix(f"{LOSS}/t")
+        text = signed(tuned / base - 1)
+        if name == LOSS and math.isfinite(compared["error"]):
+            text += f" ± {100 * compared['error']:.1f}"
+        rows.append([label, _loss(base), _loss(tuned), text])
+    count = compared["pictures"]
+    return Table(f"Loss of {count:,} {what} picture{'s' * (count != 1)}", ["", *KINDS, "change"], rows)
+
+
+def _judge_table(scores: dict) -> Table:
+    base, tuned = scores["base"], scores["tuned"]
+    labels = {"style": "in the style", "content": "with the content"}
+    rows = [[labels.get(name, name), _share(base["mean"][name]), _share(tuned["mean"][name])] for name in base["mean"]]
+    if len(base["seeds"]) > 1:
+        for name, label in labels.items():
+            pairs = zip(base["seeds"].items(), tuned["seeds"].values(), strict=True)
+            rows += [[f"{label}, seed {seed}", _share(b[name]), _share(t[name])] for (seed, b), t in pairs]
+    rows.insert(2, ["content kept", "", _share(scores["content_kept"])])
+    return Table("What the judge finds", ["", *KINDS], rows)
+
+
+def _clip_table(scores: dict) -> Table:
+    rows = [["CLIP score (with the prompt; higher is nearer)", *(f"{scores[kind]['score']:.2f}" for kind in KINDS)]]
+    if scores["reference_pictures"]:
+        text = f"CMMD (to {scores['reference_pictures']:,} of the data; lower is nearer)"
+        rows.append([text, *(f"{scores[kind]['cmmd']:.3f}" for kind in KINDS)])
+    return Table("By CLIP", ["", *KINDS], rows)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "-"
+
+
+def sentences(figures: dict) -> list[str]:
+    """Return what there is to say beside the figures."""
+    loss = figures["loss"]
+    compared, error = loss["held_out"], loss["held_out"]["error"]
+    said = f"On held-out pictures the loss changes by {signed(compared['change'])}"
+    if not math.isfinite(compared["change"]):
+        said = "The tuned model's loss is not finite"
+    elif math.isfinite(error) and abs(compared["change"]) <= 2 * error:
+        said += ", which so few pictures do not tell from chance"
+    if loss["trained"]:
+        said += f", on pictures trained on by {signed(loss['trained']['change'])}"
+    return [f"{said}.", *([loss["curve"]["verdict"]] if loss["curve"] else []), *figures["notes"]]
+
+
+# --- text ---
+
+
+def as_text(figures: dict) -> str:
+    """Return the evaluation for a terminal."""
+    parts, curve = [], figures["loss"]["curve"]
+    for table in tables(figures) + ([_curve_table(curve["points"])] if curve else []):
+        rows = [[table.title, *table.columns[1:]], *([f"  {row[0]}", *row[1:]] for row in table.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        starts = [f"{row[0]:{widths[0]}}" for row in rows]
+        ends = [[f"{text:>{width}}" for text, width in zip(row, widths, strict=True)][1:] for row in rows]
+        lines = ["  ".join([start, *end]) for start, end in zip(starts, ends, strict=True)]
+        parts.append("\n".join(line.rstrip() for line in lines))
+    return "\n\n".join([*parts, "\n".join(map(printable, sentences(figures)))])
+
+
+# --- TensorBoard ---
+
+
+def write_scalars(folder: Path, figures: dict, step: int) -> None:
+    """Write the figures for TensorBoard, in place of those in the folder; those of no curve are of `step`."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    with SummaryWriter(str(temporary)) as writer:
+        for name, (value, at) in _scalars(figures, step):
+            writer.add_scalar(f"evaluation/{name}", value, at)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _scalars(figures: dict, step: int) -> Iterator[tuple[str, tuple[float, int]]]:
+    loss = figures["loss"]
+    points = loss["curve"]["points"] if loss["curve"] else []
+    for name, plot in (("held_out", LOSS), ("trained", "trained_loss")):
+        if loss[name]:
+            by_step = {step: loss[name]["tuned"][LOSS]} | {point["step"]: point[name] for point in points}
+            for at, value in by_step.items():
+                yield f"{plot}/base", (loss[name]["base"][LOSS], at)
+                yield f"{plot}/tuned", (value, at)
+    judge, clip = (figures["pictures"].get(name) for name in ("judge", "clip"))
+    for kind in KINDS:
+        shares = {f"{name}_score": judge[kind]["mean"][name] for name in ("style", "content")} if judge else {}
+        near = {"clip_score": clip[kind]["score"], "cmmd": clip[kind]["cmmd"]} if clip else {}
+        for name, value in (shares | near).items():
+            yield f"{name}/{kind}", (value, step)
+
+
+# --- page ---
+
+
+def as_page(figures: dict, pairs: list[Pair], thumbnails: list[bytes]) -> str:
+    """Return the evaluation as HTML.
+
+    Args:
+        figures: all of them.
+        pairs: of pictures to show; some, evenly spread, where they are many.
+        thumbnails: JPEGs of the held-out pictures, in the order of the figures, for as many as are to be shown.
+    """
+    settings = {name: printable(str(value)) for name, value in figures["settings"].items() if value is not None}
+    said = "".join(f"<p>{html.escape(printable(text)).replace(' %', '&nbsp;%')}</p>" for text in sentences(figures))
+    body, curve = [], figures["loss"]["curve"]
+    if curve:
+        as_table = f"<details><summary>As a table</summary>{_rows(_curve_table(curve['points']))}</details>"
+        body.append(f"<h2>Loss by step</h2>{chart(curve)}{as_table}")
+    sections = (f"<section><h2>{html.escape(table.title)}</h2>{_rows(table)}</section>" for table in tables(figures))
+    body.append(f'<div class="side">{"".join(sections)}</div>')
+    if pairs:
+        body.append(f"<h2>{len(pairs):,} of {figures['pictures']['count']:,} pictures: base, tuned</h2>")
+        body.append(f'<div class="pairs">{"".join(map(_pair, pairs))}</div>')
+    each = figures["loss"]["pictures"]
+    shown = list(zip(each, thumbnails, strict=False))
+    body.append(f"<h2>{len(shown):,} of {len(each):,} held-out pictures, the most improved first</h2>")
+    body.append(f'<div class="sheet">{"".join(_picture(*item) for item in shown)}</div>')
+    body.append(f"<h2>Settings</h2>{pages.table(settings)}")
+    return pages.document("Evaluation", said, "\n".join(body))
+
+
+def _rows(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in table.columns)
+    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in table.rows)
+    return f'<div class="scroll"><table class="figures"><tr>{head}</tr>{rows}</table></div>'
+
+
+def _pair(pair: Pair) -> str:
+    prompt = printable(pair.drawn.prompt)
+    images = "".join(
+        pages.image(jpeg, f"{kind}: {prompt}") for kind, jpeg in zip(KINDS, (pair.base, pair.tuned), strict=True)
+    )
+    title = f'<small>seed {pair.drawn.seed}</small><p dir="auto">{html.escape(prompt)}</p>'
+    return f'<figure><div class="pair">{images}</div><figcaption>{title}</figcaption></figure>'
+
+
+def _picture(about: dict, jpeg: bytes) -> str:
+    name = printable(about["name"].replace("\\", "/").rpartition("/")[2])
+    kind = "good" if about["change"] < 0 else "bad"
+    change = f'<b class="{kind}">{signed(about["change"]).replace(" ", "&nbsp;")}</b>'
+    losses = f"{_loss(about['base'])} → {_loss(about['tuned'])} {change}"
+    captions = "".join(f'<p dir="auto">{html.escape(printable(text)) or "(empty)"}</p>' for text in about["captions"])
+    title = f"{losses}<small><bdi>{html.escape(name)}</bdi></small>"
+    return f"<figure>{pages.image(jpeg, name)}<figcaption>{title}{captions}</figcaption></figure>"
+
+
+# --- chart ---
+
+
+def chart(curve: dict) -> str:
+    """Return the losses by step as SVG, with the base's as a dashed line; what is not finite is left out."""
+    points, series = curve["points"], {"held_out": ("first", "held out"), "trained": ("second", "trained on")}
+    values = [point[name] for point in points for name in series if math.isfinite(point[name])]
+    if not values:
+        return "<p>No loss is finite.</p>"
+    levels, steps = _ticks(min(values), max(values), 1e-6), _ticks(0, points[-1]["step"], 1)
+    low, high, last = levels[0], levels[-1], steps[-1]
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+
+    parts, digits = [], max(0, math.ceil(-math.log10(levels[1] - levels[0]) - 1e-9))
+    for value in levels:
+        x, y = place(0, value)
+        parts.append(f'<line class="axis" x1="{x}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{x - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.{digits}f}</text>')
+    for step in steps:
+        parts.append(f'<text x="{place(step, low)[0]:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{step:,.0f}</text>')
+    for name, (kind, _) in series.items():
+        found = [(point["step"], point[name]) for point in points if math.isfinite(point[name])]
+        if found and found[0][0] == 0:
+            y = place(0, found[0][1])[1]
+            parts.append(f'<line class="{kind} base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in found))
+        parts.append(f'<polyline class="line {kind}" points="{line}"/>')
+        for step, value in found:
+            radius = 5 if name == "held_out" and step == curve["lowest_step"] else 2.5
+            x, y = place(step, value)
+            title = f"<title>step {step:,}: {value:.4f}</title>"
+            parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
+    for x, (kind, label) in zip((LEFT, LEFT + 74), series.values(), strict=True):
+        parts.append(f'<text class="{kind}" x="{x}" y="{HEIGHT - 4}">● {label}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">steps; dashed: base</text>')
+    text = html.escape(curve["verdict"])
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text}">{"".join(parts)}</svg>'
+
+
+def _ticks(low: float, high: float, least: float) -> list[float]:
+    """Return up to seven round numbers at equal distances, `least` or more, around a range."""
+    span = max((high - low) / 5, least)
+    size = 10 ** math.floor(math.log10(span))
+    step = next(size * n for n in (1, 2, 5, 10) if size * n >= span * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]

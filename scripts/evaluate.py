@@ -1,0 +1,411 @@
+r"""Say what an adapter has learned: its loss on held-out pictures, and its own pictures, beside the base's.
+
+    python scripts/evaluate.py --lora_weights naruto-lora --checkpoints
+
+The output folder of a training says by itself which base, pictures and settings it had. Any other adapter needs
+--pretrained_model_name_or_path, the data and --validation_split. The report is printed, and written to --output_dir
+as evaluation.json, evaluation.html and tensorboard/.
+"""
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+
+# Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import datasets
+import diffusers
+import torch
+import transformers
+from PIL import Image
+
+from rasengan import (
+    UserError,
+    cache,
+    checkpoint,
+    components,
+    data,
+    data_survey,
+    evaluation,
+    evaluation_page,
+    held_out,
+    imaging,
+    merging,
+    miniature,
+    objective,
+    processes,
+    prompts,
+    samples,
+    scores,
+    sdxl,
+    world,
+)
+from rasengan.adapter_places import fetch_adapter
+from rasengan.adapter_reader import read_adapter
+from rasengan.adapters import ADAPTABLE, Adapter
+from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type, share_or_count_type
+from rasengan.endings import in_one_line
+from rasengan.evaluation import KINDS, Drawn, Losses, Point
+from rasengan.files import check_writable, read_json_or_empty, remove_left_behind, write_atomically
+from rasengan.pipeline import Pipeline
+
+
+SOURCE = ("dataset_name", "dataset_config_name", "train_data_dir")
+OWN = {"output_dir", "lora_alpha"}  # which training has too, and means otherwise
+MOST_SCENES = 1000  # of the 1,700 or so that no training of the miniature has seen
+MOST_REFERENCES = 500  # pictures of the data that CMMD takes
+
+
+class Measured(NamedTuple):
+    """Captioned pictures, and the rows of those that are measured on."""
+
+    column: datasets.Column
+    pictures: list[imaging.Picture]
+    captions: list[list[str]]
+    held_out: list[int]
+    trained: list[int]
+
+
+# --- the command line ---
+
+
+def make_parser() -> Parser:
+    """Return the parser, with the flags of training and drawing."""
+    parser = Parser(__doc__, "Defaults stand in brackets; before them comes what the run's own settings say.")
+    add, positive = parser.add_argument_group("adapter").add_argument, number_type(1)
+    what = "a run's --output_dir, its checkpoint-N or best, a .safetensors file, a PEFT folder, or a hub id"
+    add("--lora_weights", type=path_type, required=True, help=what)
+    add("--lora_scale", type=number_type(kind=float), default=1.0, help="on the whole change [%(default)s]")
+    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+
+    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="[the scheduler's]")
+    add("--conditioning_cache_dir", type=path_type, help="which training shares [~/.cache/rasengan]")
+    add("--encode_batch_size", type=positive, help="pictures encoded together [2 at 512 px, 1 at 1024]")
+
+    add = parser.add_data_flags(imaging.INTERPOLATIONS)
+    add("--seed", type=number_type(0, most=2**32 - 1), default=0, help="of training [%(default)s]")
+
+    add = parser.add_argument_group("loss", "of held-out pictures, and of as many that were trained on").add_argument
+    add("--validation_split", type=share_or_count_type, help="of training: a share, such as 0.05, or a number")
+    add("--checkpoints", action="store_true", help="measure each checkpoint-N of the run too")
+
+    add = parser.add_argument_group("pictures", "of both models, with the same noise").add_argument
+    add(
+        "--num_pictures", type=number_type(0), help="for each seed; 0 for none [8, or each --prompt; with --judge 200]"
+    )
+    add("--picture_seeds", type=number_type(0, most=2**31), nargs="+", default=[0], help="one or several [0]")
+    add("--prompt", nargs="+", default=[], help="one or several [captions of held-out pictures]")
+    add("--num_inference_steps", type=positive, default=30, help="[%(default)s]")
+    add("--guidance_scale", type=number_type(kind=float), default=7.5, help="[%(default)s]")
+    add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
+
+    add = parser.add_argument_group("scores", "of the pictures").add_argument
+    what = "style and content by 'miniature', or by what train_miniature.py wrote; draws the scenes that it knows"
+    add("--judge", type=path_type, help=what)
+    add("--clip_model", type=path_type, help="CLIP score and CMMD by this one, a folder or a hub id")
+    add("--output_dir", type=path_type, help="[evaluation, in the run's folder where there is one]")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line, with the run's own settings in place of the defaults."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    run = find_run(given.lora_weights)
+    settings = read_json_or_empty(run / "args.json") if run else {}
+    known = {action.dest for action in parser._actions} - OWN
+    if any(getattr(given, name) for name in SOURCE):
+        known -= {*SOURCE, "max_train_samples"}  # other pictures than the run's
+    if settings.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
+        known.discard("mixed_precision")  # it was trained on another machine
+    if not os.path.isdir(settings.get("conditioning_cache_dir") or ""):
+        known.discard("conditioning_cache_dir")  # likewise
+    parser.set_defaults(**{name: settings[name] for name in known & settings.keys()})
+    args = parser.parse_args(argv)
+    args.run, args.run_settings = run, settings
+    args.output_dir = args.output_dir or str((run or Path()) / "evaluation")
+    if args.num_pictures is None:
+        args.num_pictures = 200 if args.judge else len(args.prompt) or 8
+    args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
+    return args
+
+
+def find_run(place: str) -> Path | None:
+    """Return the output folder of the training that an adapter lies in; None where it says nothing of one."""
+    path = Path(place).resolve()
+    places = (path, *path.parents[:2]) if path.exists() else ()
+    return next((folder for folder in places if (folder / "args.json").is_file()), None)
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what the arguments and the run's settings say by themselves."""
+    if processes.machine_share(os.environ)[1] > 1:
+        raise UserError("evaluate.py is one process. Start it by `python` in place of `accelerate launch`.")
+    if not (args.run_settings or args.dataset_name or args.train_data_dir):
+        raise UserError(
+            f"--lora_weights {args.lora_weights} lies in no output folder of a training with an args.json that names "
+            "base and pictures. Give one, or --pretrained_model_name_or_path, --train_data_dir and --validation_split."
+        )
+    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution, args.bucket_step_px)
+    if args.validation_split is None:
+        no_split = f"The run in {args.run} held out no pictures" if args.run else "No pictures are held out"
+        raise UserError(
+            f"{no_split}. Train with --validation_split, or give it here to measure on some that were trained on."
+        )
+    if args.lora_scale == 0:
+        raise UserError("--lora_scale is 0, which is the base. Give another scale.")
+    if args.checkpoints and not (args.run and checkpoint.list_checkpoints(args.run)):
+        where = args.run or f"{args.lora_weights}, which is of no run"
+        raise UserError(f"--checkpoints: there is no checkpoint-N in {where}. Drop the flag, or name a run's folder.")
+    if args.judge and args.prompt:
+        raise UserError("--judge knows scenes of its own, and no --prompt. Drop one of them.")
+    if args.judge and args.num_pictures > MOST_SCENES:
+        raise UserError(f"--num_pictures is {args.num_pictures}, but --judge has {MOST_SCENES:,} scenes. Give fewer.")
+    if not args.num_pictures and (args.judge or args.clip_model or args.prompt):
+        raise UserError(
+            "--num_pictures 0 draws nothing for --prompt, --judge or --clip_model. Give more, or drop these."
+        )
+    if len(set(args.picture_seeds)) < len(args.picture_seeds):
+        raise UserError("--picture_seeds names a seed twice. Give each once.")
+    if args.clip_model:
+        scores.check_clip(args.clip_model, args.cache_dir)
+    check_writable(Path(args.output_dir), "--output_dir")
+    check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
+
+
+# --- what is measured on, and with ---
+
+
+def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[str]]:
+    """Return the pictures as training reads them, and notes on which of them it saw."""
+    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
+    dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
+    dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
+    column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
+    with make_bar("Checking pictures", len(dataset)) as bar:
+        pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
+    dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
+    captions = data.read_captions(dataset[args.caption_column][:], pictures)
+    rows = held_out.split(pictures, args.validation_split, args.seed)
+    settings, notes, trained = args.run_settings, [], rows.trained
+    if not args.run:
+        notes.append(
+            "No run says what was held out: a held-out picture may have been trained on, unless the training had this "
+            "--validation_split and --seed."
+        )
+    elif settings.get("data_digest") != data.data_digest(pictures, captions):
+        notes.append("These are not the pictures and captions of the training: it may have seen held-out ones.")
+    else:
+        seen = held_out.split(pictures, settings.get("validation_split"), settings["seed"]).trained
+        chosen, known = ({pictures[row].digest for row in some} for some in (rows.held_out, seen))
+        trained = [row for row in seen if pictures[row].digest not in chosen]
+        if met := len(chosen & known):
+            notes.append(f"{met} of {len(chosen)} held-out pictures were trained on: their loss tells less.")
+    if settings.get("base_quantization", "none") != "none":
+        notes.append("It was trained on a base in 4 bits, and is measured on the whole one.")
+    trained = evaluation.trained_sample(pictures, trained, len(rows.held_out), args.seed)
+    return Measured(dataset[args.image_column], pictures, captions, rows.held_out, trained), notes
+
+
+def step_of(args: argparse.Namespace) -> int | None:
+    """Return how many optimizer steps the adapter has; None where nothing says so."""
+    path = Path(args.lora_weights).resolve()
+    if path.name.startswith("checkpoint-") and path in checkpoint.list_checkpoints(path.parent):
+        return checkpoint.step_of(path)
+    if path.name == checkpoint.BEST_FOLDER:
+        return read_json_or_empty(path / checkpoint.BEST_FILE).get("step")
+    return args.run_settings.get("total_steps") if args.run in (path, path.parent) else None
+
+
+def read(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
+    """Return an adapter, once it is shown to fit the base."""
+    adapter = read_adapter(path, lora_alpha)
+    for name, weights in adapter.weights.items():
+        merging.check_adapter(weights, adapter.configs[name], skeletons[name], name)
+    return adapter
+
+
+def load_scheduler(args: argparse.Namespace, folder: Path):
+    """Return the base's scheduler, with the prediction type of the training."""
+    scheduler = components.load("scheduler", folder)
+    prediction_type = objective.check_prediction_type(args.prediction_type or scheduler.config.prediction_type)
+    scheduler.register_to_config(prediction_type=prediction_type)
+    if args.num_inference_steps > scheduler.config.num_train_timesteps:
+        raise UserError(
+            f"--num_inference_steps is {args.num_inference_steps}, but the scheduler has "
+            f"{scheduler.config.num_train_timesteps} timesteps. Give fewer; 30 is usual."
+        )
+    return scheduler
+
+
+def choose_pictures(args: argparse.Namespace, of: Measured) -> tuple[list[Drawn], list[world.Scene]]:
+    """Return what is drawn, and with --judge the scenes that each seed's pictures show."""
+    scenes = world.held_out_scenes(args.num_pictures) if args.judge else []
+    texts = args.prompt or list(dict.fromkeys(of.captions[row][0] for row in of.held_out))
+    texts = [scene.caption for scene in scenes] or [
+        texts[place] for place in data_survey.spread(len(texts), args.num_pictures)
+    ]
+    drawn = [
+        Drawn(text, group, group * len(texts) + number)
+        for group in args.picture_seeds
+        for number, text in enumerate(texts)
+    ]
+    return drawn, scenes
+
+
+def encode(args, folders: dict, of: Measured, drawn: list[Drawn], sizes, device, dtype, make_bar) -> tuple:
+    """Return the latents, and the embeddings of what is measured and drawn, from training's cache if it is there."""
+    directory, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
+    options = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
+    batch_size, bar = args.encode_batch_size or cache.pictures_at_once(args.resolution), partial(make_bar, "Encoding")
+    how = (folders["vae"], args.variant, device, share, bar, batch_size)
+    latents = cache.cached_latents(directory, of.column, of.pictures, *how, **options)
+    texts = [text for several in of.captions for text in several]
+    others = {one.prompt for one in drawn}.difference(texts)
+    groups = texts, sorted(others)
+    captions, rest = cache.cached_prompts(directory, groups, folders, args.variant, device, dtype, share, bar)
+    needed = {text for row in (*of.held_out, *of.trained) for text in of.captions[row]} | {one.prompt for one in drawn}
+    return latents, {text: (rest if text in others else captions)[text] for text in needed}
+
+
+# --- scores ---
+
+
+def crop(args: argparse.Namespace, of: Measured, row: int, sizes: list[imaging.Size]) -> Image.Image:
+    """Return a picture of the data as training crops it."""
+    image = imaging.decode(imaging.read_bytes(of.column[row]))
+    return data_survey.center_crop(image, sizes, args.image_interpolation_mode)
+
+
+def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, references: list[Image.Image]) -> dict:
+    """Return what judge and CLIP say of both models' pictures."""
+    found = {"count": len(drawn), "drawn": [one._asdict() for one in drawn]}
+    if judge:
+        starts, answers = range(0, len(drawn), len(scenes)), {}
+        for kind in KINDS:
+            groups = [miniature.judge_pictures(judge, images[kind][start : start + len(scenes)]) for start in starts]
+            answers[kind] = [answer for group in groups for answer in group]
+        found["judge"] = scores.judge_by_seed(answers, scenes, args.picture_seeds)
+    if args.clip_model:
+        clip = scores.load_clip(args.clip_model, device, args.cache_dir)
+        texts, others = scores.embed_texts(clip, [one.prompt for one in drawn]), scores.embed_images(clip, references)
+        found["clip"] = {"model": args.clip_model, "reference_pictures": len(references)}
+        for kind in KINDS:
+            embeds = scores.embed_images(clip, images[kind])
+            found["clip"][kind] = {"score": scores.clip_score(embeds, texts), "cmmd": scores.cmmd(embeds, others)}
+    return found
+
+
+# --- the story ---
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, draw, score, and write the report."""
+    validate_args(args)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    args.mixed_precision = args.mixed_precision or processes.default_precision(os.environ)
+    accelerator = processes.make_accelerator(os.environ, args.mixed_precision)
+    device, make_bar = processes.device_of(accelerator), partial(processes.progress_bar, accelerator)
+    dtype = components.weight_dtype(args.mixed_precision, device)
+
+    # --- everything that can be wrong, before anything is loaded ---
+    judge = miniature.load_judge(None if args.judge == "miniature" else args.judge) if args.judge else None
+    sources = components.sources_of(vars(args))
+    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
+    components.check_components(folders)
+    skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
+    adapter = read(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
+    of, notes = find_measured(args, make_bar)
+    drawn, scenes = choose_pictures(args, of)
+    folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    scheduler = load_scheduler(args, folders["scheduler"])
+    for prompt, length, most in prompts.too_long(list({one.prompt for one in drawn}), folders):
+        notes.append(f"Only the first {most} of {length} tokens are used of: {prompt}")
+
+    # --- what is encoded once ---
+    sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
+    latents, embeds = encode(args, folders, of, drawn, sizes, device, dtype, make_bar)
+    make_samples = partial(
+        samples.TrainingSamples,
+        of.column,
+        of.pictures,
+        of.captions,
+        latents,
+        None,  # the embeddings hang on the adapter
+        seed=args.seed,
+        sizes=sizes,
+        interpolation=args.image_interpolation_mode,
+        center_crop=True,
+        random_flip=False,
+        scaling_factor=components.read_config("vae", folders["vae"])["scaling_factor"],
+        noise_offset=0.0,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+    )
+    both = [make_samples(rows=rows) for rows in (of.held_out, of.trained)]
+
+    # --- base and tuned: their losses, and what they draw ---
+    pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size", 4)
+    bench = evaluation.Bench(pipeline, scheduler, embeds, args.lora_scale, batch_size)
+    sampler = sdxl.make_sampler(scheduler, args.scheduler)
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    options |= {"height": args.resolution, "width": args.resolution}
+    losses, latents_drawn = {}, {}
+    for kind, merged in zip(KINDS, (None, adapter), strict=True):
+        change = bench.use(merged)
+        if change is not None:
+            print(f"Merged {change.modules} modules of the unet: relative weight change {change.relative_change:.3e}")
+        losses[kind] = Losses(*map(bench.measure, both))
+        with make_bar(f"Drawing, {kind}", len(drawn)) as bar:
+            latents_drawn[kind] = bench.draw(sampler, drawn, on_pictures=bar.update, **options)
+
+    # --- the checkpoints' losses ---
+    step = step_of(args)
+    points = [Point(0, losses["base"])] + ([Point(step, losses["tuned"])] if step else [])
+    paths = checkpoint.list_checkpoints(args.run) if args.checkpoints else []
+    for path in (path for path in paths if checkpoint.step_of(path) != step):
+        if damage := checkpoint.find_damage(path):
+            notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
+            continue
+        print(f"Measuring {path.name}", flush=True)
+        average = path / checkpoint.EMA_FOLDER
+        bench.use(read(average if average.is_dir() else path, args.lora_alpha, skeletons))
+        points.append(Point(checkpoint.step_of(path), Losses(*map(bench.measure, both))))
+    pipeline.drop_unet()
+
+    # --- pictures and their scores ---
+    images = {kind: [pipeline.decode(one[None])[0] for one in found] for kind, found in latents_drawn.items()}
+    rows = data_survey.spread(len(of.pictures), MOST_REFERENCES) if args.clip_model else []
+    found = score(args, judge, scenes, device, drawn, images, [crop(args, of, row, sizes) for row in rows])
+
+    # --- the report ---
+    settings = {name: value for name, value in vars(args).items() if name != "run_settings"}
+    figures = {"settings": settings | {"run": str(args.run) if args.run else None}, "notes": notes, "step": step}
+    figures["pictures"] = found
+    figures["loss"] = evaluation.loss_figures(both[0], losses, points, scheduler.config.num_train_timesteps)
+    pairs = [
+        evaluation_page.Pair(drawn[n], *(data_survey.as_jpeg(images[kind][n]) for kind in KINDS))
+        for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)
+    ]
+    best_first = [about["row"] for about in figures["loss"]["pictures"][: evaluation_page.MOST_HELD_OUT]]
+    thumbnails = [data_survey.as_jpeg(crop(args, of, row, sizes)) for row in best_first]
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_left_behind(output_dir)
+    write_atomically(output_dir / "evaluation.html", evaluation_page.as_page(figures, pairs, thumbnails).encode())
+    evaluation_page.write_scalars(output_dir / "tensorboard", figures, step or 0)
+    content = json.dumps(evaluation.as_json(figures), indent=1, allow_nan=False)
+    write_atomically(output_dir / "evaluation.json", content.encode())  # last: where it is, the rest is
+    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(in_one_line(lambda: main(parse_args()), "--output_dir or --conditioning_cache_dir"))
