@@ -148,7 +148,8 @@ def test_a_launcher_that_dies_during_the_imports_leaves_no_orphan(train_argument
 
 
 def test_a_script_whose_launcher_is_gone_at_its_first_line_ends(train_arguments, tmp_path):
-    words = [sys.executable, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG, "--output_dir", tmp_path]
+    words = [sys.executable, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG]
+    words += ["--output_dir", tmp_path]
     late = f"(sleep 1; exec {shlex.join(map(str, words))}) &"
     environment = os.environ | {"RUN_OF_TEST": str(tmp_path), "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
     process = subprocess.Popen(["sh", "-c", late], stderr=subprocess.DEVNULL, env=environment)
