@@ -121,11 +121,11 @@ def memory_table(runs: list[dict]) -> str:
     return markdown([*head, "host RssAnon GiB", "host RSS GiB"], rows)
 
 
-def plot(results: list[dict], file: Path) -> None:
-    """Draw the time of a step, of the latest command that compared programs in each case, as PNG or SVG.
+def load_pyplot():
+    """Return the plotting library, for files alone.
 
     Raises:
-        UserError: matplotlib is missing, or nothing was timed.
+        UserError: it is missing.
     """
     try:
         import matplotlib
@@ -134,6 +134,16 @@ def plot(results: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(results: list[dict], file: Path) -> None:
+    """Draw the time of a step, of the latest command that compared programs in each case, as PNG or SVG.
+
+    Raises:
+        UserError: matplotlib is missing, or nothing was timed.
+    """
+    pyplot = load_pyplot()
     runs = [run for result in results for run in result["runs"] if "case" in run and inside_ms(run) is not None]
     cases = {}
     for (case, _), group in grouped(runs, "case", "invocation").items():

@@ -1,10 +1,9 @@
-"""A miniature SDXL that draws the small world: its architecture, its trained weights, and a judge of its pictures.
+"""A miniature SDXL that draws the small world: its architecture, and a judge of its pictures.
 
 The classes, conditioning and file layout are SDXL's; only widths and depths are smaller, so that a LoRA is trained and
-pictures are drawn within minutes on a CPU. `scripts/train_miniature.py` made the weights.
+pictures are drawn within minutes on a CPU. `scripts/train_miniature.py` makes the weights.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,18 +18,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rasengan import UserError, first_line, world
 
 
-ASSETS = Path(__file__).parent / "assets"
 SIDE_PX = 128
 WIDTHS = 64, 96  # of the text encoders
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 # --- the model ---
-
-
-def install(directory: str | Path) -> None:
-    """Copy the trained miniature into a folder, one folder for each component, as SDXL's are saved."""
-    shutil.copytree(ASSETS / "miniature", directory, dirs_exist_ok=True)
 
 
 def build() -> dict[str, object]:
@@ -161,16 +154,16 @@ class Judge(nn.Module):
         return {name: head(hidden) for name, head in self.answers.items()}
 
 
-def load_judge(place: str | Path | None = None) -> Judge:
+def load_judge(place: str | Path) -> Judge:
     """Return a trained judge, on the CPU.
 
     Args:
-        place: a file of its weights, or a folder with `judge.safetensors`; None for the one that is trained already.
+        place: a file of its weights, or a folder with `judge.safetensors`.
 
     Raises:
         UserError: there is none, or it is no judge's.
     """
-    file = Path(place or ASSETS)
+    file = Path(place)
     file = file / "judge.safetensors" if file.is_dir() else file
     judge = Judge()
     try:

@@ -108,7 +108,7 @@ def make_parser() -> Parser:
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
 
     add = parser.add_argument_group("scores", "of the pictures").add_argument
-    what = "style and content by 'miniature', or by what train_miniature.py wrote; draws the scenes that it knows"
+    what = "style and content, by what train_miniature.py wrote, a folder; draws the scenes that it knows"
     add("--judge", type=path_type, help=what)
     add("--clip_model", type=path_type, help="CLIP score and CMMD by this one, a folder or a hub id")
     add("--output_dir", type=path_type, help="[evaluation, in the run's folder where there is one]")
@@ -318,7 +318,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = components.weight_dtype(args.mixed_precision, device)
 
     # --- everything that can be wrong, before anything is loaded ---
-    judge = miniature.load_judge(None if args.judge == "miniature" else args.judge) if args.judge else None
+    judge = miniature.load_judge(args.judge) if args.judge else None
     sources = components.sources_of(vars(args))
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)

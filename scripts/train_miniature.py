@@ -5,8 +5,7 @@
 Some minutes on one GPU. First comes the judge, then the VAE, then the UNet with both text encoders on its latents.
 Last the model draws scenes of combinations that it has never seen, and the judge says in how many it finds what was
 asked.
-`--output_dir` receives `miniature/` with the components in fp16, `judge.safetensors`, `figures.json` and `grid.png`;
-the first two are what `rasengan/assets` holds.
+`--output_dir` receives `miniature/` with the components in fp16, `judge.safetensors`, `figures.json` and `grid.png`.
 """
 
 import argparse

@@ -357,9 +357,8 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(arguments, said, run, e
     assert not (tmp_path / "report").exists()
 
 
-def test_the_untrained_miniature_is_refused(run, evaluate, refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(miniature, "ASSETS", tmp_path)
-    refused(r"judge\.safetensors holds no weights of a judge", evaluate, "--lora_weights", run, "--judge", "miniature")
+def test_a_folder_without_a_judge_is_refused(run, evaluate, refused, tmp_path):
+    refused(r"judge\.safetensors holds no weights of a judge", evaluate, "--lora_weights", run, "--judge", tmp_path)
 
 
 def test_the_command_ends_with_the_line_and_no_traceback(run_script, tmp_path):

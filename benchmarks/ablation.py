@@ -1,0 +1,177 @@
+"""What does each setting of the recipe buy? Style and content that the miniature learns with other ones.
+
+    python benchmarks/ablation.py --miniature miniature [--plot benchmarks/results/ablation.png]
+
+The miniature SDXL, as train_miniature.py made it, is trained on its style set by train_lora_sdxl.py, and scored by
+evaluate.py, with one setting of the recipe changed at a time. Beside them stand the techniques that are not exact:
+8-bit AdamW, fp16 and nf4. The table is printed as Markdown.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+
+import torch
+from measure import ROOT, Results, run
+from programs import exit_cleanly
+from table import load_pyplot, markdown
+
+from rasengan import UserError, miniature, world
+
+
+RECIPE = {
+    "--rank": "16",
+    "--lora_alpha": "32",
+    "--learning_rate": "4e-3",
+    "--max_train_steps": "250",
+    "--train_batch_size": "8",
+    "--lr_scheduler": "cosine",
+    "--lr_warmup_steps": "20",
+}
+OTHERS = {
+    "--rank": ("2", "4", "8", "32", "64"),
+    "--lora_alpha": ("4", "8", "16", "64"),
+    "--learning_rate": ("5e-4", "1e-3", "2e-3", "8e-3"),
+    "--max_train_steps": ("30", "60", "120", "500"),
+}
+TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}
+ON_A_GPU = {
+    "fp32": ["--mixed_precision", "no"],
+    "fp32, AdamW in 32 bits": ["--mixed_precision", "no", "--no-use_8bit_adam"],
+    "base in nf4": ["--base_quantization", "nf4"],
+}
+ALPHA_OF_RANK = 2  # while the rank is changed, the alpha follows as its default does
+
+
+def cases() -> list[tuple[str, str, list[str]]]:
+    """Return each case's setting, its value, and its flags."""
+    found = [("recipe", "recipe", flags(RECIPE))]
+    for flag, values in OTHERS.items():
+        for value in values:
+            changed = RECIPE | {flag: value}
+            if flag == "--rank":
+                changed["--lora_alpha"] = str(ALPHA_OF_RANK * int(value))
+            found.append((flag, value, flags(changed)))
+    techniques = TECHNIQUES | (ON_A_GPU if torch.cuda.is_available() else {})
+    return found + [("technique", name, flags(RECIPE) + words) for name, words in techniques.items()]
+
+
+def flags(settings: dict[str, str]) -> list[str]:
+    return [word for pair in settings.items() for word in pair]
+
+
+def measure(made: Path, work: Path, logs: Path, words: list[str], seed: int, pictures: int) -> dict:
+    """Train and evaluate once; return what there is to say of it.
+
+    Raises:
+        UserError: a script failed.
+    """
+    base = made / "miniature"
+    log = logs / "log.txt"
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        train = ["train_lora_sdxl.py", "--pretrained_model_name_or_path", str(base), "--train_data_dir"]
+        train += [f"{work}/set", "--conditioning_cache_dir", f"{work}/cache", "--resolution", str(miniature.SIDE_PX)]
+        train += ["--seed", str(seed), "--validation_split", "20", "--report_to", "none", "--output_dir", out, *words]
+        evaluate = ["evaluate.py", "--lora_weights", out, "--judge", str(made), "--num_pictures", str(pictures)]
+        evaluate += ["--picture_seeds", str(seed), "--guidance_scale", "5"]
+        for script, *rest in (train, evaluate):
+            found = run([sys.executable, str(ROOT / "scripts" / script), *rest], log)
+            if found["exit_code"]:
+                raise UserError(f"{script} failed: {found['error']}. Its output is in {log}.")
+        report = json.loads((Path(out) / "evaluation" / "evaluation.json").read_text())
+    judge, loss = report["pictures"]["judge"], report["loss"]["held_out"]
+    of_base, of_tuned = judge["base"]["mean"], judge["tuned"]["mean"]
+    return {
+        "style": of_tuned["style"],
+        "content": of_tuned["content"],
+        "style_of_base": of_base["style"],
+        "content_of_base": of_base["content"],
+        "loss_change": loss["change"],
+    }
+
+
+def grouped(runs: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the mean over the seeds of each case's figures."""
+    found = {}
+    for one in runs:
+        found.setdefault((one["setting"], one["value"]), []).append(one)
+    names = ("style", "content", "style_of_base", "content_of_base", "loss_change")
+    return {case: {name: mean(one[name] for one in of) for name in names} for case, of in found.items()}
+
+
+def table(runs: list[dict]) -> str:
+    """Return a row for each case, settings together and the recipe's own value among them."""
+    found, rows = grouped(runs), []
+    order = ["recipe", *OTHERS, "technique"]
+    for setting, value in sorted(found, key=lambda case: order.index(case[0])):
+        of = found[setting, value]
+        name = value if setting in ("recipe", "technique") else f"`{setting} {value}`"
+        shares = [f"{100 * of[key]:.1f} %" for key in ("style", "content")]
+        rows.append([name, *shares, f"{100 * of['loss_change']:+.1f} %"])
+    if of := found.get(("recipe", "recipe")):
+        rows.insert(
+            0, ["the base, untrained", *(f"{100 * of[f'{key}_of_base']:.1f} %" for key in ("style", "content")), ""]
+        )
+    head = ["changed", "in the style", "content right", "held-out loss, to the base's"]
+    return markdown(head, rows)
+
+
+def plot(runs: list[dict], file: Path) -> None:
+    """Draw style and content over each setting, as PNG or SVG."""
+    pyplot = load_pyplot()
+    found = grouped(runs)
+    figure, axes = pyplot.subplots(1, len(OTHERS), figsize=(11, 2.8), sharey=True, layout="constrained")
+    for axis, flag in zip(axes, OTHERS, strict=True):
+        points = {float(value): of for (setting, value), of in found.items() if setting == flag}
+        points[float(RECIPE[flag])] = found["recipe", "recipe"]
+        x = sorted(points)
+        for name, color in (("style", "#e4572e"), ("content", "#5c6b84")):
+            axis.plot(x, [100 * points[value][name] for value in x], "o-", color=color, label=name)
+        axis.axvline(float(RECIPE[flag]), color="#cccccc", zorder=0)
+        axis.set_xscale("log")
+        axis.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
+        axis.minorticks_off()
+        axis.set_title(flag, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("% of pictures")
+    axes[0].set_ylim(0, 102)
+    axes[0].legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--miniature", type=Path, required=True, help="folder that train_miniature.py wrote")
+    add("--seeds", type=int, default=3, help="of training and of the pictures [%(default)s]")
+    add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
+    add("--only", nargs="+", help="settings: recipe, technique, or flags without their dashes [all]")
+    add("--plot", type=Path, help="a PNG or SVG file to draw")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="added to [%(default)s]")
+    add("--logs", type=Path, help="folder for the scripts' output [a temporary one]")
+    add("--commit", help="of this project, where there is no git")
+    args = parser.parse_args()
+    if args.plot:
+        load_pyplot()  # hours before it is needed
+    results = Results(args.out, args.commit, {})
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
+        for setting, value, words in cases():
+            if args.only and setting.removeprefix("--") not in args.only:
+                continue
+            for seed in range(args.seeds):
+                found = measure(args.miniature.resolve(), work, args.logs or work, words, seed, args.pictures)
+                results.keep({"setting": setting, "value": value, "seed": seed}, found)
+                print(setting, value, seed, found, flush=True)
+    runs = results.data["runs"]
+    print(f"\n{table(runs)}")
+    if args.plot:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
