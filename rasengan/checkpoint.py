@@ -32,6 +32,8 @@ STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 EMA_FOLDER = "ema"
 BEST_FOLDER, BEST_FILE = "best", "best.json"
+# PyTorch saves what a user chose together with the state; the learning rate, also saved, is set at every step.
+OPTIMIZER_OPTIONS = ("betas", "weight_decay", "eps")
 
 # --- finding ---
 
@@ -196,15 +198,17 @@ def read_state(path: Path) -> dict:
 
 def load_checkpoint(
     accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
     path: Path,
     models: dict[str, torch.nn.Module],
     flat: torch.nn.Parameter,
     ema: EMAModel | None = None,
 ) -> None:
-    """Put a checkpoint's adapter, running average, optimizer and scaler into the live ones, in place.
+    """Put a checkpoint's adapter, running average, optimizer's state and scaler into the live ones, in place.
 
     Args:
-        accelerator: which optimizers were prepared with.
+        accelerator: which prepared the optimizer.
+        optimizer: it takes its state from the checkpoint, but keeps its own `OPTIMIZER_OPTIONS`.
         path: the checkpoint.
         models: the adapted components by name.
         flat: the parameter that holds their adapters.
@@ -218,12 +222,15 @@ def load_checkpoint(
         ema.shadow_params[0].copy_(flat.detach())
         ema.optimization_step = read_state(path)["global_step"]
     _load_adapter(path, models)
+    options = [{name: group[name] for name in OPTIMIZER_OPTIONS} for group in optimizer.param_groups]
     try:
         accelerator.load_state(str(path))  # weights only: nothing that it unpickles can run
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
         raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {first_line(error)}") from error
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 @torch.no_grad()

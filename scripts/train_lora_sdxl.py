@@ -528,7 +528,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- resume ---
     global_step, samples_seen, state = 0, 0, {}
     if resume_from:
-        checkpoint.load_checkpoint(accelerator, resume_from, models, flat, ema)
+        checkpoint.load_checkpoint(accelerator, optimizer, resume_from, models, flat, ema)
         state = checkpoint.read_state(resume_from)
         global_step, samples_seen = state["global_step"], state["samples_seen"]
         logger.info("Resuming from %s", resume_from)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rasengan import UserError, demo
@@ -188,6 +189,21 @@ def test_resuming_with_another_objective_needs_a_flag_and_warns_once(train, trai
     warnings = [r.getMessage() for r in caplog.records if r.name == "rasengan.resuming"]
     assert len(warnings) == 1
     assert "--noise_offset was 0.0, and is 0.1" in warnings[0]
+
+
+@pytest.mark.parametrize("optimizer", [["--use_8bit_adam"], ["--no-use_8bit_adam"], ["--optimizer", "prodigy"]])
+def test_a_resume_with_changed_options_of_the_optimizer_goes_on_with_them(optimizer, train, tmp_path):
+    whole = train(*optimizer)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    changed = ["--adam_weight_decay", 0.5, "--adam_beta1", 0.8, "--adam_epsilon", 1e-4, "--resume_with_changes"]
+    train(*optimizer, *changed, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    before, after = (
+        torch.load(folder / "checkpoint-4" / "optimizer.bin", weights_only=True)["param_groups"][0]
+        for folder in (whole, tmp_path)
+    )
+    assert (after["weight_decay"], tuple(after["betas"]), after["eps"]) == (0.5, (0.8, 0.999), 1e-4)
+    assert after.keys() == before.keys()
+    assert bits(tmp_path) != bits(whole)
 
 
 def test_resuming_with_another_global_batch_needs_a_flag(train, trained, loaded, tmp_path):
