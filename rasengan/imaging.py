@@ -104,8 +104,8 @@ def inspect_pictures(
         file = memory_dir / f"pictures-{everything.hexdigest()}.json"
         remembered = read_json_or_empty(file)
         pictures = list(pool.map(partial(_look_at, column, remembered, on_picture), range(len(column)), known))
-    if not remembered:
-        facts = {p.digest: [p.height_px, p.width_px, p.error] for p in pictures if p.digest}
+    facts = {p.digest: [p.height_px, p.width_px, p.error] for p in pictures if p.digest}
+    if facts.keys() - remembered.keys():
         write_atomically(file, json.dumps(facts).encode())
     return pictures
 
@@ -128,6 +128,10 @@ def _look_at(
     if fact is None:
         try:
             content = read_bytes(column[row])
+        except OSError as reason:  # a drive that went away says nothing of the content: no digest, no memory of it
+            on_picture()
+            return picture._replace(digest="", error=f"cannot be read: {reason.strerror}")
+        try:
             width, height = decode(content).size
             fact = [height, width, None]
         except UnidentifiedImageError:

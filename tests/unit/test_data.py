@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -219,6 +220,22 @@ def test_broken_files_are_found_and_remembered(tmp_path, monkeypatch):
     assert again[0].width_px == 10
     assert again[1:4] == found[1:4]
     assert again[4].error == "cannot be read: No such file or directory"
+
+
+def test_a_picture_that_a_drive_did_not_give_is_not_remembered_as_broken(dataset, pictures, tmp_path, monkeypatch):
+    reads, read_bytes = [], imaging.read_bytes
+
+    def lose_the_drive(record):
+        reads.append(record)
+        if len(reads) > len(dataset):  # when each has been read once, and none was decoded
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return read_bytes(record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imaging, "read_bytes", lose_the_drive)
+        found = imaging.inspect_pictures(dataset["image"], tmp_path)
+    assert {picture.error for picture in found} == {"cannot be read: Transport endpoint is not connected"}
+    assert imaging.inspect_pictures(dataset["image"], tmp_path) == pictures
 
 
 def test_captions_are_texts_or_lists_of_texts():
