@@ -222,7 +222,7 @@ def step_of(args: argparse.Namespace) -> int | None:
         return checkpoint.step_of(path)
     if path.name == checkpoint.BEST_FOLDER:
         return read_json_or_empty(path / checkpoint.BEST_FILE).get("step")
-    return args.run_settings.get("total_steps") if args.run in (path, path.parent) else None
+    return args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
 
 
 def read(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
@@ -369,6 +369,11 @@ def main(args: argparse.Namespace) -> None:
 
     # --- the checkpoints' losses ---
     step = step_of(args)
+    if args.run and step is None:
+        notes.append(
+            "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
+            "is of the time before, and may have seen held-out pictures."
+        )
     points = [Point(0, losses["base"])] + ([Point(step, losses["tuned"])] if step else [])
     paths = checkpoint.list_checkpoints(args.run) if args.checkpoints else []
     for path in (path for path in paths if checkpoint.step_of(path) != step):

@@ -369,6 +369,11 @@ def public_settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
 
 
+def write_settings(args: argparse.Namespace, **more) -> None:
+    """Write args.json; a run that has ended adds to it after how many steps the adapter beside it was written."""
+    write_atomically(Path(args.output_dir) / "args.json", json.dumps(public_settings(args) | more, indent=2).encode())
+
+
 def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
     """Write the README.md of the adapter."""
     base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).name
@@ -615,7 +620,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- trackers, and the base model's pictures ---
     if is_main:
-        write_atomically(output_dir / "args.json", json.dumps(public_settings(args), indent=2).encode())
+        write_settings(args)
     settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
     accelerator.init_trackers("text2image-fine-tune", config=settings)
     validation.log_settings(accelerator.trackers, settings)
@@ -757,6 +762,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if is_main:
         with averaged():
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
+        write_settings(args, optimizer_steps=global_step)
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
     if args.validation_prompt:
         with validation.evaluating(adapted), averaged():

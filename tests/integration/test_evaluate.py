@@ -202,6 +202,19 @@ def test_a_checkpoint_is_evaluated_by_itself_and_a_damaged_one_is_left_out(
     assert figures["loss"]["curve"] is None  # base and one step are no curve
 
 
+def test_the_adapter_of_a_run_that_was_begun_again_and_has_not_ended_has_not_the_steps_of_its_plan(
+    train, run, evaluate, tmp_path
+):
+    shutil.copytree(run, tmp_path / "run")
+    more = ["--resume_from_checkpoint", "latest", "--max_train_steps", 8, "--max_train_minutes", 0]
+    train(*RUN, *more, output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (run / ADAPTER).read_bytes()
+    figures = evaluate("--lora_weights", tmp_path / "run", "--checkpoints", *FEW)
+    assert figures["step"] is None
+    assert re.match("Nothing says after which step this adapter was written", figures["notes"][0])
+    assert [point["step"] for point in figures["loss"]["curve"]["points"]] == [0, 2, 4, 5]
+
+
 def test_an_adapter_of_no_run_is_evaluated_and_the_report_says_what_is_not_known(
     run, evaluate, train_arguments, read_scalars, tmp_path
 ):
