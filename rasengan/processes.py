@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from rasengan import UserError, first_line
@@ -145,6 +145,17 @@ def as_on_main(call: Callable[[], T], refusal: type[Exception]) -> T:
         if isinstance(answer, refusal):
             raise answer
     return first
+
+
+def check_same(what: str, found: str, remedy: str) -> None:
+    """Check that all processes found the same, which those of machines with a disk of their own need not.
+
+    Raises:
+        UserError: they did not; each of them raises it.
+    """
+    answers = dict.fromkeys(gather_object([found]))
+    if len(answers) > 1:
+        raise UserError(f"Not all processes of this run have the same {what}, but {', '.join(answers)}. {remedy}")
 
 
 def is_first() -> bool:

@@ -399,6 +399,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- processes, precision, seed ---
     accelerator = make_accelerator(args)
     is_main = accelerator.is_main_process
+    remedy = "Give every machine a copy of it, or an --output_dir that all share."
+    processes.check_same("checkpoint in --output_dir", resume_from.name if resume_from else "none", remedy)
     device = processes.device_of(accelerator)
     args.mixed_precision = accelerator.mixed_precision
     args.global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -426,6 +428,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
     args.data_digest = data.data_digest(pictures, captions)
+    remedy = "Give every machine the same data."
+    processes.check_same("pictures and captions", f"those of digest {args.data_digest[:8]}", remedy)
     sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
     if len(sizes) > 1:
         logger.info("Pictures by the size of their crop: %s", imaging.count_by_crop(pictures, sizes))
