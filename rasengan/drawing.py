@@ -90,6 +90,20 @@ class Denoiser:
             memory.give_back()
 
 
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Check that a scheduler has a timestep for each step.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    timesteps = scheduler.config.num_train_timesteps
+    if num_inference_steps > timesteps:
+        raise UserError(
+            f"--num_inference_steps is {num_inference_steps}, but the scheduler has {timesteps} timesteps. "
+            "Give fewer; 30 is usual."
+        )
+
+
 def timesteps_of(scheduler: SchedulerMixin, num_inference_steps: int, strength: float | None) -> torch.Tensor:
     """Set a sampler's steps, and return the timesteps of those that are done, the last ones where a picture is given.
 

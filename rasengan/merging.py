@@ -83,6 +83,16 @@ def check_adapter(
     return list(modules)
 
 
+def check_fits(adapter: Adapter, models: dict[str, torch.nn.Module]) -> None:
+    """Check that all parts of an adapter fit their components, which `models` holds by name, as skeletons or whole.
+
+    Raises:
+        UserError: one does not, as `check_adapter` says.
+    """
+    for name, weights in adapter.weights.items():
+        check_adapter(weights, adapter.configs[name], models[name], name)
+
+
 def _shape_problems(module: str, parts: dict[str, torch.Tensor], config: Config, layer: Layer) -> list[str]:
     """Return what of a module's weights does not fit its layer."""
     rank, (out_size, in_size, *kernel) = rank_of(config, module), layer.weight.shape

@@ -43,6 +43,7 @@ table.settings td, figcaption {{ color: #aaa }} }}
 FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
 FONTS += ("Arial Unicode.ttf", "AppleSDGothicNeo.ttc", "segoeui.ttf", "YuGothM.ttc", "msyh.ttc", "malgun.ttf")
 MOST_PENDING = 8  # pictures that are not written yet
+GRID_ROWS = 8  # more rows go into further grids
 
 
 # --- grids ---
@@ -200,6 +201,37 @@ def _figure(file: Path, label: str) -> str:
 
 
 # --- files ---
+
+
+def write_together(
+    output_dir: Path,
+    rows: list[tuple[str, list[Path]]],
+    columns: list[tuple[str, str]],
+    settings: dict[str, object],
+) -> None:
+    """Write a contact sheet of pictures, and where there are several columns grids too, in place of older grids.
+
+    Args:
+        output_dir: of `contact_sheet.html`, and of `grid.png`, or `grid-001.png` and so on where rows are many.
+        rows: a text, and the files of its pictures, one for each column.
+        columns: a label, and what the column was drawn with.
+        settings: what all were drawn with.
+    """
+    for old in output_dir.glob("grid*.png"):  # a copy under another name, or another program's, stays
+        if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in read_about(old):
+            old.unlink()
+    labels = [label for label, _ in columns]
+    page = contact_sheet("Pictures", settings | dict(columns), rows, labels)
+    write_atomically(output_dir / "contact_sheet.html", page.encode())
+    if len(columns) == 1:
+        return
+    starts = range(0, len(rows), GRID_ROWS)
+    for number, start in enumerate(starts, 1):
+        shown = rows[start : start + GRID_ROWS]
+        images = [[Image.open(file) for file in files] for _, files in shown]
+        name = "grid.png" if len(starts) == 1 else f"grid-{number:03d}.png"
+        grid = image_grid(images, [text for text, _ in shown], labels)
+        save_png(output_dir / name, grid, {"grid": f"{number} of {len(starts)}"} | settings)
 
 
 class PictureWriter:

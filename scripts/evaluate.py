@@ -32,6 +32,7 @@ from rasengan import (
     components,
     data,
     data_survey,
+    drawing,
     evaluation,
     evaluation_page,
     held_out,
@@ -228,8 +229,7 @@ def step_of(args: argparse.Namespace) -> int | None:
 def read(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
     """Return an adapter, once it is shown to fit the base."""
     adapter = read_adapter(path, lora_alpha)
-    for name, weights in adapter.weights.items():
-        merging.check_adapter(weights, adapter.configs[name], skeletons[name], name)
+    merging.check_fits(adapter, skeletons)
     return adapter
 
 
@@ -238,11 +238,7 @@ def load_scheduler(args: argparse.Namespace, folder: Path):
     scheduler = components.load("scheduler", folder)
     prediction_type = objective.check_prediction_type(args.prediction_type or scheduler.config.prediction_type)
     scheduler.register_to_config(prediction_type=prediction_type)
-    if args.num_inference_steps > scheduler.config.num_train_timesteps:
-        raise UserError(
-            f"--num_inference_steps is {args.num_inference_steps}, but the scheduler has "
-            f"{scheduler.config.num_train_timesteps} timesteps. Give fewer; 30 is usual."
-        )
+    drawing.check_steps(scheduler, args.num_inference_steps)
     return scheduler
 
 

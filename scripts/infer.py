@@ -10,7 +10,6 @@ The merge is proven: a key that fits nothing, half a pair, a lost alpha or weigh
 import argparse
 import itertools
 import os
-import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +24,6 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from PIL import Image
 
 from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, tuned_model
 from rasengan.adapter_places import fetch_adapter
@@ -44,10 +42,7 @@ from rasengan.files import check_writable
 from rasengan.pipeline import Pipeline
 
 
-GRID_ROWS = 8  # more rows go into further grids
-
-
-class Variant(NamedTuple):
+class Model(NamedTuple):
     """A model to draw with: the base, or the base with adapters, each with the scale on its whole change."""
 
     label: str  # in grids
@@ -159,13 +154,13 @@ def validate_args(args: argparse.Namespace) -> None:
 # --- what is drawn with ---
 
 
-def read_variants(args: argparse.Namespace) -> list[Variant]:
+def read_models(args: argparse.Namespace) -> list[Model]:
     """Return the models to draw with, the base first where it is compared; reads each adapter once."""
     read = partial(read_adapter, lora_alpha=args.lora_alpha, allow_pickle=args.allow_pickle)
     sets = [args.lora] if args.lora else [[(place, 1.0)] for place in args.lora_weights]
     names = iter(short_names(args.lora_weights))
-    base = Variant("base", "base", [], "none")
-    variants = [base] if args.compare or not sets or 0.0 in args.lora_scale else []
+    base = Model("base", "base", [], "none")
+    models = [base] if args.compare or not sets or 0.0 in args.lora_scale else []
     for places in sets:
         adapters = [(read(fetch_adapter(place, cache_dir=args.cache_dir)), weight) for place, weight in places]
         name = next(names) if len(sets) > 1 else "LoRA"
@@ -173,10 +168,8 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
             label = f"{name} x {scale:g}"
             kind = "tuned" if len(sets) == len(args.lora_scale) == 1 else label
             described = " + ".join(f"{place} at scale {weight * scale:g}" for place, weight in places)
-            variants.append(
-                Variant(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described)
-            )
-    return variants
+            models.append(Model(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described))
+    return models
 
 
 def short_names(places: list[str]) -> list[str]:
@@ -193,10 +186,10 @@ def short_names(places: list[str]) -> list[str]:
     return next((names for names in candidates if len(set(names)) == len(names)), places)
 
 
-def report(variant: Variant, component: str, change: merging.MergeReport) -> None:
+def report(model: Model, component: str, change: merging.MergeReport) -> None:
     """Say what a merge changed."""
     configs = [
-        (adapter.configs[component], scale) for adapter, scale in variant.adapters if component in adapter.configs
+        (adapter.configs[component], scale) for adapter, scale in model.adapters if component in adapter.configs
     ]
     how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
     relative = f"relative weight change {change.relative_change:.3e}"
@@ -211,14 +204,14 @@ def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
     return scheduler
 
 
-def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, variant: Variant) -> dict:
+def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, model: Model) -> dict:
     """Return the embeddings of each prompt, and of the negative one, as this model's text encoders give them."""
     texts = list(dict.fromkeys([*args.prompt, *([] if args.negative_prompt is None else [args.negative_prompt])]))
     how = (texts, folders, args.variant, processes.device_of(accelerator), dtype)
-    if any(name in adapter.weights for adapter, _ in variant.adapters for name in components.TEXT_ENCODERS):
-        encoded, reports = prompts.encode_tuned(*how, variant.adapters)
+    if any(name in adapter.weights for adapter, _ in model.adapters for name in components.TEXT_ENCODERS):
+        encoded, reports = prompts.encode_tuned(*how, model.adapters)
         for name, change in reports.items() if accelerator.is_main_process else ():
-            report(variant, name, change)
+            report(model, name, change)
         return encoded
     bar = partial(processes.progress_bar, accelerator, "Encoding prompts")
     share = processes.machine_share(os.environ)
@@ -228,17 +221,17 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 # --- pictures ---
 
 
-def place_pictures(args: argparse.Namespace, variants: list[Variant]) -> dict[tuple[int, int, int], Picture]:
-    """Return the pictures by the place of their variant, their prompt's, and their seed.
+def place_pictures(args: argparse.Namespace, models: list[Model]) -> dict[tuple[int, int, int], Picture]:
+    """Return the pictures by the place of their model, their prompt's, and their seed.
 
     Pictures of other settings, which earlier runs left, keep their files.
     """
     pictures, taken = {}, set()
-    for (place, variant), (number, prompt), seed in itertools.product(
-        enumerate(variants), enumerate(args.prompt), seeds_of(args)
+    for (place, model), (number, prompt), seed in itertools.product(
+        enumerate(models), enumerate(args.prompt), seeds_of(args)
     ):
-        about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": variant.places}
-        name = f"{number:03d}-{sheets.picture_name(prompt, seed, variant.kind)}"
+        about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": model.places}
+        name = f"{number:03d}-{sheets.picture_name(prompt, seed, model.kind)}"
         file = sheets.free_name(Path(args.output_dir) / name, about, taken)
         pictures[place, number, seed] = Picture(file, about)
         taken.add(file)
@@ -259,8 +252,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in about.items() if value is not None}
 
 
-def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, variants: list[Variant], embeds: list[dict], init):
-    """Yield (variant's place, prompt's number, latents) for this process's share of the prompts, by variants."""
+def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[Model], embeds: list[dict], init):
+    """Yield (model's place, prompt's number, latents) for this process's share of the prompts, model by model."""
     scheduler = sdxl.make_sampler(load_scheduler(args, pipeline.folders), args.scheduler)
     seeds = seeds_of(args)
     mine = range(accelerator.process_index, len(args.prompt), accelerator.num_processes)
@@ -268,11 +261,11 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, variants: lis
     options |= {"init": init, "strength": args.strength}
     strength = args.strength if args.init_image else None
     steps = len(drawing.timesteps_of(scheduler, args.num_inference_steps, strength))
-    with processes.progress_bar(accelerator, "Drawing", steps * len(variants) * len(mine)) as bar:
-        for place, (variant, rows) in enumerate(zip(variants, embeds, strict=True)):
-            change = pipeline.use(variant.adapters, is_last=variant is variants[-1])
+    with processes.progress_bar(accelerator, "Drawing", steps * len(models) * len(mine)) as bar:
+        for place, (model, rows) in enumerate(zip(models, embeds, strict=True)):
+            change = pipeline.use(model.adapters, is_last=model is models[-1])
             if change is not None and accelerator.is_main_process:
-                report(variant, "unet", change)
+                report(model, "unet", change)
             negative = None if args.negative_prompt is None else rows[args.negative_prompt]
             for number in mine:
                 row = sdxl.conditioning(rows[args.prompt[number]], negative, len(seeds))
@@ -301,26 +294,14 @@ def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: sheets
             writer.write(picture.file, image, picture.about)
 
 
-def show_together(args: argparse.Namespace, variants: list[Variant], pictures: dict) -> None:
-    """Write a contact sheet of all pictures, and grids where there is something to compare, in place of old grids."""
-    keys = list(itertools.product(range(len(args.prompt)), seeds_of(args)))
-    texts, labels = [f"{args.prompt[n]} ({seed})" for n, seed in keys], [variant.label for variant in variants]
-    files = [[pictures[place, *key].file for place in range(len(variants))] for key in keys]
-    output_dir = Path(args.output_dir)
-    for old in output_dir.glob("grid*.png"):  # a copy under another name, or another program's, stays
-        if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in sheets.read_about(old):
-            old.unlink()
-    about = settings_of(args) | {variant.label: variant.places for variant in variants}
-    sheet = sheets.contact_sheet("Pictures", about, list(zip(texts, files, strict=True)), labels)
-    (output_dir / "contact_sheet.html").write_text(sheet, encoding="utf-8")
-    if len(variants) == 1:
-        return
-    pages = range(0, len(keys), GRID_ROWS)
-    for page, start in enumerate(pages, 1):
-        rows = [[Image.open(file) for file in row] for row in files[start : start + GRID_ROWS]]
-        name = "grid.png" if len(pages) == 1 else f"grid-{page:03d}.png"
-        grid = sheets.image_grid(rows, texts[start : start + GRID_ROWS], labels)
-        sheets.save_png(output_dir / name, grid, {"grid": f"{page} of {len(pages)}"} | settings_of(args))
+def show_together(args: argparse.Namespace, models: list[Model], pictures: dict) -> None:
+    """Write a contact sheet of all pictures, and grids where there is something to compare."""
+    rows = []
+    for number, seed in itertools.product(range(len(args.prompt)), seeds_of(args)):
+        files = [pictures[place, number, seed].file for place in range(len(models))]
+        rows.append((f"{args.prompt[number]} ({seed})", files))
+    columns = [(model.label, model.places) for model in models]
+    sheets.write_together(Path(args.output_dir), rows, columns, settings_of(args))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -339,44 +320,38 @@ def main(args: argparse.Namespace) -> None:
     sources = components.sources_of(vars(args))
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
-    variants = read_variants(args)
+    models = read_models(args)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
-    for adapter in {id(adapter): adapter for variant in variants for adapter, _ in variant.adapters}.values():
-        for name, weights in adapter.weights.items():
-            merging.check_adapter(weights, adapter.configs[name], skeletons[name], name)
+    for adapter in {id(adapter): adapter for model in models for adapter, _ in model.adapters}.values():
+        merging.check_fits(adapter, skeletons)
     default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
-    picture = drawing.read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
-    args.height, args.width = picture.shape[2:] if picture is not None else (args.height, args.width)
+    begin = drawing.read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
+    args.height, args.width = begin.shape[2:] if begin is not None else (args.height, args.width)
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    train_timesteps = load_scheduler(args, folders).config.num_train_timesteps
-    if args.num_inference_steps > train_timesteps:
-        raise UserError(
-            f"--num_inference_steps is {args.num_inference_steps}, but the scheduler has {train_timesteps} timesteps. "
-            "Give fewer; 30 is usual."
-        )
+    drawing.check_steps(load_scheduler(args, folders), args.num_inference_steps)
 
     if args.prompt:
         texts = args.prompt + [args.negative_prompt] * (args.negative_prompt is not None)
         for prompt, length, most in prompts.too_long(texts, folders) if accelerator.is_main_process else ():
             print(f"warning: only the first {most} of {length} tokens are used of: {prompt}")
-        embeds = [encode(args, accelerator, folders, dtype, variant) for variant in variants]
+        embeds = [encode(args, accelerator, folders, dtype, model) for model in models]
         pipeline = Pipeline(folders, args.variant, device, dtype)
-        init = pipeline.encode(picture) if picture is not None else None
-        pictures = place_pictures(args, variants)
-        shares = draw_share(args, accelerator, pipeline, variants, embeds, init)
+        init = pipeline.encode(begin) if begin is not None else None
+        pictures = place_pictures(args, models)
+        shares = draw_share(args, accelerator, pipeline, models, embeds, init)
         draw_all(args, pipeline, pictures, shares, budget_gib)
         processes.wait_for_everyone()
         if accelerator.is_main_process:
-            show_together(args, variants, pictures)
+            show_together(args, models, pictures)
             print(f"{len(pictures)} pictures are in {args.output_dir}, and together in contact_sheet.html")
             if device.type == "cuda":
                 print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
         pipeline.drop_unet()
     if args.save_merged and accelerator.is_main_process:
-        scheduler, (variant,) = load_scheduler(args, folders), [v for v in variants if v.adapters]
-        tuned_model.save(Path(args.save_merged), folders, args.variant, dtype, scheduler, variant.adapters)
+        scheduler, (tuned,) = load_scheduler(args, folders), [model for model in models if model.adapters]
+        tuned_model.save(Path(args.save_merged), folders, args.variant, dtype, scheduler, tuned.adapters)
         print(f"Saved the tuned model as {args.save_merged}")
 
 
