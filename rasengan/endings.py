@@ -12,12 +12,14 @@ from rasengan.files import lost_place
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
-def in_one_line(run: Callable[[], int | None], places: str) -> int:
+def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, once_mended: str = "") -> int:
     """Run a script's main function, and return its exit code; 2 after an error of the user, which stderr names.
 
     Args:
         run: returns an exit code, or None for 0.
         places: the flags of what is written, for an error that does not name the place.
+        process: its number among those of a run, which all but the first say.
+        once_mended: how to go on when a place can be written again.
     """
     try:
         return run() or 0
@@ -29,8 +31,9 @@ def in_one_line(run: Callable[[], int | None], places: str) -> int:
         text = lost_place(error, places)
         if text is None:
             raise
+        text = f"{text} {once_mended}".rstrip()
     except KeyboardInterrupt:
         sys.stderr.write("\nEnded by Ctrl-C. What was finished before is whole.\n")
         return INTERRUPTED
-    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.write(f"error{f' (process {process})' if process else ''}: {text}\n")
     return 2

@@ -81,7 +81,8 @@ from rasengan.command_line import (
     share_or_count_type,
     words_of_file,
 )
-from rasengan.files import check_writable, lost_place, write_atomically
+from rasengan.endings import in_one_line
+from rasengan.files import check_writable, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
 
@@ -804,21 +805,9 @@ def main(args: argparse.Namespace) -> int:
 
 def run(argv: list[str] | None = None) -> int:
     """Train by a command line, say in one line what is wrong, and return the exit code."""
-    process = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return main(parse_args(argv))
-    except UserError as error:
-        print(f"error{f' (process {process})' * (process > 0)}: {error}", file=sys.stderr)
-    except OSError as error:
-        text = lost_place(error, "--output_dir or --conditioning_cache_dir")
-        if text is None:
-            raise
-        print(f"error: {text} Then go on with --resume_from_checkpoint latest.", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nEnded by Ctrl-C outside of the training loop.", file=sys.stderr)
-        return 130
-    return 2
+    places, go_on = "--output_dir or --conditioning_cache_dir", "Then go on with --resume_from_checkpoint latest."
+    return in_one_line(lambda: main(parse_args(argv)), places, int(os.environ.get("RANK", 0)), go_on)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 import errno
+import re
+import signal
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from rasengan import UserError, endings
 
 
 def failing(error):
-    def run():
+    def run(*_):
         raise error
 
     return run
@@ -25,6 +27,25 @@ def failing(error):
 def test_an_error_of_the_user_is_one_line_and_a_code(capsys, error, code, said):
     assert endings.in_one_line(failing(error), "--here") == code
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_one_of_several_processes_says_which_it_is_and_a_lost_place_what_comes_after_it(capsys):
+    assert endings.in_one_line(failing(UserError("It is wrong.")), "--here", process=1) == 2
+    assert capsys.readouterr().err == "error (process 1): It is wrong.\n"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert endings.in_one_line(failing(full), "--here", once_mended="Then go on.") == 2
+    assert capsys.readouterr().err.endswith("Make room, or mend it. Then go on.\n")
+
+
+def test_training_ends_so_too_where_the_cards_memory_does_not_suffice_for_what_comes_before_its_steps(
+    train_script, monkeypatch, capsys
+):
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train_script, "main", failing(torch.OutOfMemoryError("24 GiB, a hundred words")))
+    monkeypatch.setattr(train_script, "parse_args", lambda argv: None)
+    assert train_script.run([]) == 2
+    assert re.fullmatch(r"error: The card's memory does not suffice\. .*\n", capsys.readouterr().err)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EBADF, "Bad file descriptor")])
