@@ -216,7 +216,7 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     return Measured(dataset[args.image_column], pictures, captions, rows.held_out, trained), notes
 
 
-def step_of(args: argparse.Namespace) -> int | None:
+def steps_of_adapter(args: argparse.Namespace) -> int | None:
     """Return how many optimizer steps the adapter has; None where nothing says so."""
     path = Path(args.lora_weights).resolve()
     if path.name.startswith("checkpoint-") and path in checkpoint.list_checkpoints(path.parent):
@@ -226,7 +226,7 @@ def step_of(args: argparse.Namespace) -> int | None:
     return args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
 
 
-def read(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
+def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
     """Return an adapter, once it is shown to fit the base."""
     adapter = read_adapter(path, lora_alpha)
     merging.check_fits(adapter, skeletons)
@@ -242,10 +242,10 @@ def load_scheduler(args: argparse.Namespace, folder: Path):
     return scheduler
 
 
-def choose_pictures(args: argparse.Namespace, of: Measured) -> tuple[list[Drawn], list[world.Scene]]:
+def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[Drawn], list[world.Scene]]:
     """Return what is drawn, and with --judge the scenes that each seed's pictures show."""
     scenes = world.held_out_scenes(args.num_pictures) if args.judge else []
-    texts = args.prompt or list(dict.fromkeys(of.captions[row][0] for row in of.held_out))
+    texts = args.prompt or list(dict.fromkeys(measured.captions[row][0] for row in measured.held_out))
     texts = [scene.caption for scene in scenes] or [
         texts[place] for place in data_survey.spread(len(texts), args.num_pictures)
     ]
@@ -257,27 +257,29 @@ def choose_pictures(args: argparse.Namespace, of: Measured) -> tuple[list[Drawn]
     return drawn, scenes
 
 
-def encode(args, folders: dict, of: Measured, drawn: list[Drawn], sizes, device, dtype, make_bar) -> tuple:
+def encode(args, folders: dict, measured: Measured, drawn: list[Drawn], sizes, device, dtype, make_bar) -> tuple:
     """Return the latents, and the embeddings of what is measured and drawn, from training's cache if it is there."""
     directory, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
     options = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
     batch_size, bar = args.encode_batch_size or cache.pictures_at_once(args.resolution), partial(make_bar, "Encoding")
     how = (folders["vae"], args.variant, device, share, bar, batch_size)
-    latents = cache.cached_latents(directory, of.column, of.pictures, *how, **options)
-    texts = [text for several in of.captions for text in several]
+    latents = cache.cached_latents(directory, measured.column, measured.pictures, *how, **options)
+    texts = [text for several in measured.captions for text in several]
     others = {one.prompt for one in drawn}.difference(texts)
     groups = texts, sorted(others)
     captions, rest = cache.cached_prompts(directory, groups, folders, args.variant, device, dtype, share, bar)
-    needed = {text for row in (*of.held_out, *of.trained) for text in of.captions[row]} | {one.prompt for one in drawn}
+    needed = {text for row in (*measured.held_out, *measured.trained) for text in measured.captions[row]} | {
+        one.prompt for one in drawn
+    }
     return latents, {text: (rest if text in others else captions)[text] for text in needed}
 
 
 # --- scores ---
 
 
-def crop(args: argparse.Namespace, of: Measured, row: int, sizes: list[imaging.Size]) -> Image.Image:
+def crop(args: argparse.Namespace, measured: Measured, row: int, sizes: list[imaging.Size]) -> Image.Image:
     """Return a picture of the data as training crops it."""
-    image = imaging.decode(imaging.read_bytes(of.column[row]))
+    image = imaging.decode(imaging.read_bytes(measured.column[row]))
     return data_survey.center_crop(image, sizes, args.image_interpolation_mode)
 
 
@@ -319,9 +321,9 @@ def main(args: argparse.Namespace) -> None:
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
     components.check_components(folders)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
-    adapter = read(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
-    of, notes = find_measured(args, make_bar)
-    drawn, scenes = choose_pictures(args, of)
+    adapter = read_fitting(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
+    measured, notes = find_measured(args, make_bar)
+    drawn, scenes = choose_pictures(args, measured)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     scheduler = load_scheduler(args, folders["scheduler"])
     for prompt, length, most in prompts.too_long(list({one.prompt for one in drawn}), folders):
@@ -329,12 +331,12 @@ def main(args: argparse.Namespace) -> None:
 
     # --- what is encoded once ---
     sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
-    latents, embeds = encode(args, folders, of, drawn, sizes, device, dtype, make_bar)
+    latents, embeds = encode(args, folders, measured, drawn, sizes, device, dtype, make_bar)
     make_samples = partial(
         samples.TrainingSamples,
-        of.column,
-        of.pictures,
-        of.captions,
+        measured.column,
+        measured.pictures,
+        measured.captions,
         latents,
         None,  # the embeddings hang on the adapter
         seed=args.seed,
@@ -346,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
         noise_offset=0.0,
         num_train_timesteps=scheduler.config.num_train_timesteps,
     )
-    both = [make_samples(rows=rows) for rows in (of.held_out, of.trained)]
+    both = [make_samples(rows=rows) for rows in (measured.held_out, measured.trained)]
 
     # --- base and tuned: their losses, and what they draw ---
     pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size", 4)
@@ -364,7 +366,7 @@ def main(args: argparse.Namespace) -> None:
             latents_drawn[kind] = bench.draw(sampler, drawn, on_pictures=bar.update, **options)
 
     # --- the checkpoints' losses ---
-    step = step_of(args)
+    step = steps_of_adapter(args)
     if args.run and step is None:
         notes.append(
             "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
@@ -378,14 +380,14 @@ def main(args: argparse.Namespace) -> None:
             continue
         print(f"Measuring {path.name}", flush=True)
         average = path / checkpoint.EMA_FOLDER
-        bench.use(read(average if average.is_dir() else path, args.lora_alpha, skeletons))
+        bench.use(read_fitting(average if average.is_dir() else path, args.lora_alpha, skeletons))
         points.append(Point(checkpoint.step_of(path), Losses(*map(bench.measure, both))))
     pipeline.drop_unet()
 
     # --- pictures and their scores ---
     images = {kind: [pipeline.decode(one[None])[0] for one in found] for kind, found in latents_drawn.items()}
-    rows = data_survey.spread(len(of.pictures), MOST_REFERENCES) if args.clip_model else []
-    found = score(args, judge, scenes, device, drawn, images, [crop(args, of, row, sizes) for row in rows])
+    rows = data_survey.spread(len(measured.pictures), MOST_REFERENCES) if args.clip_model else []
+    found = score(args, judge, scenes, device, drawn, images, [crop(args, measured, row, sizes) for row in rows])
 
     # --- the report ---
     settings = {name: value for name, value in vars(args).items() if name != "run_settings"}
@@ -397,7 +399,7 @@ def main(args: argparse.Namespace) -> None:
         for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)
     ]
     best_first = [about["row"] for about in figures["loss"]["pictures"][: evaluation_page.MOST_HELD_OUT]]
-    thumbnails = [data_survey.as_jpeg(crop(args, of, row, sizes)) for row in best_first]
+    thumbnails = [data_survey.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_left_behind(output_dir)

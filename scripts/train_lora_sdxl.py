@@ -323,6 +323,19 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if level == logging.WARNING else level)
 
 
+def choose_kernels(args: argparse.Namespace, device: torch.device) -> None:
+    """Let PyTorch use the kernels that were asked for: those that repeat a run to the bit, those of TF32."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    # Not with warnings alone: attention's backward pass takes those for a no.
+    torch.use_deterministic_algorithms(args.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
+    if args.allow_tf32 and not has_tf32:
+        logger.info("--allow_tf32 has no effect: this device has no TF32")
+
+
 def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
     """Return the dataset, what is known of each picture, and each one's captions, without the broken pictures."""
     with processes.one_goes_first(accelerator.is_local_main_process):
@@ -416,15 +429,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
         resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    # Not with warnings alone: attention's backward pass takes those for a no.
-    torch.use_deterministic_algorithms(args.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
-    if args.allow_tf32 and not has_tf32:
-        logger.info("--allow_tf32 has no effect: this device has no TF32")
+    choose_kernels(args, device)
 
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
@@ -508,12 +513,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if slow_because is None:
         kernels.prepare(weight_dtype, device)
         fused_unet = fused.FusedUNet(unet, flat, args.lora_alpha / args.rank)
-        blocks, recompute = len(fused_unet.units()), fused_unet.recompute
+        blocks, recompute_blocks = len(fused_unet.units()), fused_unet.recompute
     else:
         logger.warning("The UNet runs as PEFT wrote it, more slowly: %s", slow_because)
         if args.deterministic:
             fused.upsample_deterministically(unet)
-        blocks, recompute = 1, partial(memory.recompute_whole, unet)
+        blocks, recompute_blocks = 1, partial(memory.recompute_whole, unet)
     as_graph = args.cuda_graph and device.type == "cuda" and slow_because is None and not args.train_text_encoder
     compute_losses = partial(
         step.compute_losses,
@@ -565,7 +570,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         num_train_timesteps=len(alphas_cumprod),
     )
     training_set = make_samples(rows=rows.trained)
-    finish = partial(
+    encode = partial(
         samples.encode_in_loop,
         device=device,
         vae=vae,
@@ -584,16 +589,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
         make_plan = partial(
             memory.make_plan,
-            lambda size: train_step.run(next(finish(iter([samples.first_batch(training_set, size)])))),
-            recompute,
+            lambda size: train_step.run(next(encode([samples.first_batch(training_set, size)]))),
+            recompute_blocks,
             flat,
-            samples_per_process,
-            args.train_batch_size,
-            blocks,
-            args.gradient_checkpointing,
-            budget_gib,
-            state_bytes,
-            None if args.resume_with_changes else state.get("memory_plan"),
+            samples=samples_per_process,
+            batch_size=args.train_batch_size,
+            blocks=blocks,
+            recompute=args.gradient_checkpointing,
+            budget_gib=budget_gib,
+            state_bytes=state_bytes,
+            remembered=None if args.resume_with_changes else state.get("memory_plan"),
             can_quantize=args.base_quantization != "nf4",
         )
         plan = processes.as_on_main(make_plan, UserError)
@@ -604,7 +609,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         args.base_quantization = "none"  # it fits
     if args.plan_only:
         return 0
-    recompute(plan.recomputed_blocks)
+    recompute_blocks(plan.recomputed_blocks)
     train_step.samples, train_step.micro_batch_size = samples_per_process, plan.micro_batch_size
 
     accumulation_steps = samples_per_process // plan.micro_batch_size
@@ -621,7 +626,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         worker_init_fn=samples.ignore_signals,
         pin_memory=device.type == "cuda",
     )
-    batches = finish(samples.prefetched(iter(dataloader)))
+    batches = encode(samples.prefetched(iter(dataloader)))
 
     # --- trackers, and the base model's pictures ---
     if is_main:
@@ -647,7 +652,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- the validation loss, without min-SNR weights, so that runs compare; first the base's ---
     validation_loss = held_out.ValidationLoss(
         make_samples(rows=rows.held_out),
-        partial(finish, trains_text=False),
+        partial(encode, trains_text=False),
         partial(evaluate_losses, snr_gamma=None),
         train_step.release,
         device=device,
