@@ -372,9 +372,12 @@ def main(args: argparse.Namespace) -> None:
             "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
             "is of the time before, and may have seen held-out pictures."
         )
-    points = [Point(0, losses["base"])] + ([Point(step, losses["tuned"])] if step else [])
+    # The curve is of averages where the run has them, which a checkpoint's own adapter is not.
+    has_average = (Path(args.lora_weights) / checkpoint.EMA_FOLDER).is_dir()
+    on_curve = None if has_average else step
+    points = [Point(0, losses["base"])] + ([Point(on_curve, losses["tuned"])] if on_curve else [])
     paths = checkpoint.list_checkpoints(args.run) if args.checkpoints else []
-    for path in (path for path in paths if checkpoint.step_of(path) != step):
+    for path in (path for path in paths if checkpoint.step_of(path) != on_curve):
         if damage := checkpoint.find_damage(path):
             notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
             continue

@@ -166,6 +166,17 @@ def test_the_losses_of_other_runs_are_what_training_logged_too(flags, train, eva
     assert figures["loss"]["curve"]["points"][1]["held_out"] == pytest.approx(logged[2], rel=1e-5)
 
 
+def test_the_curve_is_of_the_averages_also_where_a_checkpoint_without_its_own_is_evaluated(
+    train, evaluate, read_scalars
+):
+    run = train(*RUN, "--use_ema", "--ema_decay", 0.5)
+    figures = evaluate("--lora_weights", run / "checkpoint-2", "--checkpoints", *FEW)
+    logged = read_scalars(run, "validation_loss")  # of the averages
+    points = figures["loss"]["curve"]["points"]
+    assert [point["held_out"] for point in points] == pytest.approx([logged[step] for step in (0, 2, 4)], rel=1e-5)
+    assert losses_in(figures, "tuned")["validation_loss"] != pytest.approx(logged[2], rel=1e-5)
+
+
 def test_pictures_of_several_shapes_are_shown_as_they_are_cropped(train, evaluate, picture_set, tmp_path):
     run = train(
         *RUN, "--aspect_ratio_buckets", "--bucket_step_px", 16, "--max_train_samples", 20, "--validation_split", 10
