@@ -541,11 +541,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     schedule = schedule_of(args, learning_rate, max_train_steps)
 
     # --- resume ---
-    global_step, samples_seen, state = 0, 0, {}
+    global_step, samples_seen, resumed = 0, 0, {}
     if resume_from:
         checkpoint.load_checkpoint(accelerator, optimizer, resume_from, models, flat, ema)
-        state = checkpoint.read_state(resume_from)
-        global_step, samples_seen = state["global_step"], state["samples_seen"]
+        resumed = checkpoint.read_state(resume_from)
+        global_step, samples_seen = resumed["global_step"], resumed["samples_seen"]
         logger.info("Resuming from %s", resume_from)
         if global_step >= max_train_steps:
             logger.warning("It has %d steps of %d already: nothing is left to train", global_step, max_train_steps)
@@ -598,7 +598,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             recompute=args.gradient_checkpointing,
             budget_gib=budget_gib,
             state_bytes=state_bytes,
-            remembered=None if args.resume_with_changes else state.get("memory_plan"),
+            remembered=None if args.resume_with_changes else resumed.get("memory_plan"),
             can_quantize=args.base_quantization != "nf4",
         )
         plan = processes.as_on_main(make_plan, UserError)
@@ -659,13 +659,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         share=(accelerator.process_index, accelerator.num_processes),
         batch_size=plan.micro_batch_size,
         every=args.validation_loss_steps or steps_per_epoch,
-        record=held_out.resumed_record(state, args.validation_split, output_dir if args.save_best else None),
+        record=held_out.resumed_record(resumed, args.validation_split, output_dir if args.save_best else None),
     )
     if rows.held_out and validation_loss.record["base"] is None:
         with validation.evaluating(adapted), validation.adapters_disabled(adapted):
             accelerator.log(validation_loss.measure_base(), step=0)
     note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
 
+    # What every checkpoint says of the run; the record is the live one.
     state = public_settings(args) | {"memory_plan": list(plan), "validation_losses": validation_loss.record}
     counts = f"{len(rows.trained)} pictures, {max_train_steps} steps of {args.global_batch}"
     logger.info(f"{counts}; {flat.numel():,} trainable parameters")
