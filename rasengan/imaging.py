@@ -33,6 +33,8 @@ INTERPOLATIONS = {
 }
 # Where Pillow begins to warn of a decompression bomb: 9,400 px square.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS
+# A strip of a few bytes would be scaled to gigabytes, since it is made as wide as its crop before it is cropped.
+MOST_ASPECT = 100
 
 
 class Picture(NamedTuple):
@@ -60,12 +62,16 @@ def decode(content: bytes) -> Image.Image:
     Of an animated one that is the first picture.
 
     Raises:
-        ValueError: it has more than `MOST_PIXELS`. Pillow's plugins raise others for a broken file.
+        ValueError: it has more than `MOST_PIXELS`, or is longer than `MOST_ASPECT` times its width. Pillow's plugins
+            raise others for a broken file.
     """
     with Image.open(io.BytesIO(content)) as image:
         if image.width * image.height > MOST_PIXELS:
             megapixels = f"{image.width * image.height / 1e6:,.0f} megapixels, over the {MOST_PIXELS / 1e6:.0f}"
             raise ValueError(f"it has {megapixels} that are read at most")
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            size = f"{image.width} x {image.height} px"
+            raise ValueError(f"it has {size}, one side more than {MOST_ASPECT} times the other")
         image.load()
         return _plain(image)
 

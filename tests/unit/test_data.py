@@ -142,6 +142,13 @@ def test_transparency_is_laid_on_white():
     assert np.asarray(imaging.decode(encoded(gray))).tolist() == [[[255, 255, 255], [40, 40, 40]]]
 
 
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (2, 201)])
+def test_a_strip_that_would_be_scaled_to_gigabytes_is_refused(size):
+    with pytest.raises(ValueError, match=f"it has {size[0]} x {size[1]} px, one side more than 100 times the other"):
+        imaging.decode(encoded(Image.new("RGB", size)))
+    assert imaging.decode(encoded(Image.new("RGB", (2, 200)))).size == (2, 200)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_comes_upright(orientation):
     upright = np.asarray(noise_image(7, 5))
