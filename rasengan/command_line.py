@@ -157,8 +157,8 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
     """
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {file} cannot be read: {' '.join(str(error).split())}. Correct it.") from error
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:  # a ValueError of a 13th month, say
+        raise UserError(f"--config {file} cannot be read: {_reason(error)}. Correct it.") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} holds no names with values. Write lines such as `rank: 16`.")
@@ -170,8 +170,17 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
         try:
             words += [] if value is None else _words(flags[name], value)
         except ValueError as expected:
-            raise UserError(f"--config {file}: {name} is {value!r}. Write {expected}.") from None
+            given = "something else" if name == "hub_token" else repr(value)
+            raise UserError(f"--config {file}: {name} is {given}. Write {expected}.") from None
     return words
+
+
+def _reason(error: Exception) -> str:
+    # YAML's own text quotes the line, which may be that of the token.
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        place = f"in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        return f"{' '.join(str(error.problem).split())} {place}"
+    return " ".join(str(error).split())
 
 
 def _words(flag: argparse.Action, value) -> list[str]:

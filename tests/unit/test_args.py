@@ -263,10 +263,22 @@ def test_a_precision_of_no_needs_no_quotes(parse_config):
         ("false\n", "rank: 16"),
         ("output_dir: {a: 1}\n", "output_dir is {'a': 1}. Write a text or a number"),
         ("output_dir: true\n", "output_dir is True. Write a text or a number"),
+        ("hub_model_id: 2026-13-01\n", "month must be in 1..12. Correct it."),
+        ("seed: !!int abc\n", "'abc'. Correct it."),
+        ("rank: 4\nseed: {a\n", "in line 3, column 1. Correct it."),
+        (f"rank: {'[' * 3000}", "cannot be read: maximum recursion depth"),
     ],
 )
 def test_a_wrong_configuration_file_is_refused_by_name(parse_config, content, named):
     assert_refused(parse_config, content, named=named)
+
+
+@pytest.mark.parametrize("line", ["hub_token: secret: x", "hub_token: 'secret", "hub_token: [secret]", "a: b: secret"])
+def test_what_is_said_of_a_wrong_configuration_file_holds_no_token(parse_config, line):
+    with pytest.raises(UserError) as error:
+        parse_config(f"rank: 4\n{line}\n")
+    assert "run.yaml" in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def test_a_configuration_file_that_is_not_there_is_refused_by_name(parse, tmp_path):
