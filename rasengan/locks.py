@@ -111,8 +111,9 @@ class RunLock:
 
     def _is_renewed(self) -> bool:
         """Say whether the lock of another machine's run is alive, after waiting until it is renewed or stale."""
-        before, told = self._time_of_change(), False
-        while self._age_s() < STALE_S:
+        before, told, began_s = self._time_of_change(), False, time.monotonic()
+        # Of a clock that was set back since, the age alone would stay below any limit.
+        while self._age_s() < STALE_S and time.monotonic() - began_s < STALE_S:
             if self._time_of_change() != before:
                 return True
             if not told:

@@ -56,6 +56,16 @@ def test_a_process_number_that_was_given_again_is_no_owner(tmp_path):
     locks.RunLock(tmp_path).release()
 
 
+def test_a_lock_from_the_future_is_not_waited_for_until_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LOOKS_S", 0.05)
+    monkeypatch.setattr(locks, "STALE_S", 0.5)
+    lock_file(tmp_path).touch()
+    os.utime(lock_file(tmp_path), (time.time() + 5, time.time() + 5))
+    began_s = time.monotonic()
+    locks.RunLock(tmp_path).release()
+    assert time.monotonic() - began_s < 3
+
+
 @pytest.mark.parametrize("content", ['{"machine": "another", "host": "far", "pid": 1, "token": "x"}', "", "[]"])
 def test_the_lock_of_another_machine_is_stale_by_its_age(content, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "LOOKS_S", 0.05)
