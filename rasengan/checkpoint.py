@@ -69,10 +69,13 @@ def find_damage(path: Path) -> str | None:
         listed = {name: (int(size), str(digest)) for name, (size, digest) in manifest.items()}
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing"
-    except (AttributeError, OSError, OverflowError, TypeError, ValueError):  # the third of a size beyond all numbers
+    # OverflowError of a size beyond all numbers, RecursionError of brackets in brackets
+    except (AttributeError, OSError, OverflowError, RecursionError, TypeError, ValueError):
         return f"{MANIFEST_FILE} is damaged"
-    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere.
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_FILE}
+    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere. Hidden files,
+    # which a look by macOS's Finder leaves, nothing here opens.
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    there = {str(file.relative_to(path)) for file in files} - {MANIFEST_FILE}
     needed = listed.keys() | {STATE_FILE, f"{OPTIMIZER_NAME}.bin", adapters.DIFFUSERS_FILE}
     if missing := sorted(needed - there):
         return f"{missing[0]} is missing"
@@ -191,7 +194,7 @@ def read_state(path: Path) -> dict:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         if not all(isinstance(state.get(name), int) for name in ("global_step", "samples_seen", "seed")):
             raise ValueError("it does not say where the run was")
-    except (AttributeError, OSError, ValueError) as error:
+    except (AttributeError, OSError, RecursionError, ValueError) as error:
         raise _damaged(path, f"{STATE_FILE}: {first_line(error)}") from error
     return state
 

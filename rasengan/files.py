@@ -75,7 +75,7 @@ def read_json_or_empty(file: Path) -> dict:
     """Return what a JSON file holds; nothing where it is absent, damaged or no dictionary."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -55,7 +55,9 @@ def test_an_earlier_checkpoint_is_not_gone_on_with_beside_the_later_ones(saved, 
     assert checkpoint.find_checkpoint(saved, str(saved / "checkpoint-10")) == saved / "checkpoint-10"
 
 
-@pytest.mark.parametrize("content", ["", '{"global_step": 2,', "[]", '{"global_step": 2}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["", '{"global_step": 2,', "[]", '{"global_step": 2}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_damaged_state_is_an_error_with_the_remedy(saved, content):
     file = saved / "checkpoint-10" / checkpoint.STATE_FILE
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -88,9 +90,11 @@ DAMAGE = {
     "optimizer.bin is not in manifest.json": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("{}"),
     "manifest.json is damaged": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("[1]"),
 }
+BRACKETS = "[" * 100_000
 TOO_LARGE = '{"optimizer.bin": [1e999, "x"]}'
 DAMAGE |= {
     "manifest.json is": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(TOO_LARGE),
+    "manifest.json": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(BRACKETS),
 }
 
 
@@ -101,6 +105,11 @@ def test_latest_leaves_out_what_is_damaged_and_says_why(saved, words, caplog):
     assert f"checkpoint-10 is left out, since it is damaged: {words}" in caplog.text
     with pytest.raises(UserError, match=f"checkpoint-10 is damaged: {words}.*the checkpoint before it"):
         checkpoint.find_checkpoint(saved, "checkpoint-10")
+
+
+def test_a_hidden_file_of_the_file_manager_is_no_damage(saved):
+    (saved / "checkpoint-10" / ".DS_Store").write_bytes(b"\0")
+    assert checkpoint.find_checkpoint(saved, "latest") == saved / "checkpoint-10"
 
 
 def test_where_all_are_damaged_nothing_starts_afresh(saved):
