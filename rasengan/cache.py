@@ -109,6 +109,8 @@ def _digest(content) -> str:
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     total = 0
     for name in sorted(tensors):
+        # Their names and shapes too: the file's header may be what is damaged.
+        total = zlib.crc32(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode(), total)
         total = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), total)
     return total
 

@@ -118,7 +118,13 @@ def test_all_that_changes_a_result_is_in_its_key(tmp_path, function, options, ch
     assert function(tmp_path, moved, **options).missing() == []  # the content counts, not the place
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-1], lambda b: b"\xff" * len(b)])
+DAMAGE = [lambda b: b"", lambda b: b[:100], lambda b: b[:-1], lambda b: b"\xff" * len(b)]
+# A name, a kind and a shape in the header.
+DAMAGE += [lambda b: b.replace(b'"row"', b'"rov"'), lambda b: b.replace(b"F32", b"I32")]
+DAMAGE += [lambda b: b.replace(b"[64,32]", b"[32,64]")]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_shard_is_missing_and_is_rebuilt(tmp_path, damage):
     built(tmp_path)
     before = contents(tmp_path)
