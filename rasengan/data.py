@@ -1,5 +1,6 @@
 """Captioned pictures: find them and their captions."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -18,6 +19,8 @@ from rasengan.imaging import Picture
 logger = logging.getLogger(__name__)
 
 ARCHIVES = {".zip", ".tar", ".tgz", ".gz"}
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # what datasets takes for it
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class LongCaption(NamedTuple):
@@ -66,6 +69,11 @@ def load_pictures(
     files = list_files(train_data_dir) if dataset_name is None else []
     count = sum(map(is_picture_name, files))
     none_there = UserError(f"{given} holds no pictures. Put some there, with captions.")
+    if odd := [file for file in files if not _is_utf8(file)]:
+        raise UserError(
+            f"{len(odd)} names of files in {ascii(given)[1:-1]} are not UTF-8, such as {ascii(odd[0].name)}. Rename "
+            "them, and the folder if its own name is not."
+        )
     packed = any(file.suffix.lower() in ARCHIVES for file in files)  # which datasets looks into
     if dataset_name is None and not (count or packed):
         raise none_there
@@ -84,7 +92,13 @@ def load_pictures(
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
-        reason = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            where = cache_dir or datasets.config.HF_DATASETS_CACHE
+            raise UserError(
+                f"{where} cannot be written: {cause.strerror}. Make room, or give another --cache_dir."
+            ) from error
+        reason = first_line(cause)
         raise UserError(f"{given} cannot be read: {reason} Correct the name, or what it holds.") from error
     if "train" not in found:
         raise UserError(f"{given} has no split 'train', but {', '.join(found)}. Rename one of them.")
@@ -113,7 +127,7 @@ def _captions_beside(files: list[Path]) -> dict[str, list[str]] | None:
     texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
     pictures = sorted(file for file in files if is_picture_name(file))
     without = [file for file in pictures if file.with_suffix("") not in texts]
-    if any(file.name.startswith("metadata.") for file in files) or len(without) == len(pictures):
+    if any(file.name in METADATA for file in files) or len(without) == len(pictures):
         return None
     if without:
         names = ", ".join(file.name for file in without[:10]) + ", ..." * (len(without) > 10)
@@ -136,6 +150,13 @@ def list_files(directory: str) -> list[Path]:
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
 
 
+def _is_utf8(file: Path) -> bool:
+    try:
+        return bool(str(file).encode())
+    except UnicodeEncodeError:  # of bytes that Python could not decode, as archives of other systems leave them
+        return False
+
+
 def is_picture_name(file: Path) -> bool:
     """Say whether a file's name ends as those of pictures that can be read."""
     return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
@@ -144,7 +165,7 @@ def is_picture_name(file: Path) -> bool:
 def _folder_cache(directory: str, files: list[Path], cache_dir: str | None) -> str:
     # datasets knows a file by its path and time of change; a caption may change and the time come back.
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path for path in files if path.name.startswith("metadata.")):
+    for file in sorted(path for path in files if path.name in METADATA):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(directory)} {len(content)} ".encode() + content)
     return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"metadata-{digest.hexdigest()}")

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image
 
 from rasengan import UserError, components, data, imaging
@@ -395,6 +396,35 @@ def test_captions_may_stand_beside_the_pictures(tmp_path, picture_set):
     line = {"file_name": "two.JPG", "text": "from the metadata"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     assert load_folder(tmp_path, tmp_path / "cache")["text"][:] == ["from the metadata"]
+
+
+@pytest.mark.parametrize("name", ["metadata.png", "metadata.json"])
+def test_only_what_is_metadata_counts_for_it(tmp_path, name):
+    noise_image(20, 30).save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("a caption")
+    noise_image(20, 30).save(tmp_path / name, "png")
+    (tmp_path / "metadata.txt").write_text("another")
+    assert load_folder(tmp_path, tmp_path / "cache")["text"][-1] == "a caption"
+
+
+@pytest.mark.parametrize("has_metadata", [True, False])
+def test_names_that_are_not_utf8_are_refused_with_one_of_them(tmp_path, has_metadata):
+    folder = write_folder(tmp_path / "set")
+    if not has_metadata:
+        (folder / "metadata.jsonl").unlink()
+        [(folder / f"{number}.txt").write_text("a caption") for number in range(3)]
+    shutil.copy(folder / "0.png", os.fsencode(folder) + b"/na\xefve.png")
+    with pytest.raises(UserError, match=r"1 names of files in .*set are not UTF-8, such as .*na.udcefve.png'. Rename"):
+        load_folder(folder, tmp_path / "cache")
+
+
+def test_a_full_disk_of_the_datasets_library_is_no_fault_of_the_pictures(tmp_path, monkeypatch):
+    def load_dataset(*arguments, **options):
+        raise DatasetGenerationError("An error occurred") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"cache cannot be written: No space left .*, or give another --cache_dir"):
+        load_folder(write_folder(tmp_path / "set"), tmp_path / "cache")
 
 
 def test_captions_beside_some_of_the_pictures_or_that_are_no_text_are_refused(tmp_path):
