@@ -14,6 +14,8 @@ from rasengan import UserError
 
 # What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
 LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
+# What it says of one name: missing, not allowed, or a folder where a file should be, or the other way round.
+WRONG_NAMES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 # What a write that was killed leaves: `write_atomically` and the lock end their names so.
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}")
 
@@ -59,6 +61,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        # A full disk names no file, and the temporary name is no user's matter.
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -88,7 +94,7 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
         otherwise: what to call the place where the error names none.
     """
     # A name that is not there is the user's matter only where it is a name.
-    if error.errno not in LOST_PLACES and not (error.errno == errno.ENOENT and error.filename):
+    if error.errno not in LOST_PLACES and not (error.errno in WRONG_NAMES and error.filename):
         return None
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise
     return f"{place} cannot be written or read: {error.strerror}. Make room, or mend it."

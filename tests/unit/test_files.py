@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import threading
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rasengan import UserError
-from rasengan.files import check_writable, remove_left_behind, write_atomically
+from rasengan.files import check_writable, lost_place, remove_left_behind, write_atomically
 
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,32 @@ def test_a_file_is_replaced_and_its_old_content_stays_whole_for_who_has_it_open(
         write_atomically(path, b"new, and longer")
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new, and longer"
+
+
+def test_a_write_that_fails_names_the_file_and_not_its_temporary_name(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as error:
+        write_atomically(tmp_path / "folder", b"content")
+    assert lost_place(error.value, "--output_dir") == (
+        f"{tmp_path / 'folder'} cannot be written or read: Is a directory. Make room, or mend it."
+    )
+
+    def write_bytes(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as the kernel says it of an open file
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError) as error:
+        write_atomically(tmp_path / "file", b"content")
+    assert str(tmp_path / "file") in lost_place(error.value, "--output_dir")
+
+
+@pytest.mark.parametrize("number", ["EACCES", "EPERM", "EEXIST", "EISDIR", "ENOTDIR", "ENOENT"])
+def test_a_name_that_cannot_be_used_is_the_users_matter_where_it_is_known(number):
+    number = getattr(errno, number)
+    assert (
+        lost_place(OSError(number, "no", "logs"), "x") == "logs cannot be written or read: no. Make room, or mend it."
+    )
+    assert lost_place(OSError(number, "no"), "x") is None
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
