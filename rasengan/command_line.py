@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -65,6 +66,13 @@ class Parser(argparse.ArgumentParser):
         add("--image_interpolation_mode", default="lanczos", choices=filters, help="how to resize [%(default)s]")
         add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
         return add
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse words that are UTF-8: neither tokenizers nor TensorBoard take others."""
+        for word in sys.argv[1:] if args is None else args:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python hands on other bytes
+                raise UserError(f"{ascii(word)} is not UTF-8. Give a name or a text that is.")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         """Raise what is wrong, without the usage."""

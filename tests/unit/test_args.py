@@ -177,6 +177,13 @@ def test_a_split_is_a_share_or_a_number(parse, parse_config, text, value):
         assert type(args.validation_split) is type(value)
 
 
+def test_a_word_that_is_not_utf8_is_refused(train_script, infer_script, convert_script, check_script):
+    for script in (train_script, infer_script, convert_script, check_script):
+        with pytest.raises(UserError, match=r"out.udcff' is not UTF-8\. Give"):
+            script.parse_args(["--output_dir", "out\udcff"])
+    assert train_script.parse_args(["--output_dir", "東京 é \N{SNOWMAN}"]).output_dir == "東京 é \N{SNOWMAN}"
+
+
 # --- the configuration file ---
 
 
