@@ -231,10 +231,10 @@ def encode_pictures(
         random_flip: encode each picture mirrored too.
 
     Raises:
-        UserError: the VAE gave non-finite latents.
+        UserError: the VAE gave non-finite latents, or a picture was changed since it was looked at.
     """
     records = [column[positions[digest]] for digest in digests]
-    images = [imaging.decode(imaging.read_bytes(record)) for record in records]
+    images = [imaging.decode(imaging.read_again(*known)) for known in zip(records, digests, strict=True)]
     moments = []
     for flip in (False, True) if random_flip else (False,):
         pixels = []

@@ -16,6 +16,7 @@ import PIL
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from rasengan import UserError
 from rasengan.files import read_json_or_empty, write_atomically
 
 
@@ -48,12 +49,37 @@ class Picture(NamedTuple):
     position: int = 0  # in the data set, before any was left out
 
 
+class PictureChanged(UserError):
+    """A picture's file is not what it was when the run looked at it."""
+
+
 # --- checking and decoding pictures ---
 
 
 def read_bytes(record: dict) -> bytes:
     """Return the file behind an undecoded entry of an image column."""
     return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
+
+
+def digest_of(content: bytes) -> str:
+    """Return the digest of a file's content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def read_again(record: dict, digest: str) -> bytes:
+    """Return the file behind an entry that `inspect_pictures` has seen, whose digest was this.
+
+    Raises:
+        PictureChanged: it is not there any more, or has other content.
+    """
+    try:
+        content = read_bytes(record)
+        if digest_of(content) == digest:
+            return content
+        reason = "it has other content"
+    except OSError as error:
+        reason = error.strerror
+    raise PictureChanged(f"{record['path'] or 'A picture'} was changed while the run used it: {reason}.")
 
 
 def decode(content: bytes) -> Image.Image:
@@ -120,7 +146,7 @@ def inspect_pictures(
 def _digest_picture(column: Sequence[dict], row: int, position: int) -> Picture:
     record, digest, error = column[row], "", None
     try:
-        digest = hashlib.blake2b(read_bytes(record), digest_size=16).hexdigest() if record else ""
+        digest = digest_of(read_bytes(record)) if record else ""
         error = None if record else "is missing"
     except OSError as reason:
         error = f"cannot be read: {reason.strerror}"

@@ -7,6 +7,7 @@ another number of processes or another split into micro-batches sees the same sa
 
 import hashlib
 import math
+import multiprocessing
 import signal
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ import torch
 from rasengan import first_line, sdxl
 from rasengan.imaging import (
     Picture,
+    PictureChanged,
     Size,
     center_crop_top_left,
     crop_pixels,
     crop_size,
     decode,
-    read_bytes,
+    read_again,
     resized_size,
 )
 
@@ -203,7 +205,7 @@ class TrainingSamples(torch.utils.data.Dataset):
             latents = moments["mean"][int(flip)] + moments["std"][int(flip)] * latent_noise
             sample["latents"] = latents * self.scaling_factor
         else:
-            image = decode(read_bytes(self.column[row]))
+            image = decode(read_again(self.column[row], picture.digest))
             sample["pixel_values"] = crop_pixels(image, crop, self.interpolation, flip, top_left)
             sample["latent_noise"] = latent_noise
         caption = captions[int(caption_draw * len(captions))]
@@ -239,10 +241,27 @@ def worker_died(error: WorkerDied, global_step: int, saved: str) -> str:
     )
 
 
+def picture_changed(error: PictureChanged, saved: str) -> str:
+    """Return what to say of it; `saved` names the last checkpoint, empty for none."""
+    return (
+        f"{error} Put back what it was, and resume from {saved or 'the start'} with --resume_from_checkpoint latest."
+    )
+
+
 def ignore_signals(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which reach all processes of a terminal or a job, to the training process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """End the processes that load samples, where an error left them: Python would ask them by SIGTERM, and wait.
+
+    To be called while nobody handles SIGCHLD.
+    """
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
 
 
 def prefetched(batches: Iterator[dict], depth: int = 2) -> Iterator[dict]:
@@ -257,6 +276,9 @@ def prefetched(batches: Iterator[dict], depth: int = 2) -> Iterator[dict]:
 def _result(future: Future) -> dict | None:
     try:
         return future.result()
+    except PictureChanged as error:
+        # From another process it comes with that one's traceback before it.
+        raise PictureChanged(str(error).rpartition("PictureChanged: ")[2].strip()) from error
     except (RuntimeError, EOFError, OSError) as error:
         # PyTorch says so itself, unless the worker died while it handed something over.
         from_handing_over = isinstance(error, EOFError | ConnectionError | FileNotFoundError)

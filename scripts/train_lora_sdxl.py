@@ -675,6 +675,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     memory.reset_peak(device)
     stopper, ballot = stopping.Stopper(args.max_train_minutes, began_s, tell), processes.Ballot()
     at_end.callback(stopper.release)
+    at_end.callback(samples.end_workers)
     progress = Progress(global_step, args.global_batch, device)
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
     first_step, saved_s, is_stopping = global_step, time.monotonic(), False
@@ -703,6 +704,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         except samples.WorkerDied as error:
             saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen})
             raise UserError(samples.worker_died(error, global_step, saved)) from error
+        except imaging.PictureChanged as error:
+            saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen})
+            raise UserError(samples.picture_changed(error, saved)) from error
         processes.average(flat.grad)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,23 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_a_checkpoint(start, tmp_
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     assert f"Resume from {saved.name}" in text()
     assert checkpoint.find_damage(saved) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_changes_under_the_run_ends_it_with_a_checkpoint(start, picture_set, tmp_path, workers):
+    pictures = shutil.copytree(picture_set, tmp_path / "set")
+    flags = ["--train_data_dir", pictures, "--no-center_crop", "--dataloader_num_workers", workers]
+    process, text = start(*flags)
+    for name in ("0000.jpg", "0001.png"):
+        (pictures / name).write_bytes(b"")
+    for file in [file for file in pictures.iterdir() if file.stat().st_size and file.suffix != ".jsonl"]:
+        file.unlink()
+    process.wait(timeout=60)
+    assert process.returncode == 2, text()
+    said = r"error: .*set/\d{4}\.\w+ was changed while the run used it: .*\. Put back .*, and resume from (.*) with"
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert re.search(said, text())[1] == saved.name
+    assert "Traceback" not in text()
 
 
 # --- two at once ---

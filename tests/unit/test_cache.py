@@ -268,6 +268,15 @@ def test_latents_that_are_not_finite_name_their_picture(tiny_base, column, pictu
     assert pictures[12].name in str(error.value)
 
 
+def test_a_picture_that_changed_since_it_was_looked_at_is_not_cached_as_what_it_was(tiny_base, column, pictures):
+    record = {"path": "a.png", "bytes": imaging.read_bytes(column[1])}
+    vae = components.load("vae", tiny_base / "vae")
+    with pytest.raises(UserError, match=r"a\.png was changed while the run used it: it has other content"):
+        cache.encode_pictures(
+            [pictures[0].digest], [record], {pictures[0].digest: 0}, vae, [(64, 64)], "lanczos", False
+        )
+
+
 def test_the_encoder_is_loaded_only_where_something_is_missing(tmp_path):
     totals = []
 
