@@ -203,6 +203,15 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_a_checkpoint(start, tmp_
     assert checkpoint.find_damage(saved) is None
 
 
+def test_an_error_in_the_loop_does_not_wait_for_the_workers_forever(start, tmp_path):
+    process, text = start("--dataloader_num_workers", 1, "--checkpointing_steps", 5)
+    shutil.rmtree(tmp_path / "run")
+    process.wait(timeout=60)
+    assert process.returncode == 2, text()
+    assert re.search(r"error: .*checkpoint-\d+ cannot be written: No such file", text())
+    assert not processes_of(process)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_changes_under_the_run_ends_it_with_a_checkpoint(start, picture_set, tmp_path, workers):
     pictures = shutil.copytree(picture_set, tmp_path / "set")
