@@ -38,7 +38,8 @@ def sync_folder(path: Path) -> None:
 
 def give_default_mode(path: Path) -> None:
     """Give a file the mode that a plain open() would: safetensors lets only its owner read what it writes."""
-    path.chmod(0o666 & ~_umask())
+    with contextlib.suppress(PermissionError):  # a mounted share or stick may give all files one owner and one mode
+        path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rasengan import UserError
-from rasengan.files import check_writable, lost_place, remove_left_behind, write_atomically
+from rasengan.files import check_writable, give_default_mode, lost_place, remove_left_behind, write_atomically
 
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,15 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     reader.join()
     assert len(seen) > 10
     assert all(content in contents for content in seen)
+
+
+def test_a_file_system_without_modes_is_written_to(tmp_path, monkeypatch):
+    def chmod(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as vfat and CIFS do
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    (tmp_path / "file").touch()
+    give_default_mode(tmp_path / "file")
 
 
 def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
