@@ -390,7 +390,7 @@ def write_settings(args: argparse.Namespace, **more) -> None:
 
 def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
     """Write the README.md of the adapter."""
-    base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).name
+    base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).resolve().name
     settings = public_settings(args) | {"optimizer_steps": global_step}
     hub.write_model_card(output_dir, base, dataset, args.validation_prompt or [], grid_file, settings)
 
