@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from rasengan import UserError, first_line
-from rasengan.imaging import Picture
+from rasengan.imaging import PROGRAM, Picture
 
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _is_utf8(file: Path) -> bool:
 
 def is_picture_name(file: Path) -> bool:
     """Say whether a file's name ends as those of pictures that can be read."""
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN.keys() - {PROGRAM}
 
 
 def _folder_cache(directory: str, files: list[Path], cache_dir: str | None) -> str:

@@ -34,6 +34,7 @@ INTERPOLATIONS = {
 }
 # Where Pillow begins to warn of a decompression bomb: 9,400 px square.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS
+PROGRAM = "EPS"  # PostScript, under any file name, which Ghostscript would run where it is installed
 # A strip of a few bytes would be scaled to gigabytes, since it is made as wide as its crop before it is cropped.
 MOST_ASPECT = 100
 
@@ -92,6 +93,8 @@ def decode(content: bytes) -> Image.Image:
             raise others for a broken file.
     """
     with Image.open(io.BytesIO(content)) as image:
+        if image.format == PROGRAM:
+            raise UnidentifiedImageError(f"a picture in {PROGRAM} is a program")
         if image.width * image.height > MOST_PIXELS:
             megapixels = f"{image.width * image.height / 1e6:,.0f} megapixels, over the {MOST_PIXELS / 1e6:.0f}"
             raise ValueError(f"it has {megapixels} that are read at most")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rasengan import UserError, components, data, imaging
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
@@ -148,6 +148,15 @@ def test_a_strip_that_would_be_scaled_to_gigabytes_is_refused(size):
     with pytest.raises(ValueError, match=f"it has {size[0]} x {size[1]} px, one side more than 100 times the other"):
         imaging.decode(encoded(Image.new("RGB", size)))
     assert imaging.decode(encoded(Image.new("RGB", (2, 200)))).size == (2, 200)
+
+
+def test_postscript_is_no_picture_whatever_its_name():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    with pytest.raises(UnidentifiedImageError):
+        imaging.decode(file.getvalue())
+    assert not data.is_picture_name(Path("a.eps"))
+    assert data.is_picture_name(Path("a.JPG"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
