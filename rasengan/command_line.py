@@ -67,12 +67,12 @@ class Parser(argparse.ArgumentParser):
         add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
         return add
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, words=None, namespace=None):
         """Parse words that are UTF-8: neither tokenizers nor TensorBoard take others."""
-        for word in sys.argv[1:] if args is None else args:
+        for word in sys.argv[1:] if words is None else words:
             if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python hands on other bytes
                 raise UserError(f"{ascii(word)} is not UTF-8. Give a name or a text that is.")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
         """Raise what is wrong, without the usage."""

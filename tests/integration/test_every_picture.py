@@ -55,7 +55,7 @@ GOOD = {
     "animated.webp": animated,
     "animated.png": animated,
     "1x1.png": lambda file: picture(1, 1).save(file),
-    "wide.png": lambda file: picture(2000, 3).save(file),
+    "wide.png": lambda file: picture(2000, 30).save(file),
     "turned.jpg": lambda file: picture().save(
         file, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     ),
