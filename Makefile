@@ -35,7 +35,7 @@ test_browser:
 	$(VENV)-browser/bin/python -m pip install --quiet --editable '.[test,app,browser]'
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(VENV)-browser/bin/python -m pytest -rs tests/browser
 
-# Every cell of the notebook, in a kernel; .ci/run runs this too.
+# Every cell of the notebook, in a kernel: by itself, since one of them installs the package into this environment.
 test_notebook: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebook]'
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/notebook
