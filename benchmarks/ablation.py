@@ -30,6 +30,7 @@ RECIPE = {
     "--train_batch_size": "8",
     "--lr_scheduler": "cosine",
     "--lr_warmup_steps": "20",
+    "--mixed_precision": "fp16" if torch.cuda.is_available() else "no",
 }
 OTHERS = {
     "--rank": ("2", "4", "8", "32", "64"),
