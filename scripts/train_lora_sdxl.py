@@ -287,6 +287,11 @@ def validate_args(args: argparse.Namespace) -> None:
         make_optimizer(args, torch.nn.Parameter(torch.zeros(1)), args.learning_rate)
     except ValueError as error:  # Prodigy takes no rate of 0, for example
         raise UserError(f"--optimizer {args.optimizer} cannot be used so: {first_line(error)}.") from error
+    if args.train_data_dir and Path(args.output_dir).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
+        raise UserError(
+            f"--output_dir {args.output_dir} lies in --train_data_dir {args.train_data_dir}: when the run is resumed, "
+            "its own pictures would be among those to train on. Give a folder outside of it."
+        )
     check_writable(Path(args.output_dir), "--output_dir")
     check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
 

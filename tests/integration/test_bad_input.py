@@ -182,6 +182,12 @@ def test_a_plan_without_a_card_is_refused(train, refused):
     refused("--plan_only needs a CUDA GPU", train, "--plan_only")
 
 
+def test_an_output_folder_among_the_pictures_is_refused(train, refused, picture_set, tmp_path):
+    (tmp_path / "link").symlink_to(picture_set)
+    refused("--output_dir .*run lies in --train_data_dir", train, output_dir=tmp_path / "link" / "run")
+    assert not (picture_set / "run").exists()
+
+
 def test_a_size_that_is_no_multiple_of_8_is_refused(train, draw, refused):
     refused(r"--resolution is 100\. Give a multiple of 8, such as 96", train, "--resolution", 100)
     refused(r"--height is 100\. Give a multiple of 8, such as 96", draw, "--prompt", "a star", "--height", 100)
