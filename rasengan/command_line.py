@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         for name, flag in component_flags.items():
             add(flag, type=path_type, help=f"hub id or folder of the {name} alone{', run in fp32' * (name == 'vae')}")
         add("--revision", help="git revision on the hub")
-        add("--variant", help="of the weight files; fp16 halves the download")
+        add("--variant", help="of the weight files, such as fp16, which halves the download")
         add("--cache_dir", type=path_type, help="where downloads go")
         return add
 
@@ -53,13 +53,11 @@ class Parser(argparse.ArgumentParser):
         add("--dataset_config_name", help="the dataset's configuration, where it has several")
         add("--train_data_dir", type=path_type, help="folder of pictures with a .txt each, or a metadata.jsonl")
         add("--image_column", default="image", help="[%(default)s]")
-        add("--caption_column", default="text", help="of texts or lists of texts [%(default)s]")
+        add("--caption_column", default="text", help="of captions, each a text or a list of texts [%(default)s]")
         add("--max_train_samples", type=number_type(1), help="use only so many pictures, drawn by the seed")
         add("--resolution", type=number_type(8), default=512, help="side of the square crops, in px [%(default)s]")
-        add(
-            "--aspect_ratio_buckets", action=switch, default=False, help="crop to the nearest shape of that area [off]"
-        )
-        add("--bucket_step_px", type=number_type(8), default=64, help="the buckets' sides are multiples [%(default)s]")
+        add("--aspect_ratio_buckets", action=switch, default=False, help="crop to the nearest of several shapes [off]")
+        add("--bucket_step_px", type=number_type(8), default=64, help="bucket sides are multiples of it [%(default)s]")
         add("--center_crop", action=switch, default=True, help="off: crop at random, the VAE in the loop [on]")
         add("--random_flip", action=switch, default=False, help="mirror half of the samples [off]")
         filters = sorted(interpolations)

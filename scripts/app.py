@@ -38,7 +38,7 @@ from rasengan.run_folders import choose_adapter, find_adapters
 try:
     import gradio as gr
 except ImportError as error:
-    print(f"error: The page needs Gradio: pip install 'rasengan-xl[app]'. ({error})", file=sys.stderr)
+    print(f"error: The page needs Gradio: pip install -e '.[app]'. ({error})", file=sys.stderr)
     sys.exit(2)
 
 HISTORY, KEPT = 24, 200  # pairs that a page shows again, and that are kept on disk for all pages
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
-    add("--vram_budget_gib", type=number_type(0.1, float), help="[what the card has]")
+    add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
     add = parser.add_argument_group("page").add_argument
     what = "a run's --output_dir, or a folder of several; the page offers the adapters in it, and reads nothing else"
     add("--runs_dir", type=path_type, required=True, help=what)

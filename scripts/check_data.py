@@ -1,12 +1,12 @@
-r"""Report on a data set before training: what is broken, too small, cut off, twice there, or said too long.
+r"""Report on a data set before training: broken, small and duplicate pictures, crops that lose much, long captions.
 
     python scripts/check_data.py --train_data_dir pictures \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
 
-It takes training's own flags of the data, and finds, decodes and crops as training does. The report is printed, and
-written to --output_dir with the pictures as they will be cropped. Nothing in the data set is changed.
+It takes the data flags of the training, and finds, decodes and crops the pictures as training does. The report is
+printed, and written to --output_dir with the pictures as they will be cropped. Nothing in the data set is changed.
 
-Exit code: 0 where training would start, 2 where it would not; with --strict 1 where there is any finding.
+Exit code: 0 if training would start, 2 if it would not; with --strict, 1 if it would start and there is any finding.
 """
 
 import argparse
@@ -33,15 +33,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__, "Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.")
     add = parser.add_data_flags(imaging.INTERPOLATIONS)
-    add("--seed", type=number_type(0, most=2**32 - 1), help="of training, which draws --max_train_samples by it")
-    add("--conditioning_cache_dir", type=path_type, help="remembers pictures, for training too [~/.cache/rasengan]")
+    add("--seed", type=number_type(0, most=2**32 - 1), help="that of training, for --max_train_samples")
+    add("--conditioning_cache_dir", type=path_type, help="what is known of pictures [training's, ~/.cache/rasengan]")
 
     # Only the tokenizer is fetched, and no weights.
     parser.add_base_flags({"tokenizer": components.COMPONENT_FLAGS["tokenizer"]})
 
     add = parser.add_argument_group("report").add_argument
     add("--output_dir", type=path_type, default="data-report", help="[%(default)s]")
-    add("--strict", action="store_true", help="exit with 1 where there is any finding")
+    add("--strict", action="store_true", help="exit with 1 if there is any finding")
     args = parser.parse_args(argv)
     args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
     return args

@@ -31,4 +31,5 @@ Done. What there is to see, and the command that opens each:
                     xdg-open $out/images/grid.png
   TensorBoard log   $out/lora/logs
                     .venv/bin/tensorboard --logdir $out/lora/logs
+The tiny SDXL has random weights, so its pictures are colored noise; what differs between the columns is the LoRA.
 END

@@ -1,10 +1,10 @@
-r"""Say what an adapter has learned: its loss on held-out pictures, and its own pictures, beside the base's.
+r"""Evaluate an adapter: compare its loss on held-out pictures, and the pictures that it draws, with the base's.
 
     python scripts/evaluate.py --lora_weights naruto-lora --checkpoints
 
-The output folder of a training says by itself which base, pictures and settings it had. Any other adapter needs
---pretrained_model_name_or_path, the data and --validation_split. The report is printed, and written to --output_dir
-as evaluation.json, evaluation.html and tensorboard/.
+Base, pictures and settings are read from the output folder of the training, which should have had --validation_split.
+For any other adapter give --pretrained_model_name_or_path, the data flags and --validation_split. The report is
+printed, and written to --output_dir as evaluation.json, evaluation.html and tensorboard/.
 """
 
 import argparse
@@ -78,24 +78,24 @@ class Measured(NamedTuple):
 
 def make_parser() -> Parser:
     """Return the parser, with the flags of training and drawing."""
-    parser = Parser(__doc__, "Defaults stand in brackets; before them comes what the run's own settings say.")
+    parser = Parser(__doc__, "Defaults stand in brackets; the run's own settings take precedence over them.")
     add, positive = parser.add_argument_group("adapter").add_argument, number_type(1)
     what = "a run's --output_dir, its checkpoint-N or best, a .safetensors file, a PEFT folder, or a hub id"
     add("--lora_weights", type=path_type, required=True, help=what)
-    add("--lora_scale", type=number_type(kind=float), default=1.0, help="on the whole change [%(default)s]")
+    add("--lora_scale", type=number_type(kind=float), default=1.0, help="strength of the adapter [%(default)s]")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
 
     add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[the scheduler's]")
-    add("--conditioning_cache_dir", type=path_type, help="which training shares [~/.cache/rasengan]")
+    add("--conditioning_cache_dir", type=path_type, help="shared with training [~/.cache/rasengan]")
     add("--encode_batch_size", type=positive, help="pictures encoded together [2 at 512 px, 1 at 1024]")
 
     add = parser.add_data_flags(imaging.INTERPOLATIONS)
     add("--seed", type=number_type(0, most=2**32 - 1), default=0, help="of training [%(default)s]")
 
     add = parser.add_argument_group("loss", "of held-out pictures, and of as many that were trained on").add_argument
-    add("--validation_split", type=share_or_count_type, help="of training: a share, such as 0.05, or a number")
+    add("--validation_split", type=share_or_count_type, help="that of training: a share, such as 0.05, or a number")
     add("--checkpoints", action="store_true", help="measure each checkpoint-N of the run too")
 
     add = parser.add_argument_group("pictures", "of both models, with the same noise").add_argument
@@ -109,9 +109,9 @@ def make_parser() -> Parser:
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
 
     add = parser.add_argument_group("scores", "of the pictures").add_argument
-    what = "style and content, by what train_miniature.py wrote, a folder; draws the scenes that it knows"
+    what = "score style and content of scenes by the judge in this folder, which train_miniature.py wrote"
     add("--judge", type=path_type, help=what)
-    add("--clip_model", type=path_type, help="CLIP score and CMMD by this one, a folder or a hub id")
+    add("--clip_model", type=path_type, help="folder or hub id of a CLIP model, for CLIP score and CMMD")
     add("--output_dir", type=path_type, help="[evaluation, in the run's folder where there is one]")
     return parser
 

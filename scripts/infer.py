@@ -1,9 +1,9 @@
-r"""Draw with a LoRA merged hard into SDXL, and set base and tuned pictures side by side.
+r"""Draw with a LoRA that is merged into SDXL, and show base and tuned pictures side by side.
 
     python scripts/infer.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 \
         --lora_weights naruto-lora --compare --height 512 --width 512 --prompt "a wizard in a forest"
 
-The merge is proven: a key that fits nothing, half a pair, a lost alpha or weights that did not change stop it.
+The merge is checked: a key that fits nothing, half a pair, a lost alpha or weights that did not change are errors.
 `accelerate launch` in place of `python` divides the prompts among several GPUs.
 """
 
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive = number_type(1)
     add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
-    add("--vram_budget_gib", type=number_type(0.1, float), help="[what the card has]")
+    add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
     add("--conditioning_cache_dir", type=path_type, help="for the prompts' embeddings [~/.cache/rasengan]")
 
     add = parser.add_argument_group("adapter").add_argument
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("pictures").add_argument
     add("--prompt", nargs="+", default=[], help="one or several")
     add("--prompt_file", type=path_type, help="one prompt a line")
-    add("--negative_prompt", help="what to keep away from")
+    add("--negative_prompt", help="what the pictures should not show")
     add("--compare", action="store_true", help="draw the base too, with the same seeds, and labelled grids of both")
     add("--output_dir", type=path_type, default="pictures", help="[%(default)s]")
     kind = number_type(0, most=2**63 - 1)
@@ -345,7 +345,8 @@ def main(args: argparse.Namespace) -> None:
         processes.wait_for_everyone()
         if accelerator.is_main_process:
             show_together(args, models, pictures)
-            print(f"{len(pictures)} pictures are in {args.output_dir}, and together in contact_sheet.html")
+            beside = ", side by side in grid*.png" * (len(models) > 1)
+            print(f"{len(pictures)} pictures are in {args.output_dir}, and together in contact_sheet.html{beside}")
             if device.type == "cuda":
                 print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
         pipeline.drop_unet()

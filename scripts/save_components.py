@@ -2,9 +2,9 @@
 
     python scripts/save_components.py stabilityai/stable-diffusion-xl-base-1.0 DIR --variant fp16
 
-One component is in memory at a time. The UNet and the text encoders are written in fp16, the VAE in fp32. Run again
-after an interruption, it goes on where it was; run again when all is there, it verifies every file by its hash. Both
-other scripts then take DIR as --pretrained_model_name_or_path.
+One component is in memory at a time. The UNet and the text encoders are written in fp16, the VAE in fp32. After an
+interruption, run it again: it continues where it stopped. If everything is there, it verifies every file by its hash.
+The other scripts then take DIR as --pretrained_model_name_or_path.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__)
     parser.add_argument("base", metavar="BASE", type=path_type, help="hub id or folder of an SDXL base")
-    parser.add_argument("directory", metavar="DIR", type=path_type, help="where to write, a mounted Drive say")
+    parser.add_argument("directory", metavar="DIR", type=path_type, help="where to write, such as a mounted Drive")
     parser.add_argument("--revision", help="git revision on the hub")
     parser.add_argument("--variant", help="of the weight files to read; fp16 halves the download")
     parser.add_argument("--cache_dir", type=path_type, help="where downloads go")

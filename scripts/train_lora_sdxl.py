@@ -115,7 +115,7 @@ def make_parser() -> Parser:
     targets = list(lora.UNET_TARGETS)
     add("--lora_target_modules", nargs="+", default=targets, help=f"ends of names in the UNet [{' '.join(targets)}]")
     add("--lora_init", default="gaussian", choices=["gaussian", "default"], help="default: PEFT's [%(default)s]")
-    add("--train_text_encoder", action=switch, default=False, help="adapt both, which run in the loop [off]")
+    add("--train_text_encoder", action=switch, default=False, help="train a LoRA on both text encoders too [off]")
 
     add = parser.add_argument_group("optimization", "a step is an optimizer step").add_argument
     add("--train_batch_size", type=count, default=16, help="samples on each GPU at once [%(default)s]")
@@ -124,7 +124,7 @@ def make_parser() -> Parser:
     add("--max_train_steps", type=count, help="overrides --num_train_epochs")
     add("--optimizer", choices=[*optim.LEARNING_RATES], default="adamw", help="prodigy finds its rate [%(default)s]")
     add("--learning_rate", type=amount, help="[1e-4; for prodigy a factor, 1]")
-    add("--scale_lr", action=switch, default=False, help="times GPUs x accumulation x batch size [off]")
+    add("--scale_lr", action=switch, default=False, help="multiply the rate by GPUs x accumulation x batch size [off]")
     schedules = [kind.value for kind in SchedulerType]
     add("--lr_scheduler", default="constant", choices=schedules, help="[%(default)s]")
     add("--lr_warmup_steps", type=number_type(0), default=500, help="of schedules that warm up [%(default)s]")
@@ -136,8 +136,8 @@ def make_parser() -> Parser:
     add("--adam_beta2", type=amount, default=0.999, help="[%(default)s]")
     add("--adam_weight_decay", type=amount, default=1e-2, help="[%(default)s]")
     add("--adam_epsilon", type=amount, default=1e-8, help="[%(default)s]")
-    add("--max_grad_norm", type=number_type(1e-8, float), default=1.0, help="of the gradient [%(default)s]")
-    add("--use_ema", action=switch, default=False, help="what is saved and drawn is a running average [off]")
+    add("--max_grad_norm", type=number_type(1e-8, float), default=1.0, help="gradient clipping norm [%(default)s]")
+    add("--use_ema", action=switch, default=False, help="save and draw with a moving average of the weights [off]")
     add("--ema_decay", type=amount, default=0.9999, help="of the average, which starts faster [%(default)s]")
     add("--seed", type=number_type(0, most=2**32 - 1), help="equal seeds give equal runs [drawn, and kept]")
 
@@ -149,28 +149,28 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("precision, memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[the accelerate config's]")
     add("--gradient_checkpointing", action=switch, help="recompute all blocks, or none [as many as the memory needs]")
-    add("--vram_budget_gib", type=number_type(0.5, float), help="of GPU memory, for PyTorch [what the card has left]")
+    add("--vram_budget_gib", type=number_type(0.5, float), help="GPU memory to use [what the card has left]")
     add("--plan_only", action=switch, default=False, help="print the memory plan, and stop [off]")
     quantized = "4-bit base weights; auto: where they do not fit otherwise [%(default)s]"
     add("--base_quantization", choices=["none", "nf4", "auto"], default="none", help=quantized)
     add("--cuda_graph", action=switch, default=True, help="start a step's kernels together [on]")
     add("--deterministic", action=switch, default=False, help="equal runs on one GPU give equal bits, slower [off]")
-    add("--allow_tf32", action=switch, default=False, help="faster fp32 products on Ampere and later [off]")
+    add("--allow_tf32", action=switch, default=False, help="faster fp32 matrix products on Ampere and later [off]")
     add("--enable_xformers_memory_efficient_attention", action=switch, default=False, help="needs xformers [off]")
     add("--enable_npu_flash_attention", action=switch, default=False, help="needs an Ascend NPU [off]")
     add("--local_rank", type=int, default=-1, help="set by launchers; the environment's LOCAL_RANK wins")
 
     add = parser.add_argument_group("validation", "pictures of the base and of the current adapter").add_argument
-    add("--validation_prompt", nargs="+", help="one or several")
+    add("--validation_prompt", nargs="+", help="one or several prompts to draw [none]")
     add("--num_validation_images", type=count, default=4, help="for each prompt [%(default)s]")
-    add("--validation_epochs", type=count, default=1, help="after the first, and then every so many [%(default)s]")
+    add("--validation_epochs", type=count, default=1, help="after epoch 1, and then every so many [%(default)s]")
     add("--validation_inference_steps", type=count, default=25, help="denoising steps [%(default)s]")
 
     add = parser.add_argument_group("validation loss", "of pictures that are held out of training").add_argument
     share = "hold out a share, such as 0.05, or a number, such as 40 [none]"
     add("--validation_split", type=share_or_count_type, help=share)
     add("--validation_loss_steps", type=count, help="measure it every so many steps, and at both ends [each epoch]")
-    add("--save_best", action=switch, default=False, help="keep the adapter of the lowest in best/ [off]")
+    add("--save_best", action=switch, default=False, help="keep the adapter of the lowest loss in best/ [off]")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--output_dir", type=path_type, default="sd-model-finetuned-lora", help="[%(default)s]")
@@ -178,8 +178,8 @@ def make_parser() -> Parser:
     add("--checkpointing_minutes", type=amount, help="and every so many minutes [none]")
     add("--checkpoints_total_limit", type=count, help="keep only so many [all]")
     add("--resume_from_checkpoint", type=path_type, help="'latest', or the name of a checkpoint in --output_dir")
-    add("--resume_with_changes", action=switch, default=False, help="with other settings, as another run [off]")
-    add("--max_train_minutes", type=amount, help="then end with a checkpoint, as by Ctrl-C [none]")
+    add("--resume_with_changes", action=switch, default=False, help="resume though the result will differ [off]")
+    add("--max_train_minutes", type=amount, help="end with a checkpoint after so many, as by Ctrl-C [none]")
     add("--logging_dir", type=path_type, default="logs", help="inside --output_dir [%(default)s]")
     add("--logging_steps", type=count, default=10, help="steps between two readings of the loss [%(default)s]")
     add("--report_to", default="tensorboard", help="a tracker of accelerate, all or none [%(default)s]")

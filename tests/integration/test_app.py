@@ -8,4 +8,4 @@ def test_without_gradio_it_says_what_to_install(run_script, tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError('no such thing')")
     finished = run_script("app", "--help", env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
     assert finished.returncode == 2
-    assert finished.stderr == "error: The page needs Gradio: pip install 'rasengan-xl[app]'. (no such thing)\n"
+    assert finished.stderr == "error: The page needs Gradio: pip install -e '.[app]'. (no such thing)\n"
