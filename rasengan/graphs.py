@@ -1,6 +1,7 @@
 """CUDA graphs: work on the card that is started by one call, where kernel by kernel the host would be the limit."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,12 @@ import torch
 
 # Runs before a capture: libraries load their kernels and choose their algorithms in the first.
 WARM_UP = 2
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all captures on a device: what a pool has kept from one is free for that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 class Graph(NamedTuple):
@@ -40,12 +47,14 @@ def capture(
         after_warm_up: undoes what the first runs left behind.
     """
     inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run(inputs)
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                run(inputs)
+    finally:  # also where the memory did not suffice: the caller undoes what was done until then
+        torch.cuda.current_stream().wait_stream(stream)
     after_warm_up()
     graph = torch.cuda.CUDAGraph()
     # Other threads, which load data, may call CUDA meanwhile.

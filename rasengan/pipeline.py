@@ -111,11 +111,14 @@ class Pipeline:
         while len(drawn) < len(seeds):
             part = slice(len(drawn), len(drawn) + (self.most_at_once or len(seeds)))
             rows = {name: tensor[part] for name, tensor in prompts.items()}
+            had_graphs = bool(self.denoiser.graphs)  # whose memory nothing else can use
             latents = _within_memory(partial(drawing.draw, self.denoiser, scheduler, rows, seeds[part], **options))
             if latents is not None:
                 drawn += latents
                 continue
             self.denoiser.release()
+            if had_graphs:
+                continue
             if len(seeds[part]) == 1:
                 raise memory.DoesNotFit(
                     "One picture takes more memory than this card has left. Give a smaller --height and --width."

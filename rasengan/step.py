@@ -1,5 +1,7 @@
 """One training step: the loss of a micro-batch and its gradient, run eagerly or replayed as a CUDA graph."""
 
+import logging
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -7,6 +9,9 @@ import torch.nn.functional as F
 
 from rasengan import graphs, memory, objective
 from rasengan.samples import derive_seed
+
+
+logger = logging.getLogger(__name__)
 
 
 def seed_step(seed: int, global_step: int, rank: int) -> None:
@@ -61,7 +66,8 @@ class TrainingStep:
 
     As a CUDA graph, the thousands of kernels of a step are started by one call, which is what makes small batches
     fast: started one by one they leave the card idle most of the time. Each shape of batch has a graph of its own; all
-    share one memory pool, since only one runs at a time.
+    share one memory pool, since only one runs at a time. What runs without a graph, a warm-up too, cannot use that
+    pool: where the memory does not suffice for both, all steps run without graphs from then on.
     """
 
     def __init__(
@@ -87,16 +93,29 @@ class TrainingStep:
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the losses (B,) of a micro-batch; a graph overwrites them at its next call."""
         batch = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
-        if not self.as_graph or self.micro_batch_size not in (None, len(batch["timesteps"])):
+        if not self.as_graph:
             return self.run(batch)
         shapes = graphs.shapes_of(batch)
-        if shapes not in self.graphs:
-            gradient = self.flat.grad.cpu()  # the warm-up adds to it
+        if shapes in self.graphs:
+            return self.graphs[shapes](batch)
+        gradient = self.flat.grad.to("cpu", copy=True)  # a warm-up adds to it, and so does a step that fails half way
+        try:
+            if self.micro_batch_size not in (None, len(batch["timesteps"])):
+                return self.run(batch)
             self.graphs[shapes] = graphs.capture(
                 self.run, batch, self.pool, after_warm_up=lambda: self.flat.grad.copy_(gradient)
             )
             self.pool = self.graphs[shapes].graph.pool()
-        return self.graphs[shapes](batch)
+            return self.graphs[shapes](batch)
+        except torch.OutOfMemoryError as error:
+            if not self.graphs:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what the step computed
+        logger.warning("The memory does not suffice for CUDA graphs of several shapes: steps run without them now")
+        self.as_graph = False
+        self.release()
+        self.flat.grad.copy_(gradient)
+        return self.run(batch)
 
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the losses (B,) of a micro-batch, without a graph."""

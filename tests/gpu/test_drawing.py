@@ -24,8 +24,8 @@ def load_unet(tiny_base):
     return load
 
 
-def prompts_of(unet, count):
-    generator = torch.Generator().manual_seed(3)
+def prompts_of(unet, count, seed=3):
+    generator = torch.Generator().manual_seed(seed)
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     row = (
         torch.randn(77, unet.config.cross_attention_dim, generator=generator),
@@ -34,9 +34,10 @@ def prompts_of(unet, count):
     return sdxl.conditioning(row, None, count)
 
 
-def draw(denoiser, tiny_base, seeds=(5, 6), sampler="euler"):
+def draw(denoiser, tiny_base, seeds=(5, 6), sampler="euler", prompt=3, **size):
     scheduler = sdxl.make_sampler(components.load("scheduler", tiny_base / "scheduler"), sampler)
-    return drawing.draw(denoiser, scheduler, prompts_of(denoiser.unet, len(seeds)), list(seeds), **SIZE)
+    prompts = prompts_of(denoiser.unet, len(seeds), prompt)
+    return drawing.draw(denoiser, scheduler, prompts, list(seeds), **SIZE | size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -63,6 +64,38 @@ def test_a_graph_follows_prompts_sizes_of_batch_and_weights_that_change_in_place
         assert not torch.equal(tuned, found)
         assert torch.equal(tuned, draw(eager, tiny_base))
         found = tuned
+
+
+def test_graphs_follow_what_is_held_of_prompts_batches_and_sizes(load_unet, tiny_base):
+    graph, eager = (
+        drawing.Denoiser(unet, as_graph, fast)
+        for as_graph in (True, False)
+        for unet, fast in [load_unet(torch.float16, True)]
+    )
+    sizes = [(64, 96), (96, 64), (72, 88), (64, 64)]  # one of them halves to odd sizes
+    turns = [(prompt, seeds, size) for size in sizes for prompt, seeds in ((3, (5, 6)), (4, (5, 6)), (4, (7,)))]
+    turns += [turns[0], turns[2], turns[1]]  # in the end more shapes than there may be graphs, and the first again
+    drawn = {}
+    for number, (prompt, seeds, (height, width)) in enumerate(turns):
+        options = {"prompt": prompt, "height": height, "width": width}
+        found = draw(graph, tiny_base, seeds, **options)
+        assert torch.equal(found, draw(eager, tiny_base, seeds, **options)), number
+        eager.release()  # so that nothing of it is left over from another prompt
+        assert len(graph.graphs) <= drawing.MOST_GRAPHS
+        assert torch.equal(drawn.setdefault((prompt, seeds, height, width), found), found)
+    assert not torch.equal(drawn[3, (5, 6), 64, 96], drawn[4, (5, 6), 64, 96])
+    graph.release()
+    assert torch.equal(draw(graph, tiny_base), drawn[3, (5, 6), 64, 96])
+
+
+def test_what_is_held_keeps_its_place_while_graphs_read_it(load_unet, tiny_base):
+    unet, fast = load_unet(torch.float16, True)
+    denoiser, places = drawing.Denoiser(unet, True, fast), {}
+    for prompt, seeds in ((3, (5, 6)), (4, (7,)), (5, (5, 6)), (6, (7,))):
+        draw(denoiser, tiny_base, seeds, prompt=prompt)
+        found = {key: tensor.data_ptr() for key, tensor in fast.held.items()}
+        assert places.setdefault(len(seeds), found) == found
+    assert not set(places[1].values()) & set(places[2].values())
 
 
 def test_the_fused_forward_draws_what_diffusers_does(load_unet, tiny_base):

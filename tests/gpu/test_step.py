@@ -1,13 +1,16 @@
 """The captured step against the eager one, on the tiny UNet in fp16."""
 
 import functools
+import os
 
 import pytest
 import torch
 
-from rasengan import components, fused, lora, memory, optim, step
+from rasengan import components, fused, graphs, lora, memory, optim, step
 from rasengan.demo import build_tiny_sdxl
 
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first product of the process
 
 DEVICE = torch.device("cuda", 0)
 RANK, ALPHA = 4, 8.0
@@ -50,11 +53,11 @@ def make_step(unet, flat, as_graph, scale=64.0, dtype=torch.float16):
 
 def make_batch(unet, size, side=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    config = unet.config
+    config, (height, width) = unet.config, (side, side) if isinstance(side, int) else side
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     batch = {
-        "latents": torch.randn(size, 4, side, side, generator=generator),
-        "noise": torch.randn(size, 4, side, side, generator=generator),
+        "latents": torch.randn(size, 4, height, width, generator=generator),
+        "noise": torch.randn(size, 4, height, width, generator=generator),
         "timesteps": torch.randint(1000, (size,), generator=generator),
         "prompt_embeds": torch.randn(size, 77, config.cross_attention_dim, generator=generator).half(),
         "pooled_prompt_embeds": torch.randn(size, pooled, generator=generator).half(),
@@ -79,7 +82,9 @@ def trajectory(folder, as_graph, shapes, count=0, release_at=None, quantize=Fals
     return torch.cat(losses).cpu(), flat.detach().cpu()
 
 
+# A number is the side of a square; of the buckets' shapes some halve to odd sizes.
 SHAPES = [(2, 8), (2, 8), (1, 16), (2, 8), (1, 16), (3, 8)]
+BUCKETS = [(2, side) for side in ((8, 12), (12, 8), (8, 12), (10, 6), (7, 9), (12, 8), (10, 6), (7, 9))]
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +100,10 @@ def deterministic():
     [{}, {"release_at": 3}, {"count": 5}, {"count": 1000}, {"quantize": True}],
     ids=["plain", "released between", "some recomputed", "all recomputed", "nf4"],
 )
-def test_a_graph_gives_the_eager_bits(how, folder):
-    eager = trajectory(folder, False, SHAPES, **how)
-    graph = trajectory(folder, True, SHAPES, **how)
+@pytest.mark.parametrize("shapes", [SHAPES, BUCKETS], ids=["squares", "buckets"])
+def test_a_graph_gives_the_eager_bits(shapes, how, folder):
+    eager = trajectory(folder, False, shapes, **how)
+    graph = trajectory(folder, True, shapes, **how)
     assert torch.isfinite(eager[0]).all()
     assert torch.equal(eager[0], graph[0])
     assert torch.equal(eager[1], graph[1])
@@ -112,6 +118,61 @@ def test_attention_of_a_real_size_gives_the_same_bits_each_time(side):
         y = torch.nn.functional.scaled_dot_product_attention(*inputs)
         gradients.append(torch.autograd.grad(y, inputs, tensors[3]))
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
+
+
+LARGE = [(2, side) for side in ((64, 64), (48, 80), (80, 48), (56, 72), (72, 56))]
+
+
+def reserved():
+    memory.give_back()
+    return torch.cuda.memory_reserved(DEVICE)
+
+
+def test_graphs_of_several_shapes_share_their_memory(folder):
+    unet, flat, _ = load(folder)
+    train_step = make_step(unet, flat, True)
+    train_step.run(make_batch(unet, 2))
+    taken = [reserved()]
+    for size, side in LARGE:
+        train_step(make_batch(unet, size, side))
+        taken.append(reserved())
+    assert len(train_step.graphs) == len(LARGE)
+    assert taken[-1] - taken[0] < 2 * (taken[1] - taken[0]), [number / 2**20 for number in taken]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2], ids=["another shape", "another size of batch"])
+def test_where_graphs_leave_no_memory_for_another_shape_the_steps_go_on_without(micro_batch_size, folder):
+    unet, flat, _ = load(folder)
+    eager, graph = make_step(unet, flat, False), make_step(unet, flat, True)
+    graph.micro_batch_size = micro_batch_size
+    small, large = make_batch(unet, 1, (64, 56), seed=1), make_batch(unet, 2, (64, 64), seed=2)
+    gradients = []
+    for train_step in (eager, graph):
+        flat.grad.zero_()
+        train_step(large)
+        if train_step is graph:
+            total = torch.cuda.get_device_properties(DEVICE).total_memory
+            torch.cuda.set_per_process_memory_fraction((reserved() + 2**22) / total, DEVICE)
+        try:
+            train_step(small)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        gradients.append(flat.grad.clone())
+    assert not graph.as_graph
+    assert not graph.graphs
+    assert torch.equal(*gradients)
+
+
+def test_all_captures_are_on_one_stream():
+    x, streams = {"x": torch.ones(8, device=DEVICE)}, set()
+
+    def run(inputs):
+        streams.add(torch.cuda.current_stream().cuda_stream)
+        return inputs["x"] + 1
+
+    for _ in range(3):
+        assert torch.equal(graphs.capture(run, x)(x), x["x"] + 1)
+    assert len(streams) == 1
 
 
 def test_a_graph_adds_to_the_gradient_also_when_it_is_captured(folder):
@@ -134,6 +195,7 @@ def test_fp16_is_near_pefts_forward_under_autocast(folder):
     found = flat.grad.clone()
     for module in unet.modules():
         module.__dict__.pop("forward", None)
+    fused.upsample_deterministically(unet)
     flat.grad.zero_()
     train_step = make_step(unet, flat, False)
     train_step.compute = functools.partial(train_step.compute, autocast=True)

@@ -106,6 +106,24 @@ def test_a_batch_that_does_not_fit_is_split(model, tiny_base, scheduler, monkeyp
     assert max(batches) == 2, "what does not fit is tried once"
 
 
+def test_a_picture_for_which_graphs_of_others_leave_no_memory_is_drawn_without_them(
+    model, tiny_base, scheduler, monkeypatch
+):
+    model.use([])
+    prompts, predict = prompts_of(tiny_base, 1), drawing.Denoiser.__call__
+    expected = model.draw(scheduler, prompts, [1], **SIZE)
+
+    def beside_no_graph(denoiser, sample, timestep):
+        if denoiser.graphs:
+            raise torch.OutOfMemoryError
+        return predict(denoiser, sample, timestep)
+
+    monkeypatch.setattr(drawing.Denoiser, "__call__", beside_no_graph)
+    model.denoiser.graphs["another size"] = None
+    assert torch.equal(model.draw(scheduler, prompts, [1], **SIZE), expected)
+    assert model.most_at_once is None
+
+
 def test_a_picture_that_does_not_fit_alone_is_an_error(model, tiny_base, scheduler, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError

@@ -1,11 +1,13 @@
 """One training step against a plain reference, which uses nothing of the project and no PEFT."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 
-from rasengan import lora, processes, step
+from rasengan import graphs, lora, processes, step
 
 
 RANK, LORA_ALPHA, SNR_GAMMA = 4, 6.0, 5.0
@@ -181,3 +183,61 @@ def test_micro_batches_add_up_to_the_batch(tiny_base):
     torch.testing.assert_close(torch.cat(found), losses, rtol=1e-5, atol=0)
     assert not losses.requires_grad
     assert (parts.flat.grad - whole.flat.grad).norm() < 1e-5 * whole.flat.grad.norm()
+
+
+class Captured:
+    """Stands for a graph where there is no card."""
+
+    def __init__(self, run):
+        self.run = run
+        self.graph = SimpleNamespace(pool=lambda: None)
+
+    def __call__(self, inputs):
+        return self.run(inputs)
+
+
+@pytest.mark.parametrize("micro_batch_size", [3, 2], ids=["while it is captured", "in a rare size, without a graph"])
+def test_a_shape_for_which_the_graphs_leave_no_memory_runs_without_any(tiny_base, monkeypatch, micro_batch_size):
+    batch = make_batch(torch.float32)
+    first = {name: tensor[:2] for name, tensor in batch.items()}
+    expected = training_step(tiny_base, 3)
+    expected(first)
+    losses = expected(batch)
+    made = training_step(tiny_base, 3)
+    made.as_graph, made.micro_batch_size = True, 2
+    run = made.run
+
+    def capture(run, inputs, pool, after_warm_up):
+        run(inputs)
+        if made.graphs:
+            raise torch.OutOfMemoryError
+        after_warm_up()
+        return Captured(run)
+
+    def run_beside_graphs(batch):
+        losses = run(batch)
+        if made.graphs and len(losses) != 2:
+            raise torch.OutOfMemoryError
+        return losses
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    made.run = run_beside_graphs
+    made(first)
+    made.micro_batch_size = micro_batch_size
+    torch.testing.assert_close(made(batch), losses, rtol=0, atol=0)
+    assert torch.equal(made.flat.grad, expected.flat.grad)
+    assert not made.graphs
+    made.run = run
+    made(first)
+    assert not made.graphs
+
+
+def test_the_only_shape_must_fit(tiny_base, monkeypatch):
+    def capture(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    made = training_step(tiny_base, 3)
+    made.as_graph = True
+    with pytest.raises(torch.OutOfMemoryError):
+        made(make_batch(torch.float32))
