@@ -145,7 +145,7 @@ def test_where_graphs_leave_no_memory_for_another_shape_the_steps_go_on_without(
     unet, flat, _ = load(folder)
     eager, graph = make_step(unet, flat, False), make_step(unet, flat, True)
     graph.micro_batch_size = micro_batch_size
-    small, large = make_batch(unet, 1, (64, 56), seed=1), make_batch(unet, 2, (64, 64), seed=2)
+    small, large = make_batch(unet, 1, (80, 72), seed=1), make_batch(unet, 2, (80, 80), seed=2)
     gradients = []
     for train_step in (eager, graph):
         flat.grad.zero_()
