@@ -9,6 +9,7 @@ evaluate.py, with one setting of the recipe changed at a time. Beside them stand
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -44,7 +45,6 @@ ON_A_GPU = {
     "fp32, AdamW in 32 bits": ["--mixed_precision", "no", "--no-use_8bit_adam"],
     "base in nf4": ["--base_quantization", "nf4"],
 }
-ALPHA_OF_RANK = 2  # while the rank is changed, the alpha follows as its default does
 
 
 def cases() -> list[tuple[str, str, list[str]]]:
@@ -54,7 +54,7 @@ def cases() -> list[tuple[str, str, list[str]]]:
         for value in values:
             changed = RECIPE | {flag: value}
             if flag == "--rank":
-                changed["--lora_alpha"] = str(ALPHA_OF_RANK * int(value))
+                del changed["--lora_alpha"]  # its default is twice the rank, as in the recipe
             found.append((flag, value, flags(changed)))
     techniques = TECHNIQUES | (ON_A_GPU if torch.cuda.is_available() else {})
     return found + [("technique", name, flags(RECIPE) + words) for name, words in techniques.items()]
@@ -81,7 +81,7 @@ def measure(made: Path, work: Path, logs: Path, words: list[str], seed: int, pic
         for script, *rest in (train, evaluate):
             found = run([sys.executable, str(ROOT / "scripts" / script), *rest], log)
             if found["exit_code"]:
-                raise UserError(f"{script} failed: {found['error']}. Its output is in {log}.")
+                raise UserError(f"{script} failed: {found['error']} (--logs FOLDER keeps all that it says).")
         report = json.loads((Path(out) / "evaluation" / "evaluation.json").read_text())
     judge, loss = report["pictures"]["judge"], report["loss"]["held_out"]
     of_base, of_tuned = judge["base"]["mean"], judge["tuned"]["mean"]
@@ -90,21 +90,25 @@ def measure(made: Path, work: Path, logs: Path, words: list[str], seed: int, pic
         "content": of_tuned["content"],
         "style_of_base": of_base["style"],
         "content_of_base": of_base["content"],
-        "loss_change": loss["change"],
+        "loss_change": loss["change"],  # None where training diverged
     }
 
 
 def grouped(runs: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
-    """Return the mean over the seeds of each case's figures."""
-    found = {}
-    for one in runs:
-        found.setdefault((one["setting"], one["value"]), []).append(one)
+    """Return the mean over the seeds of each case's figures, of the newest run of each."""
+    newest, found = {(one["setting"], one["value"], one["seed"]): one for one in runs}, {}
+    for (setting, value, _), one in newest.items():
+        found.setdefault((setting, value), []).append(one)
     names = ("style", "content", "style_of_base", "content_of_base", "loss_change")
-    return {case: {name: mean(one[name] for one in of) for name in names} for case, of in found.items()}
+    shares = {case: {name: [one[name] for one in of] for name in names} for case, of in found.items()}
+    return {
+        case: {name: math.nan if None in values else mean(values) for name, values in by_name.items()}
+        for case, by_name in shares.items()
+    }
 
 
 def table(runs: list[dict]) -> str:
-    """Return a row for each case, settings together and the recipe's own value among them."""
+    """Return a row for each case: the base, the recipe, then each setting's other values, and the techniques."""
     found, rows = grouped(runs), []
     order = ["recipe", *OTHERS, "technique"]
     for setting, value in sorted(found, key=lambda case: order.index(case[0])):
@@ -127,7 +131,7 @@ def plot(runs: list[dict], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(OTHERS), figsize=(11, 2.8), sharey=True, layout="constrained")
     for axis, flag in zip(axes, OTHERS, strict=True):
         points = {float(value): of for (setting, value), of in found.items() if setting == flag}
-        points[float(RECIPE[flag])] = found["recipe", "recipe"]
+        points |= {float(RECIPE[flag]): of for case, of in found.items() if case == ("recipe", "recipe")}
         x = sorted(points)
         for name, color in (("style", "#e4572e"), ("content", "#5c6b84")):
             axis.plot(x, [100 * points[value][name] for value in x], "o-", color=color, label=name)

@@ -67,7 +67,8 @@ def end_with_launcher(environment: Mapping[str, str]) -> None:
     # Of the many that the launcher sets, one that nobody sets by hand.
     if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in environment and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if not any("launch" in word for word in launcher_words()):  # it died before the kernel was asked
+        # The launcher is a Python program, whoever calls it: another parent took over, since it died before that.
+        if not any("python" in word or "launch" in word for word in launcher_words()):
             os.kill(os.getpid(), signal.SIGTERM)
 
 

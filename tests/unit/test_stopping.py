@@ -83,12 +83,23 @@ def test_a_deadline_is_counted_from_the_start_and_is_a_clean_end():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_process_whose_parent_is_no_launcher_any_more_ends_by_itself():
-    code = "import os; from rasengan import stopping; stopping.end_with_launcher(os.environ)"
+LOOK = "import os; from rasengan import stopping; stopping.end_with_launcher(os.environ)"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("ACCELERATE_DYNAMO_USE_FULLGRAPH", 128 + signal.SIGTERM), ("ACCELERATE_MIXED_PRECISION", 0)]
+)
+def test_a_process_whose_parent_is_no_launcher_any_more_ends_by_itself(name, status):
+    # A shell stands for what takes over an orphan; its own words must not name Python.
+    command = ["sh", "-c", '"$INTERPRETER" -c "$LOOK"; exit $?']
+    environment = os.environ | {"INTERPRETER": sys.executable, "LOOK": LOOK, name: "no"}
+    assert subprocess.run(command, env=environment).returncode == status
+
+
+def test_a_launcher_that_another_program_calls_is_one():
     environment = os.environ | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
-    words = [sys.executable, "-c", code]
-    assert subprocess.run(words, env=environment).returncode == -signal.SIGTERM
-    assert subprocess.run(words, env=os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}).returncode == 0
+    program = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {LOOK!r}]).returncode)"
+    assert subprocess.run([sys.executable, "-"], input=program, text=True, env=environment).returncode == 0
 
 
 def test_a_process_ends_with_its_launcher():
