@@ -1,9 +1,9 @@
 """What does each setting of the recipe buy? Style and content that the miniature learns with other ones.
 
-    python benchmarks/ablation.py --miniature miniature [--plot benchmarks/results/ablation.png]
+    python benchmarks/ablation.py [--jobs 8] [--plot benchmarks/results/ablation.png]
 
-The miniature SDXL, as train_miniature.py made it, is trained on its style set by train_lora_sdxl.py, and scored by
-evaluate.py, with one setting of the recipe changed at a time. Beside them stand the techniques that are not exact:
+The miniature SDXL is trained on its style set by train_lora_sdxl.py, and scored by evaluate.py, with one setting of
+the recipe changed at a time. Beside them stand the techniques that are not exact:
 8-bit AdamW, fp16 and nf4. The table is printed as Markdown.
 """
 
@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 
@@ -26,8 +27,8 @@ from rasengan import UserError, miniature, world
 RECIPE = {
     "--rank": "16",
     "--lora_alpha": "32",
-    "--learning_rate": "4e-3",
-    "--max_train_steps": "250",
+    "--learning_rate": "3e-3",
+    "--max_train_steps": "500",
     "--train_batch_size": "8",
     "--lr_scheduler": "cosine",
     "--lr_warmup_steps": "20",
@@ -36,8 +37,8 @@ RECIPE = {
 OTHERS = {
     "--rank": ("2", "4", "8", "32", "64"),
     "--lora_alpha": ("4", "8", "16", "64"),
-    "--learning_rate": ("5e-4", "1e-3", "2e-3", "8e-3"),
-    "--max_train_steps": ("30", "60", "120", "500"),
+    "--learning_rate": ("5e-4", "1e-3", "2e-3", "6e-3"),
+    "--max_train_steps": ("60", "125", "250", "1000"),
 }
 TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}
 ON_A_GPU = {
@@ -64,14 +65,13 @@ def flags(settings: dict[str, str]) -> list[str]:
     return [word for pair in settings.items() for word in pair]
 
 
-def measure(made: Path, work: Path, logs: Path, words: list[str], seed: int, pictures: int) -> dict:
-    """Train and evaluate once; return what there is to say of it.
+def measure(made: Path, work: Path, log: Path, words: list[str], seed: int, pictures: int) -> dict:
+    """Train and evaluate once, with the scripts' output in `log`; return what there is to say of it.
 
     Raises:
         UserError: a script failed.
     """
     base = made / "miniature"
-    log = logs / "log.txt"
     with tempfile.TemporaryDirectory(dir=work) as out:
         train = ["train_lora_sdxl.py", "--pretrained_model_name_or_path", str(base), "--train_data_dir"]
         train += [f"{work}/set", "--conditioning_cache_dir", f"{work}/cache", "--resolution", str(miniature.SIDE_PX)]
@@ -150,10 +150,11 @@ def plot(runs: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--miniature", type=Path, required=True, help="folder that train_miniature.py wrote")
+    add("--miniature", type=Path, default=miniature.ASSETS, help="folder that train_miniature.py wrote [the project's]")
     add("--seeds", type=int, default=3, help="of training and of the pictures [%(default)s]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
     add("--only", nargs="+", help="settings: recipe, technique, or flags without their dashes [all]")
+    add("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
     add("--plot", type=Path, help="a PNG or SVG file to draw")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="added to [%(default)s]")
     add("--logs", type=Path, help="folder for the scripts' output [a temporary one]")
@@ -162,16 +163,23 @@ def main() -> None:
     if args.plot:
         load_pyplot()  # hours before it is needed
     results = Results(args.out, args.commit, {})
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
-        for setting, value, words in cases():
-            if args.only and setting.removeprefix("--") not in args.only:
-                continue
-            for seed in range(args.seeds):
-                found = measure(args.miniature.resolve(), work, args.logs or work, words, seed, args.pictures)
-                results.keep({"setting": setting, "value": value, "seed": seed}, found)
-                print(setting, value, seed, found, flush=True)
+        wanted = [case for case in cases() if not args.only or case[0].removeprefix("--") in args.only]
+        # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
+        runs: dict[Future, dict] = {}
+        for seed in range(args.seeds):
+            for setting, value, words in wanted:
+                log = (args.logs or work) / f"{setting.strip('-')}-{value}-{seed}.txt".replace(" ", "_")
+                run = pool.submit(measure, args.miniature.resolve(), work, log, words, seed, args.pictures)
+                runs[run] = {"setting": setting, "value": value, "seed": seed}
+        try:
+            for run in as_completed(runs):
+                results.keep(runs[run], run.result())
+                print(*runs[run].values(), run.result(), flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     runs = results.data["runs"]
     print(f"\n{table(runs)}")
     if args.plot:

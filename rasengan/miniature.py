@@ -1,7 +1,7 @@
 """A miniature SDXL that draws the small world: its architecture, and a judge of its pictures.
 
 The classes, conditioning and file layout are SDXL's; only widths and depths are smaller, so that a LoRA is trained and
-pictures are drawn within minutes on a CPU. `scripts/train_miniature.py` makes the weights.
+pictures are drawn within minutes on a CPU. `scripts/train_miniature.py` made the weights, which come with the package.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rasengan import UserError, first_line, world
 
 
+ASSETS = Path(__file__).parent / "assets"  # what the script wrote: `miniature/`, `judge.safetensors` and its figures
 SIDE_PX = 128
 WIDTHS = 64, 96  # of the text encoders
 START, END = "<|startoftext|>", "<|endoftext|>"

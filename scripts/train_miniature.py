@@ -69,9 +69,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number_type(0), default=0, help="of weights, pictures and noise [%(default)s]")
     add("--pictures", type=positive, default=60_000, help="to train on, a sixth of them in the style [%(default)s]")
     add("--judge_steps", type=positive, default=1500, help="of 128 pictures [%(default)s]")
-    add("--vae_steps", type=positive, default=14_000, help="of --vae_batch_size pictures [%(default)s]")
+    add("--vae_steps", type=positive, default=12_000, help="of --vae_batch_size pictures [%(default)s]")
     add("--vae_batch_size", type=positive, default=32, help="[%(default)s]")
-    add("--unet_steps", type=positive, default=16_000, help="of --unet_batch_size pictures [%(default)s]")
+    add("--unet_steps", type=positive, default=6_400, help="of --unet_batch_size pictures [%(default)s]")
     add("--unet_batch_size", type=positive, default=128, help="[%(default)s]")
     add("--scenes", type=positive, default=240, help="to draw and judge at the end [%(default)s]")
     return parser.parse_args(argv)
@@ -378,7 +378,8 @@ def main(args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     model, judge = miniature.build(), miniature.Judge().to(device)
     modules = {name: part.to(device) for name, part in model.items() if isinstance(part, nn.Module)}
-    figures = {"seed": args.seed, "pictures": args.pictures}
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    figures = {"seed": args.seed, "device": card, "torch": torch.__version__, "pictures": args.pictures}
     figures["parameters"] = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     base = draw_pictures(args.pictures * 5 // 6, args.seed, STYLE_SHARES, device)
     all_styles = joined(base, draw_pictures(args.pictures // 6, args.seed, {world.STYLE: 1.0}, device))
