@@ -150,7 +150,9 @@ def plot(runs: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--miniature", type=Path, default=miniature.ASSETS, help="folder that train_miniature.py wrote [the project's]")
+    add(
+        "--miniature", type=Path, default=miniature.ASSETS, help="folder that train_miniature.py wrote [the project's]"
+    )
     add("--seeds", type=int, default=3, help="of training and of the pictures [%(default)s]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
     add("--only", nargs="+", help="settings: recipe, technique, or flags without their dashes [all]")

@@ -265,6 +265,7 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
             f"the undisturbed run ended with {codes}: {reference.with_suffix('.log').read_text()[-3000:]}"
         )
     expected, draw, hits, runs = contents(reference / "run", faults.steps), random.Random(seed), Counter(), 0
+    names = {"fault": "SIGKILL", "processes": faults.processes, "size": "full" if faults.on_gpu else "tiny"}
     while sum(hits.values()) < kills:
         folder = faults.work / "trial"
         shutil.rmtree(folder, ignore_errors=True)
@@ -274,9 +275,9 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
         if different := [name for name in expected if found[name] != expected[name]]:
             raise RuntimeError(f"after kills at {dict(hit)}, {', '.join(different)} differ; see {folder}")
         hits, runs = hits + hit, runs + 1
+        found = {"kills": sum(hits.values()), "runs": runs, "equal": runs, "where": dict(hits.most_common())}
+        results.keep(names, found)
         print(f"{sum(hits.values())} kills, {runs} runs, all equal to the undisturbed one", flush=True)
-    names = {"fault": "SIGKILL", "processes": faults.processes, "size": "full" if faults.on_gpu else "tiny"}
-    results.keep(names, {"kills": sum(hits.values()), "runs": runs, "equal": runs, "where": dict(hits.most_common())})
 
 
 def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
