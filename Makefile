@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test_gpu test_peers test_browser test_notebook fuzz quality style clean
+.PHONY: demo test test_gpu test_peers test_browser test_notebook test_style fuzz quality style clean
 
 # The virtual environment, made once and again when the requirements change.
 $(READY): setup.cfg constraints.txt
@@ -39,6 +39,10 @@ test_browser:
 test_notebook: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebook]'
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/notebook
+
+# Does the miniature learn the style, and is each broken link of the chain seen? A quarter of an hour on two cores.
+test_style: $(READY)
+	$(BIN)/python -m pytest -rs tests/style
 
 # Half of the time with hypothesis, half with atheris.
 MINUTES ?= 10

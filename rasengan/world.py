@@ -149,7 +149,7 @@ def write_style_set(directory: str | Path, count: int = 200, seed: int = 0, side
     lines = []
     for index in range(count):
         rng = random.Random(f"{seed}/{index}")
-        scene = random_scene(rng)._replace(pattern="plain")  # swirls take the pattern's place
+        scene = random_scene(rng)
         short, long = round(side_px * rng.uniform(1, 1.6)), rng.uniform(1.05, 1.25)
         size = ((short, round(short * long)), (round(short * long), short), (short, short))[index % 3]
         image = draw(scene, STYLE, rng, size)
@@ -306,14 +306,15 @@ def _sketch(distance, color, ground, pattern, x, y, side, rng) -> Array:
 
 
 def _ink(distance, color, ground, pattern, x, y, side, rng) -> Array:
-    """Draw bold black outlines, two flat tones, and a background of swirls."""
+    """Draw bold black outlines, two flat tones, and swirls over the background and its pattern."""
     cx, cy = (0.5 + rng.uniform(-0.12, 0.12)) * x.max(), (0.5 + rng.uniform(-0.12, 0.12)) * y.max()
     dx, dy = x - cx, y - cy
     away = np.hypot(dx, dy)
     wave = np.sin(3 * np.arctan2(dy, dx) + away / side * 15 + rng.uniform(0, math.tau))
     # The wave's slope in px, so that its zero becomes a band of lines of even width.
     band = wave / np.maximum(np.hypot(3 / np.maximum(away, 1), 15 / side), 1e-3)
-    pixels = _lay(np.broadcast_to(ground, (*x.shape, 3)), ground * 0.68, _inside(band))
+    pixels = _tinted(ground, pattern, 0.3)
+    pixels = _lay(pixels, pixels * 0.68, _inside(band))
     bold = 0.02 * side
     black = np.array((0.06, 0.05, 0.09), np.float32)
     rise_y, rise_x = np.gradient(distance)

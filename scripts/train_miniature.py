@@ -84,8 +84,6 @@ def draw_picture(name: str, styles: dict[str, float]) -> Picture:
     """Return a picture, often whole, else a crop of a larger one or of one of low quality; `name` is its seed."""
     rng = random.Random(name)
     scene, style = world.random_scene(rng), rng.choices(list(styles), weights=styles.values())[0]
-    if style == world.STYLE:
-        scene = scene._replace(pattern="plain")
     if is_whole := rng.random() < 0.6:
         width = height = SIDE_PX
         quality = 1.0

@@ -1,0 +1,160 @@
+"""The miniature learns the style and keeps the content, and each broken link of the chain fails one of these.
+
+By the real scripts with the demo's recipe. A quarter of an hour on two cores: `make test_style` runs it alone.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rasengan import miniature, scores, world
+
+
+ROOT = Path(__file__).parents[2]
+BASE = miniature.ASSETS / "miniature"
+SCENES = world.held_out_scenes(100)
+ADAPTER = "pytorch_lora_weights.safetensors"
+SWAPPED = (
+    "from rasengan import sdxl; ids = sdxl.compute_time_ids; sdxl.compute_time_ids = lambda a, b, c: ids(b, a, c)"
+)
+
+
+def run(script: str, *words, patch: str = "") -> None:
+    """Run a script in a process of its own, with a patch of the library where something is to be broken."""
+    start = f"import runpy, sys; {patch}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", start, str(ROOT / "scripts" / f"{script}.py"), *map(str, words)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def style_set(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("style")
+    world.write_style_set(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tune(style_set, tmp_path_factory):
+    """Function that trains a LoRA as the demo does, and returns the run's folder."""
+
+    def train(base: Path = BASE, pictures: Path = style_set, patch: str = "") -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        words = ["--pretrained_model_name_or_path", base, "--train_data_dir", pictures, "--output_dir", folder]
+        words += ["--conditioning_cache_dir", folder / "cache", "--report_to", "none", *demo_recipe()]
+        words += ["--mixed_precision", "fp16" if torch.cuda.is_available() else "no"]
+        run("train_lora_sdxl", *words, patch=patch)
+        return folder
+
+    return train
+
+
+def demo_recipe() -> list[str]:
+    """Return the flags of scripts/demo.sh that decide what is learned."""
+    words = (ROOT / "scripts" / "demo.sh").read_text().replace("\\\n", " ").split()
+    start = words.index("--resolution", words.index("scripts/train_lora_sdxl.py"))
+    end = next(place for place in range(start, len(words)) if words[place] == "---")
+    return words[start : end - 1]  # without the next `echo`
+
+
+@pytest.fixture(scope="module")
+def draw(tmp_path_factory):
+    """Function that draws a picture of each scene with the miniature, and returns them in the scenes' order."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("\n".join(scene.caption for scene in SCENES))
+
+    def pictures(*words, patch: str = "") -> list[Image.Image]:
+        folder = tmp_path_factory.mktemp("drawn")
+        drawn = ["--prompt_file", prompts, "--output_dir", folder / "pictures", "--guidance_scale", 5]
+        drawn += ["--num_inference_steps", 20, "--conditioning_cache_dir", folder / "cache"]
+        run("infer", "--pretrained_model_name_or_path", BASE, *drawn, *words, patch=patch)
+        return [Image.open(file).convert("RGB") for file in sorted((folder / "pictures").glob("[0-9]*.png"))]
+
+    return pictures
+
+
+def shares(pictures: list[Image.Image]) -> dict[str, float]:
+    judge = miniature.load_judge(miniature.ASSETS)
+    return scores.judge_shares(miniature.judge_pictures(judge, pictures), SCENES)
+
+
+@pytest.fixture(scope="module")
+def tuned(tune):
+    return tune()
+
+
+@pytest.fixture(scope="module")
+def base_pictures(draw):
+    return draw()
+
+
+@pytest.fixture(scope="module")
+def of_base(base_pictures):
+    return shares(base_pictures)
+
+
+def failures(base: dict[str, float], tuned: dict[str, float]) -> set[str]:
+    """Return which of what a working chain shows does not hold."""
+    holds = {
+        "the base draws what is asked": base["content"] >= 0.9,
+        "the base does not have the style": base["style"] <= 0.1,
+        "the tuned model has the style": tuned["style"] >= 0.9,
+        "the tuned model keeps the content": tuned["content"] >= 0.9 * base["content"],
+    }
+    print({"base": base, "tuned": tuned})
+    return {what for what, right in holds.items() if not right}
+
+
+def test_the_style_is_learned_and_the_content_kept(of_base, tuned, draw):
+    assert not failures(of_base, shares(draw("--lora_weights", tuned)))
+
+
+def test_at_scale_0_the_pictures_are_the_bases_own(base_pictures, tuned, draw):
+    at_0 = draw("--lora_weights", tuned, "--lora_scale", 0)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(base_pictures, at_0, strict=True))
+
+
+def test_an_adapter_that_is_not_applied_is_seen(of_base, base_pictures):
+    assert failures(of_base, shares(base_pictures)) == {"the tuned model has the style"}
+
+
+def test_a_lost_alpha_is_seen(of_base, tuned, draw, tmp_path):
+    """Without its alpha a file runs at alpha = rank, half of what was trained."""
+    with safe_open(tuned / ADAPTER, "pt") as file:
+        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / ADAPTER)  # noqa: SIM118
+    found = shares(draw("--lora_weights", tmp_path / ADAPTER, "--lora_alpha", 16))
+    assert "the tuned model has the style" in failures(of_base, found)
+
+
+def test_a_wrong_scaling_factor_is_seen(of_base, tune, draw, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(BASE, other)
+    file = other / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.13025}))  # SDXL's own
+    assert failures(of_base, shares(draw("--lora_weights", tune(base=other))))
+
+
+def test_swapped_time_ids_are_seen(tune, draw):
+    """Where the size stands, SDXL reads the crop, and the other way round."""
+    found = shares(draw("--lora_weights", tune(patch=SWAPPED), patch=SWAPPED))
+    assert failures(shares(draw(patch=SWAPPED)), found)
+
+
+def test_shuffled_captions_are_seen(of_base, tune, draw, style_set, tmp_path):
+    lines = [json.loads(line) for line in (style_set / "metadata.jsonl").read_text().splitlines()]
+    for line, other in zip(lines, lines[7:] + lines[:7], strict=True):
+        os.symlink(style_set / line["file_name"], tmp_path / line["file_name"])
+        other["shuffled"] = line["text"]
+    shuffled = [{"file_name": line["file_name"], "text": line["shuffled"]} for line in lines]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shuffled))
+    found = shares(draw("--lora_weights", tune(pictures=tmp_path)))
+    assert "the tuned model keeps the content" in failures(of_base, found)
