@@ -28,8 +28,8 @@ RECIPE = {
     "--rank": "16",
     "--lora_alpha": "32",
     "--learning_rate": "3e-3",
-    "--max_train_steps": "500",
-    "--train_batch_size": "8",
+    "--max_train_steps": "900",
+    "--train_batch_size": "4",
     "--lr_scheduler": "cosine",
     "--lr_warmup_steps": "20",
     "--mixed_precision": "fp16" if torch.cuda.is_available() else "no",
@@ -38,7 +38,7 @@ OTHERS = {
     "--rank": ("2", "4", "8", "32", "64"),
     "--lora_alpha": ("4", "8", "16", "64"),
     "--learning_rate": ("5e-4", "1e-3", "2e-3", "6e-3"),
-    "--max_train_steps": ("60", "125", "250", "1000"),
+    "--max_train_steps": ("100", "225", "450", "1800"),
 }
 TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}
 ON_A_GPU = {

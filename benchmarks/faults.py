@@ -326,6 +326,7 @@ def main() -> None:
         action="store_true",
         help="the full size instead: 512 px, fp16, --deterministic, 240 steps, one process",
     )
+    add("--base", type=Path, help="a base to use, such as train_step.py leaves in --work_dir [built]")
     add("--disk_sizes", type=int, default=40, help="file systems to fill; 0 for none [%(default)s]")
     add("--seed", type=int, default=0, help="of the moments [%(default)s]")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json", help="added to [%(default)s]")
@@ -338,11 +339,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         # In a process of its own, which may start threads, and keeps no memory of the card.
         build = "import sys; from pathlib import Path; from rasengan import demo; work = Path(sys.argv[1]); "
-        build += (
-            "import full_size; full_size.build(work / 'base'); "
-            if args.gpu
-            else "demo.build_tiny_sdxl(work / 'base'); "
-        )
+        if args.base:
+            (Path(work) / "base").symlink_to(args.base.resolve())
+        elif args.gpu:
+            build += "import full_size; full_size.build(work / 'base'); "
+        else:
+            build += "demo.build_tiny_sdxl(work / 'base'); "
         build += "demo.draw_picture_set(work / 'set')"
         command = [sys.executable, "-c", build, work]
         subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent)

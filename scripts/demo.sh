@@ -24,8 +24,8 @@ echo "--- 2/3  training, with accelerate_configs/$config.yaml"
 rm -rf "$out/lora"  # a fresh run does not mix its checkpoints with those of an earlier one
 accelerate launch --config_file "accelerate_configs/$config.yaml" scripts/train_lora_sdxl.py \
     --pretrained_model_name_or_path $base --train_data_dir "$out/pictures" --output_dir "$out/lora" \
-    --conditioning_cache_dir "$out/cache" --resolution 128 --train_batch_size 8 --max_train_steps 500 \
-    --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 --checkpointing_steps 250 --seed 0 \
+    --conditioning_cache_dir "$out/cache" --resolution 128 --train_batch_size 4 --max_train_steps 900 \
+    --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 --checkpointing_steps 450 --seed 0 \
     --validation_split 20
 
 echo "--- 3/3  base and tuned, side by side"
