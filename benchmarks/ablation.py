@@ -21,7 +21,7 @@ from measure import ROOT, Results, run
 from programs import exit_cleanly
 from table import load_pyplot, markdown
 
-from rasengan import UserError, miniature, world
+from rasengan import miniature, world
 
 
 RECIPE = {
@@ -48,6 +48,10 @@ ON_A_GPU = {
 }
 
 
+# Shares of the pictures, and the change of the held-out loss as a share of the base's, None where training diverged.
+FIGURES = ("style", "content", "style_of_base", "content_of_base", "loss_change")
+
+
 def cases() -> list[tuple[str, str, list[str]]]:
     """Return each case's setting, its value, and its flags."""
     found = [("recipe", "recipe", flags(RECIPE))]
@@ -66,10 +70,9 @@ def flags(settings: dict[str, str]) -> list[str]:
 
 
 def measure(made: Path, work: Path, log: Path, words: list[str], seed: int, pictures: int) -> dict:
-    """Train and evaluate once, with the scripts' output in `log`; return what there is to say of it.
+    """Train and evaluate once, with the scripts' output in `log`; return `FIGURES`.
 
-    Raises:
-        UserError: a script failed.
+    That a run diverges, and stops, is a result too: no picture has style or content then.
     """
     base = made / "miniature"
     with tempfile.TemporaryDirectory(dir=work) as out:
@@ -81,7 +84,7 @@ def measure(made: Path, work: Path, log: Path, words: list[str], seed: int, pict
         for script, *rest in (train, evaluate):
             found = run([sys.executable, str(ROOT / "scripts" / script), *rest], log)
             if found["exit_code"]:
-                raise UserError(f"{script} failed: {found['error']} (--logs FOLDER keeps all that it says).")
+                return dict.fromkeys(FIGURES) | {"style": 0.0, "content": 0.0, "error": f"{script}: {found['error']}"}
         report = json.loads((Path(out) / "evaluation" / "evaluation.json").read_text())
     judge, loss = report["pictures"]["judge"], report["loss"]["held_out"]
     of_base, of_tuned = judge["base"]["mean"], judge["tuned"]["mean"]
@@ -90,7 +93,7 @@ def measure(made: Path, work: Path, log: Path, words: list[str], seed: int, pict
         "content": of_tuned["content"],
         "style_of_base": of_base["style"],
         "content_of_base": of_base["content"],
-        "loss_change": loss["change"],  # None where training diverged
+        "loss_change": loss["change"],
     }
 
 
@@ -99,8 +102,7 @@ def grouped(runs: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
     newest, found = {(one["setting"], one["value"], one["seed"]): one for one in runs}, {}
     for (setting, value, _), one in newest.items():
         found.setdefault((setting, value), []).append(one)
-    names = ("style", "content", "style_of_base", "content_of_base", "loss_change")
-    shares = {case: {name: [one[name] for one in of] for name in names} for case, of in found.items()}
+    shares = {case: {name: [one[name] for one in of] for name in FIGURES} for case, of in found.items()}
     return {
         case: {name: math.nan if None in values else mean(values) for name, values in by_name.items()}
         for case, by_name in shares.items()
@@ -115,7 +117,8 @@ def table(runs: list[dict]) -> str:
         of = found[setting, value]
         name = value if setting in ("recipe", "technique") else f"`{setting} {value}`"
         shares = [f"{100 * of[key]:.1f} %" for key in ("style", "content")]
-        rows.append([name, *shares, f"{100 * of['loss_change']:+.1f} %"])
+        change = "diverged" if math.isnan(of["loss_change"]) else f"{100 * of['loss_change']:+.1f} %"
+        rows.append([name, *shares, change])
     if of := found.get(("recipe", "recipe")):
         rows.insert(
             0, ["the base, untrained", *(f"{100 * of[f'{key}_of_base']:.1f} %" for key in ("style", "content")), ""]
