@@ -14,7 +14,7 @@ $(READY): setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quality]'
 	@touch $@
 
-# A whole run on the embedded tiny SDXL: pictures, training, base and tuned side by side.
+# A whole run on the miniature SDXL: pictures, training, base and tuned side by side.
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(DEMO)
 

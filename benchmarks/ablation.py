@@ -3,8 +3,8 @@
     python benchmarks/ablation.py [--jobs 8] [--plot benchmarks/results/ablation.png]
 
 The miniature SDXL is trained on its style set by train_lora_sdxl.py, and scored by evaluate.py, with one setting of
-the recipe changed at a time. Beside them stand the techniques that are not exact:
-8-bit AdamW, fp16 and nf4. The table is printed as Markdown.
+the recipe changed at a time. Beside them stand the techniques that are not exact: 8-bit AdamW, fp16 and nf4. The table
+is printed as Markdown.
 """
 
 import argparse
@@ -17,28 +17,22 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+import yaml
 from measure import ROOT, Results, run
 from programs import exit_cleanly
 from table import load_pyplot, markdown
 
-from rasengan import miniature, world
+from rasengan import UserError, miniature, world
 
 
-RECIPE = {
-    "--rank": "16",
-    "--lora_alpha": "32",
-    "--learning_rate": "3e-3",
-    "--max_train_steps": "900",
-    "--train_batch_size": "4",
-    "--lr_scheduler": "cosine",
-    "--lr_warmup_steps": "20",
-    "--mixed_precision": "fp16" if torch.cuda.is_available() else "no",
-}
+RECIPE = miniature.ASSETS / "recipe.yaml"  # of scripts/demo.sh too
+SETTINGS = yaml.safe_load(RECIPE.read_text())
+# Other values of one setting; alpha stays twice the rank where the rank is another.
 OTHERS = {
-    "--rank": ("2", "4", "8", "32", "64"),
-    "--lora_alpha": ("4", "8", "16", "64"),
-    "--learning_rate": ("5e-4", "1e-3", "2e-3", "6e-3"),
-    "--max_train_steps": ("100", "225", "450", "1800"),
+    "rank": ("2", "4", "8", "32", "64"),
+    "lora_alpha": ("4", "8", "16", "64"),
+    "learning_rate": ("5e-4", "1e-3", "2e-3", "6e-3"),
+    "max_train_steps": ("100", "225", "450", "1800"),
 }
 TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}
 ON_A_GPU = {
@@ -46,45 +40,44 @@ ON_A_GPU = {
     "fp32, AdamW in 32 bits": ["--mixed_precision", "no", "--no-use_8bit_adam"],
     "base in nf4": ["--base_quantization", "nf4"],
 }
-
-
 # Shares of the pictures, and the change of the held-out loss as a share of the base's, None where training diverged.
 FIGURES = ("style", "content", "style_of_base", "content_of_base", "loss_change")
 
 
 def cases() -> list[tuple[str, str, list[str]]]:
     """Return each case's setting, its value, and its flags."""
-    found = [("recipe", "recipe", flags(RECIPE))]
-    for flag, values in OTHERS.items():
+    found = [("recipe", "recipe", [])]
+    for name, values in OTHERS.items():
         for value in values:
-            changed = RECIPE | {flag: value}
-            if flag == "--rank":
-                del changed["--lora_alpha"]  # its default is twice the rank, as in the recipe
-            found.append((flag, value, flags(changed)))
+            alpha = ["--lora_alpha", str(2 * int(value))] if name == "rank" else []
+            found.append((name, value, [f"--{name}", value, *alpha]))
     techniques = TECHNIQUES | (ON_A_GPU if torch.cuda.is_available() else {})
-    return found + [("technique", name, flags(RECIPE) + words) for name, words in techniques.items()]
+    return found + [("technique", name, words) for name, words in techniques.items()]
 
 
-def flags(settings: dict[str, str]) -> list[str]:
-    return [word for pair in settings.items() for word in pair]
-
-
-def measure(made: Path, work: Path, log: Path, words: list[str], seed: int, pictures: int) -> dict:
-    """Train and evaluate once, with the scripts' output in `log`; return `FIGURES`.
+def measure(made: Path, work: Path, logs: Path, name: str, words: list[str], seed: int, pictures: int) -> dict:
+    """Train and evaluate once, with the scripts' output in `logs`; return `FIGURES`.
 
     That a run diverges, and stops, is a result too: no picture has style or content then.
+
+    Raises:
+        UserError: a script failed otherwise.
     """
     base = made / "miniature"
     with tempfile.TemporaryDirectory(dir=work) as out:
         train = ["train_lora_sdxl.py", "--pretrained_model_name_or_path", str(base), "--train_data_dir"]
-        train += [f"{work}/set", "--conditioning_cache_dir", f"{work}/cache", "--resolution", str(miniature.SIDE_PX)]
-        train += ["--seed", str(seed), "--validation_split", "20", "--report_to", "none", "--output_dir", out, *words]
+        train += [f"{work}/set", "--conditioning_cache_dir", f"{work}/cache", "--config", str(RECIPE)]
+        train += ["--mixed_precision", "fp16" if torch.cuda.is_available() else "no", "--seed", str(seed)]
+        train += ["--report_to", "none", "--output_dir", out, *words]
         evaluate = ["evaluate.py", "--lora_weights", out, "--judge", str(made), "--num_pictures", str(pictures)]
         evaluate += ["--picture_seeds", str(seed), "--guidance_scale", "5"]
         for script, *rest in (train, evaluate):
+            log = logs / f"{name}-{Path(script).stem}.txt"
             found = run([sys.executable, str(ROOT / "scripts" / script), *rest], log)
+            if found["exit_code"] and "finite" in found["error"]:
+                return dict.fromkeys(FIGURES) | {"style": 0.0, "content": 0.0, "error": found["error"]}
             if found["exit_code"]:
-                return dict.fromkeys(FIGURES) | {"style": 0.0, "content": 0.0, "error": f"{script}: {found['error']}"}
+                raise UserError(f"{script} failed: {found['error']} (--logs FOLDER keeps all that it says).")
         report = json.loads((Path(out) / "evaluation" / "evaluation.json").read_text())
     judge, loss = report["pictures"]["judge"], report["loss"]["held_out"]
     of_base, of_tuned = judge["base"]["mean"], judge["tuned"]["mean"]
@@ -112,10 +105,11 @@ def grouped(runs: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
 def table(runs: list[dict]) -> str:
     """Return a row for each case: the base, the recipe, then each setting's other values, and the techniques."""
     found, rows = grouped(runs), []
-    order = ["recipe", *OTHERS, "technique"]
-    for setting, value in sorted(found, key=lambda case: order.index(case[0])):
+    order = [("recipe", "recipe"), *((name, value) for name, values in OTHERS.items() for value in values)]
+    order += [("technique", name) for name in TECHNIQUES | ON_A_GPU]
+    for setting, value in sorted(found, key=order.index):
         of = found[setting, value]
-        name = value if setting in ("recipe", "technique") else f"`{setting} {value}`"
+        name = f"`--{setting} {value}`" if setting in OTHERS else value
         shares = [f"{100 * of[key]:.1f} %" for key in ("style", "content")]
         change = "diverged" if math.isnan(of["loss_change"]) else f"{100 * of['loss_change']:+.1f} %"
         rows.append([name, *shares, change])
@@ -132,17 +126,18 @@ def plot(runs: list[dict], file: Path) -> None:
     pyplot = load_pyplot()
     found = grouped(runs)
     figure, axes = pyplot.subplots(1, len(OTHERS), figsize=(11, 2.8), sharey=True, layout="constrained")
-    for axis, flag in zip(axes, OTHERS, strict=True):
-        points = {float(value): of for (setting, value), of in found.items() if setting == flag}
-        points |= {float(RECIPE[flag]): of for case, of in found.items() if case == ("recipe", "recipe")}
+    for axis, name in zip(axes, OTHERS, strict=True):
+        ours = float(SETTINGS[name])
+        points = {float(value): of for (setting, value), of in found.items() if setting == name}
+        points |= {ours: found["recipe", "recipe"]} if ("recipe", "recipe") in found else {}
         x = sorted(points)
-        for name, color in (("style", "#e4572e"), ("content", "#5c6b84")):
-            axis.plot(x, [100 * points[value][name] for value in x], "o-", color=color, label=name)
-        axis.axvline(float(RECIPE[flag]), color="#cccccc", zorder=0)
+        for share, color in (("style", "#e4572e"), ("content", "#5c6b84")):
+            axis.plot(x, [100 * points[value][share] for value in x], "o-", color=color, label=share)
+        axis.axvline(ours, color="#cccccc", zorder=0)
         axis.set_xscale("log")
         axis.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
         axis.minorticks_off()
-        axis.set_title(flag, fontsize=10, loc="left")
+        axis.set_title(f"--{name}", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("% of pictures")
     axes[0].set_ylim(0, 102)
@@ -154,11 +149,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
-        "--miniature", type=Path, default=miniature.ASSETS, help="folder that train_miniature.py wrote [the project's]"
+        "--miniature",
+        type=Path,
+        default=miniature.ASSETS,
+        help="folder that train_miniature.py wrote [the project's]",
     )
     add("--seeds", type=int, default=3, help="of training and of the pictures [%(default)s]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
-    add("--only", nargs="+", help="settings: recipe, technique, or flags without their dashes [all]")
+    settings = ["recipe", *OTHERS, "technique"]
+    what = f"of {', '.join(settings)} [all]"
+    add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
     add("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
     add("--plot", type=Path, help="a PNG or SVG file to draw")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="added to [%(default)s]")
@@ -171,18 +171,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
-        wanted = [case for case in cases() if not args.only or case[0].removeprefix("--") in args.only]
+        wanted = [case for case in cases() if case[0] in args.only]
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
-        runs: dict[Future, dict] = {}
+        waiting: dict[Future, dict] = {}
         for seed in range(args.seeds):
             for setting, value, words in wanted:
-                log = (args.logs or work) / f"{setting.strip('-')}-{value}-{seed}.txt".replace(" ", "_")
-                run = pool.submit(measure, args.miniature.resolve(), work, log, words, seed, args.pictures)
-                runs[run] = {"setting": setting, "value": value, "seed": seed}
+                name = f"{setting}-{value}-{seed}".replace(" ", "_")
+                made, logs = args.miniature.resolve(), args.logs or work
+                future = pool.submit(measure, made, work, logs, name, words, seed, args.pictures)
+                waiting[future] = {"setting": setting, "value": value, "seed": seed}
         try:
-            for run in as_completed(runs):
-                results.keep(runs[run], run.result())
-                print(*runs[run].values(), run.result(), flush=True)
+            for future in as_completed(waiting):
+                results.keep(waiting[future], future.result())
+                print(*waiting[future].values(), future.result(), flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     runs = results.data["runs"]

@@ -59,7 +59,6 @@ from rasengan.pipeline import Pipeline
 
 SOURCE = ("dataset_name", "dataset_config_name", "train_data_dir")
 OWN = {"output_dir", "lora_alpha"}  # which training has too, and means otherwise
-MOST_SCENES = 1000  # of the 1,700 or so that no training of the miniature has seen
 MOST_REFERENCES = 500  # pictures of the data that CMMD takes
 
 
@@ -168,8 +167,10 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(f"--checkpoints: there is no checkpoint-N in {where}. Drop the flag, or name a run's folder.")
     if args.judge and args.prompt:
         raise UserError("--judge knows scenes of its own, and no --prompt. Drop one of them.")
-    if args.judge and args.num_pictures > MOST_SCENES:
-        raise UserError(f"--num_pictures is {args.num_pictures}, but --judge has {MOST_SCENES:,} scenes. Give fewer.")
+    if args.judge and args.num_pictures > world.MOST_HELD_OUT:
+        raise UserError(
+            f"--num_pictures is {args.num_pictures}, but --judge has {world.MOST_HELD_OUT:,} scenes. Give fewer."
+        )
     if not args.num_pictures and (args.judge or args.clip_model or args.prompt):
         raise UserError(
             "--num_pictures 0 draws nothing for --prompt, --judge or --clip_model. Give more, or drop these."

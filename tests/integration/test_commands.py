@@ -94,6 +94,8 @@ def fill_home(home: Path, base: Path, pictures: Path, trained: Path) -> None:
     shutil.copytree(base, home / "sdxl")
     shutil.copytree(pictures, home / "pictures")
     shutil.copytree(trained, home / "naruto-lora")
+    shutil.copytree(trained, home / "demo" / "lora")
+    (home / "rasengan").symlink_to(ROOT / "rasengan")
     for number, step in ((2, 1000), (4, 2000)):
         shutil.move(home / "naruto-lora" / f"checkpoint-{number}", home / "naruto-lora" / f"checkpoint-{step}")
     (home / "prompts.txt").write_text("a wizard\na red star\n")

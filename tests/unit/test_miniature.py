@@ -72,3 +72,31 @@ def test_a_judge_learns_what_a_few_pictures_show():
     assert not miniature.shows(found[0], scenes[0]._replace(position="nowhere"))
     assert [answer["style_score"] > 0.5 for answer in found] == [style == world.STYLE for style in styles]
     assert isinstance(images[0], Image.Image)
+
+
+# --- the weights that come with the project ---
+
+
+def test_the_weights_are_small_and_fit_the_architecture():
+    torch.manual_seed(0)
+    model = miniature.build()
+    files = [file for file in miniature.ASSETS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 24e6
+    for name, part in model.items():
+        found = type(part).from_pretrained(miniature.ASSETS / "miniature" / name)
+        if isinstance(part, torch.nn.Module):
+            shapes, expected = ({k: w.shape for k, w in of.state_dict().items()} for of in (found, part))
+            assert shapes == expected
+            assert all(torch.isfinite(weight).all() for weight in found.state_dict().values())
+        elif name.startswith("tokenizer"):
+            assert found.get_vocab() == part.get_vocab()
+
+
+def test_the_judge_knows_what_drawn_pictures_show():
+    rng = random.Random(1)
+    scenes = [world.random_scene(rng, held_out=index % 2 == 0) for index in range(96)]
+    styles = [list(world.STYLES)[index % 4] for index in range(96)]
+    images = [world.draw(scene, style, rng) for scene, style in zip(scenes, styles, strict=True)]
+    answers = miniature.judge_pictures(miniature.load_judge(miniature.ASSETS), images)
+    assert sum(miniature.shows(answer, scene) for answer, scene in zip(answers, scenes, strict=True)) >= 93
+    assert all((answer["style"] == style) for answer, style in zip(answers, styles, strict=True))
