@@ -21,7 +21,7 @@ from rasengan import miniature, scores, world
 
 ROOT = Path(__file__).parents[2]
 BASE, RECIPE = miniature.ASSETS / "miniature", miniature.ASSETS / "recipe.yaml"
-SCENES = world.held_out_scenes(100)
+SCENES = world.held_out_scenes(60)
 pytestmark = pytest.mark.timeout(3600)  # the first test waits for a training and for two hundred pictures
 ADAPTER = "pytorch_lora_weights.safetensors"
 # Links that are broken so that no check of the scripts is told.
