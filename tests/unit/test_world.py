@@ -76,6 +76,18 @@ def test_held_out_combinations_are_seen_by_no_training():
     combinations = len(world.THINGS) * len(world.COLORS) * len(world.POSITIONS)
     assert len(seen) + len(held_out) == pytest.approx(combinations, abs=8)
     assert 0.1 < len(held_out) / combinations < 0.2
+    assert len({scene.caption for scene in world.held_out_scenes(world.MOST_HELD_OUT)}) == world.MOST_HELD_OUT
+    with pytest.raises(ValueError, match="1001 scenes"):
+        world.held_out_scenes(world.MOST_HELD_OUT + 1)
+
+
+@pytest.mark.parametrize("style", world.STYLES)
+def test_every_style_draws_the_backgrounds_pattern(style):
+    scenes = [PLAIN._replace(pattern=name, ground="green") for name in ("plain", "dotted")]
+    plain, dotted = (drawn(scene, style)[:, 100:] for scene in scenes)
+    lighter = (dotted - plain).sum(axis=2) > 20
+    assert 0.1 < lighter.mean() < 0.4
+    assert np.abs(dotted - plain)[~lighter].max() < 30
 
 
 def test_equal_seeds_give_equal_pictures_and_others_do_not():
