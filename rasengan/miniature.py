@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rasengan import UserError, first_line, world
 
 
-ASSETS = Path(__file__).parent / "assets"  # what the script wrote: `miniature/`, `judge.safetensors` and its figures
+ASSETS = Path(__file__).parent / "assets"  # what the script wrote, and the demo's recipe
 SIDE_PX = 128
 WIDTHS = 64, 96  # of the text encoders
 START, END = "<|startoftext|>", "<|endoftext|>"

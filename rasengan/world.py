@@ -100,7 +100,11 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Return different scenes of combinations that no training has seen, of at most `MOST_HELD_OUT`."""
+    """Return different scenes of combinations that no training has seen.
+
+    Raises:
+        ValueError: more than `MOST_HELD_OUT` are asked for.
+    """
     if count > MOST_HELD_OUT:
         raise ValueError(f"{count} scenes were asked for, of at most {MOST_HELD_OUT}")
     rng, found = random.Random(f"held out/{seed}"), {}

@@ -2,7 +2,7 @@
 
     python scripts/train_miniature.py --output_dir miniature
 
-Seven minutes on an H200. First comes the judge, then the VAE, then the UNet with both text encoders on its latents.
+Minutes on one large GPU. First comes the judge, then the VAE, then the UNet with both text encoders on its latents.
 Last the model draws scenes of combinations that it has never seen, and the judge says in how many it finds what was
 asked.
 `--output_dir` receives `miniature/` with the components in fp16, `judge.safetensors`, `figures.json` and `grid.png`.

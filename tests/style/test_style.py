@@ -13,17 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rasengan import miniature, scores, world
+from rasengan.adapters import DIFFUSERS_FILE
 
 
 ROOT = Path(__file__).parents[2]
 BASE, RECIPE = miniature.ASSETS / "miniature", miniature.ASSETS / "recipe.yaml"
 SCENES = world.held_out_scenes(60)
 pytestmark = pytest.mark.timeout(3600)  # the first test waits for a training and for two hundred pictures
-ADAPTER = "pytorch_lora_weights.safetensors"
 # Links that are broken so that no check of the scripts is told.
 UNDONE = """
 from rasengan import merging
@@ -136,9 +135,9 @@ def test_an_adapter_that_is_not_applied_is_seen(of_base, tuned, draw):
 
 def test_a_lost_alpha_is_seen(of_base, tuned, draw, tmp_path):
     """A file without alpha is refused; programs that take alpha = rank draw with half of what was trained."""
-    with safe_open(tuned / ADAPTER, "pt") as file:
-        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / ADAPTER)  # noqa: SIM118
-    found = shares(draw("--lora_weights", tmp_path / ADAPTER, "--lora_alpha", 16))
+    bare = tmp_path / DIFFUSERS_FILE
+    save_file(load_file(tuned / DIFFUSERS_FILE), bare)  # without its metadata
+    found = shares(draw("--lora_weights", bare, "--lora_alpha", 16))
     assert "the tuned model has the style" in failures(of_base, found)
 
 
@@ -159,10 +158,9 @@ def test_swapped_time_ids_are_seen(of_base, tune, draw):
 
 def test_shuffled_captions_are_seen(of_base, tune, draw, style_set, tmp_path):
     lines = [json.loads(line) for line in (style_set / "metadata.jsonl").read_text().splitlines()]
-    for line, other in zip(lines, lines[7:] + lines[:7], strict=True):
+    for line in lines:
         os.symlink(style_set / line["file_name"], tmp_path / line["file_name"])
-        other["shuffled"] = line["text"]
-    shuffled = [{"file_name": line["file_name"], "text": line["shuffled"]} for line in lines]
+    shuffled = [line | {"text": other["text"]} for line, other in zip(lines, lines[7:] + lines[:7], strict=True)]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shuffled))
     found = shares(draw("--lora_weights", tune(pictures=tmp_path)))
     assert "the tuned model keeps the content" in failures(of_base, found)
