@@ -154,7 +154,7 @@ def main() -> None:
         default=miniature.ASSETS,
         help="folder that train_miniature.py wrote [the project's]",
     )
-    add("--seeds", type=int, default=3, help="of training and of the pictures [%(default)s]")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the pictures [0, 1 and 2]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
     settings = ["recipe", *OTHERS, "technique"]
     what = f"of {', '.join(settings)} [all]"
@@ -174,7 +174,7 @@ def main() -> None:
         wanted = [case for case in cases() if case[0] in args.only]
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
         waiting: dict[Future, dict] = {}
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for setting, value, words in wanted:
                 name = f"{setting}-{value}-{seed}".replace(" ", "_")
                 made, logs = args.miniature.resolve(), args.logs or work

@@ -256,8 +256,8 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
     """
     reference = faults.work / f"reference-{faults.processes}"
     shutil.rmtree(reference, ignore_errors=True)
-    began_s = time.monotonic()
     pids = faults.start(reference / "run", faults.work / "cache", reference.with_suffix(".log"))
+    began_s = time.monotonic()  # the moments of the kills count from here too
     codes = faults.finish(pids)
     length_s = time.monotonic() - began_s
     if any(codes):

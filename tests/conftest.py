@@ -2,11 +2,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPConfig, CLIPModel
 
 from rasengan import demo, miniature
@@ -132,3 +134,25 @@ def trained(run_script, train_arguments, tmp_path_factory) -> Path:
     finished = run_script("train_lora_sdxl", *train_arguments, "--output_dir", folder)
     assert finished.returncode == 0, finished.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def read_log() -> Callable[[Path], EventAccumulator]:
+    """Function that reads the TensorBoard log of a run."""
+
+    def read(output_dir: Path) -> EventAccumulator:
+        log = EventAccumulator(str(output_dir / "logs" / "text2image-fine-tune"))
+        log.Reload()
+        return log
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def read_scalars(read_log) -> Callable[[Path, str], dict[int, float]]:
+    """Function that reads a scalar of a run's TensorBoard log, by step."""
+
+    def read(output_dir: Path, name: str) -> dict[int, float]:
+        return {event.step: event.value for event in read_log(output_dir).Scalars(name)}
+
+    return read

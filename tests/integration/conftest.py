@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rasengan import UserError, components
 
@@ -98,28 +97,6 @@ def refused(loaded) -> Callable[..., str]:
         return message
 
     return check
-
-
-@pytest.fixture(scope="session")
-def read_log() -> Callable[[Path], EventAccumulator]:
-    """Function that reads the TensorBoard log of a run."""
-
-    def read(output_dir: Path) -> EventAccumulator:
-        log = EventAccumulator(str(output_dir / "logs" / "text2image-fine-tune"))
-        log.Reload()
-        return log
-
-    return read
-
-
-@pytest.fixture(scope="session")
-def read_scalars(read_log) -> Callable[[Path, str], dict[int, float]]:
-    """Function that reads a scalar of a run's TensorBoard log, by step."""
-
-    def read(output_dir: Path, name: str) -> dict[int, float]:
-        return {event.step: event.value for event in read_log(output_dir).Scalars(name)}
-
-    return read
 
 
 @pytest.fixture(scope="session")
