@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--kills 200] [--processes 1 2] [--disk_sizes 40]
 
-The tiny SDXL on the CPU, 12 steps, a checkpoint every second step, two kept. A run is killed (SIGKILL) up to four
+The tiny SDXL on the CPU, 12 steps, a checkpoint every second step, two kept. A run is killed (SIGKILL) up to six
 times, at moments drawn over its whole length, cache and export included, and resumed each time; of two processes
 sometimes one alone is killed. Then the adapter and the last checkpoint must be those of a run that nobody disturbed,
 and the newest checkpoint must have been whole after every kill. Filling the disk needs root, to mount a small file
@@ -33,7 +33,7 @@ from programs import exit_cleanly
 
 
 STEPS, FULL_SIZE_STEPS = 12, 240  # a graph's steps are short beside the start of a process
-MOST_KILLS = 4  # of one run
+MOST_KILLS = 6  # of one run
 # When one of a run's processes has ended badly, `accelerate launch` ends the others, so patiently.
 TERMINATE_AFTER_S, KILL_AFTER_S = 5, 35
 # Import everything, wait for the arguments of a run, and begin.
@@ -254,17 +254,21 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
     Raises:
         RuntimeError: something was lost.
     """
-    reference = faults.work / f"reference-{faults.processes}"
-    shutil.rmtree(reference, ignore_errors=True)
-    pids = faults.start(reference / "run", faults.work / "cache", reference.with_suffix(".log"))
-    began_s = time.monotonic()  # the moments of the kills count from here too
-    codes = faults.finish(pids)
-    length_s = time.monotonic() - began_s
-    if any(codes):
-        raise RuntimeError(
-            f"the undisturbed run ended with {codes}: {reference.with_suffix('.log').read_text()[-3000:]}"
-        )
-    expected, draw, hits, runs = contents(reference / "run", faults.steps), random.Random(seed), Counter(), 0
+    expected = {}
+    for number in range(2):  # the first builds the cache, and reads cold files
+        folder = faults.work / f"undisturbed-{faults.processes}-{number}"
+        folder.mkdir()
+        pids = faults.start(folder / "run", faults.work / "cache", folder / "log")
+        began_s = time.monotonic()  # the moments of the kills count from here too
+        codes = faults.finish(pids)
+        length_s = time.monotonic() - began_s
+        if any(codes):
+            raise RuntimeError(f"the undisturbed run ended with {codes}: {(folder / 'log').read_text()[-3000:]}")
+        found = contents(folder / "run", faults.steps)
+        if different := [name for name in expected if found[name] != expected[name]]:
+            raise RuntimeError(f"of two undisturbed runs, {', '.join(different)} differ")
+        expected = found
+    draw, hits, runs = random.Random(seed), Counter(), 0
     names = {"fault": "SIGKILL", "processes": faults.processes, "size": "full" if faults.on_gpu else "tiny"}
     while sum(hits.values()) < kills:
         folder = faults.work / "trial"

@@ -82,6 +82,7 @@ def test_fp16_trains_on_two_gpus(run_script, train_arguments, tmp_path):
 def test_two_gpus_draw_the_pictures_of_one(runs, run_script, tiny_base, tmp_path):
     words = ["--pretrained_model_name_or_path", tiny_base, "--lora_weights", runs["two"], "--compare"]
     words += ["--height", 64, "--width", 64, "--num_inference_steps", 3, "--prompt", "a star", "a ring", "a dot"]
+    words += ["--mixed_precision", "fp16"]  # the config says bf16
     pictures = {}
     for name, launch in (("one", None), ("two", TWO)):
         output = ["--output_dir", tmp_path / name]
