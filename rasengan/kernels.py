@@ -10,6 +10,7 @@ Shapes: `rows` are (T, D); pictures are (N, C, H, W) in channels_last. All of fp
 import ctypes
 import logging
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -71,13 +72,30 @@ def compile_kernels(dtype: torch.dtype, capability: tuple[int, int], nvrtc: ctyp
     return code.raw
 
 
+@cache
+def _compiler() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="nvrtc")
+
+
+@cache
+def _compiling(dtype: torch.dtype, capability: tuple[int, int]) -> Future[bytes]:
+    """Return what will be the machine code; a thread compiles it."""
+    return _compiler().submit(lambda: compile_kernels(dtype, capability, _libraries()[0]))
+
+
+def begin_to_compile(dtype: torch.dtype, device: torch.device) -> None:
+    """Compile while something else is done, such as reading weights: it takes a second or more."""
+    if device.type == "cuda" and dtype in MACROS:
+        _compiling(dtype, torch.cuda.get_device_capability(device))
+
+
 class _Kernels:
     """The kernels for one dtype, loaded on one device."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
-        nvrtc, self.driver = _libraries()
+        self.driver = _libraries()[1]
         capability = torch.cuda.get_device_capability(device)
-        code = compile_kernels(dtype, capability, nvrtc)
+        code = _compiling(dtype, capability).result()
         self.has_lora_gradients = dtype in LORA_GRADIENTS_SINCE and capability >= LORA_GRADIENTS_SINCE[dtype]
         self.context = ctypes.c_void_p()
         _check(
@@ -141,7 +159,7 @@ def _kernels_for_pictures(x: torch.Tensor) -> _Kernels | None:
 
 
 def prepare(dtype: torch.dtype, device: torch.device) -> bool:
-    """Compile now rather than in the first step, and say whether the kernels can be used."""
+    """Load the kernels now rather than in the first step, and say whether the kernels can be used."""
     if device.type != "cuda" or dtype not in MACROS:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index

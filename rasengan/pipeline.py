@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image
 
-from rasengan import components, decoding, drawing, fused, lora, memory, merging, sdxl
+from rasengan import components, decoding, drawing, fused, kernels, lora, memory, merging, sdxl
 from rasengan.adapters import Adapter
 
 
@@ -61,6 +61,8 @@ class Pipeline:
         # The adapters that are merged, or will be when the UNet comes back; None once a merge has failed.
         self.used, self.change = [], None
         self.most_at_once = None  # pictures, once more were found not to fit
+        for each in (dtype, torch.float32):  # the UNet's and the VAE's
+            kernels.begin_to_compile(each, device)
 
     # --- the UNet ---
 

@@ -492,6 +492,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the LoRA ---
     set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
+    kernels.begin_to_compile(weight_dtype, device)
     unet = components.load("unet", folders["unet"], weight_dtype, args.variant)
     make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
     with memory.must_fit(unet, can_quantize=args.base_quantization != "nf4"):
