@@ -61,14 +61,20 @@ def _diffusers_names(component: str, weights: dict[str, torch.Tensor]) -> dict[s
 
 
 def sort_metadata(file: Path) -> None:
-    """Sort a safetensors file's metadata, whose order changes from one writing to the next."""
-    content = file.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    """Sort a safetensors file's metadata, whose order changes from one writing to the next.
+
+    In place: a copy of all that follows the header would keep the interpreter, and with it the training, waiting.
+    """
+    with open(file, "r+b") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # As compact as it was, with characters as they were: so it has the room that it had.
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{file}: the sorted header takes {len(text)} bytes of {size}")
+        content.seek(8)
+        content.write(text.ljust(size))
 
 
 # --- PEFT ---

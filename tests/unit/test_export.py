@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, adapter_reader, adapters, components, export, lora, merging
+from rasengan import UserError, adapter_reader, adapter_writer, adapters, components, export, lora, merging
 
 
 RANK, LORA_ALPHA = 4, 12.0
@@ -572,3 +572,20 @@ def test_published_files_can_be_read_by_whom_the_umask_allows(models, tmp_path):
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
     assert set(modes.values()) == {"0o640"}, modes
+
+
+def test_sorting_the_metadata_moves_no_weight_and_changes_no_character(tmp_path):
+    file = tmp_path / "a.safetensors"
+    metadata = {"z": 'é"\\\n\x01\x7f\u2028\U0001f600/', "a": json.dumps({"x": 1.5e-05}), "ключ": "\x1f\x08</>"}
+    tensors = {"t.ü": torch.arange(6.0).view(2, 3), "a": torch.ones(1, dtype=torch.bfloat16)}
+    contents = set()
+    for _ in range(8):  # safetensors shuffles it
+        save_file(tensors, file, metadata=metadata)
+        size = file.stat().st_size
+        adapter_writer.sort_metadata(file)
+        assert file.stat().st_size == size
+        contents.add(file.read_bytes())
+    assert len(contents) == 1
+    with safe_open(file, "pt") as content:
+        assert content.metadata() == metadata
+        assert all(torch.equal(content.get_tensor(name), tensor) for name, tensor in tensors.items())
