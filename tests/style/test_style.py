@@ -1,6 +1,7 @@
 """The miniature learns the style and keeps the content, and each broken link of the chain fails one of these.
 
-By the real scripts with the demo's recipe. A quarter of an hour on two cores: `make test_style` runs it alone.
+By the real scripts with the demo's recipe. A quarter of an hour on two cores: `make test_style` runs it alone, and
+`RESULTS=FILE make test_style` also writes the shares into a file.
 """
 
 import json
@@ -107,20 +108,36 @@ def of_base(base_pictures):
     return shares(base_pictures)
 
 
-def failures(base: dict[str, float], tuned: dict[str, float]) -> set[str]:
-    """Return which of what a working chain shows does not hold."""
+@pytest.fixture(scope="module")
+def failures(of_base):
+    """Function that returns which of what a working chain shows does not hold; `broken` names the link."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import measure
+
+    header = {"command": "make test_style", "commit": measure.source_version(ROOT), "device": measure.device_name()}
+    results = header | {"versions": measure.versions(), "scenes": len(SCENES), "base": of_base, "tuned": {}}
+
+    def check(broken: str, tuned: dict[str, float]) -> set[str]:
+        results["tuned"][broken] = tuned
+        if file := os.environ.get("RESULTS"):
+            Path(file).write_text(json.dumps(results, indent=2) + "\n")
+        return missing(of_base, tuned)
+
+    return check
+
+
+def missing(base: dict[str, float], tuned: dict[str, float]) -> set[str]:
     holds = {
         "the base draws what is asked": base["content"] >= 0.9,
         "the base does not have the style": base["style"] <= 0.1,
         "the tuned model has the style": tuned["style"] >= 0.9,
         "the tuned model keeps the content": tuned["content"] >= 0.9 * base["content"],
     }
-    print({"base": base, "tuned": tuned})
     return {what for what, right in holds.items() if not right}
 
 
-def test_the_style_is_learned_and_the_content_kept(of_base, tuned, draw):
-    assert not failures(of_base, shares(draw("--lora_weights", tuned)))
+def test_the_style_is_learned_and_the_content_kept(failures, tuned, draw):
+    assert not failures("nothing", shares(draw("--lora_weights", tuned)))
 
 
 def test_at_scale_0_the_pictures_are_the_bases_own(base_pictures, tuned, draw):
@@ -128,39 +145,42 @@ def test_at_scale_0_the_pictures_are_the_bases_own(base_pictures, tuned, draw):
     assert all(a.tobytes() == b.tobytes() for a, b in zip(base_pictures, at_0, strict=True))
 
 
-def test_an_adapter_that_is_not_applied_is_seen(of_base, tuned, draw):
+def test_an_adapter_that_is_not_applied_is_seen(failures, tuned, draw):
     found = shares(draw("--lora_weights", tuned, patch=UNDONE))
-    assert failures(of_base, found) == {"the tuned model has the style"}
+    assert failures("the merge", found) == {"the tuned model has the style"}
 
 
-def test_a_lost_alpha_is_seen(of_base, tuned, draw, tmp_path):
+def test_a_lost_alpha_is_seen(failures, tuned, draw, tmp_path):
     """A file without alpha is refused; programs that take alpha = rank draw with half of what was trained."""
     bare = tmp_path / DIFFUSERS_FILE
     save_file(load_file(tuned / DIFFUSERS_FILE), bare)  # without its metadata
     found = shares(draw("--lora_weights", bare, "--lora_alpha", 16))
-    assert "the tuned model has the style" in failures(of_base, found)
+    assert "the tuned model has the style" in failures("alpha", found)
 
 
-def test_a_wrong_scaling_factor_is_seen(of_base, tune, draw, tmp_path):
+def test_a_wrong_scaling_factor_is_seen(failures, tune, draw, tmp_path):
     other = tmp_path / "base"
     shutil.copytree(BASE, other)
     file = other / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.13025}))  # SDXL's own
-    found = failures(of_base, shares(draw("--lora_weights", tune(base=other))))
-    assert found == {"the tuned model has the style", "the tuned model keeps the content"}
+    found = shares(draw("--lora_weights", tune(base=other)))
+    assert failures("the scaling factor", found) == {
+        "the tuned model has the style",
+        "the tuned model keeps the content",
+    }
 
 
-def test_swapped_time_ids_are_seen(of_base, tune, draw):
+def test_swapped_time_ids_are_seen(failures, tune, draw):
     """Where the size stands, SDXL reads the crop, and the other way round."""
     found = shares(draw("--lora_weights", tune(patch=SWAPPED), patch=SWAPPED))
-    assert "the tuned model keeps the content" in failures(of_base, found)
+    assert "the tuned model keeps the content" in failures("the time ids", found)
 
 
-def test_shuffled_captions_are_seen(of_base, tune, draw, style_set, tmp_path):
+def test_shuffled_captions_are_seen(failures, tune, draw, style_set, tmp_path):
     lines = [json.loads(line) for line in (style_set / "metadata.jsonl").read_text().splitlines()]
     for line in lines:
         os.symlink(style_set / line["file_name"], tmp_path / line["file_name"])
     shuffled = [line | {"text": other["text"]} for line, other in zip(lines, lines[7:] + lines[:7], strict=True)]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shuffled))
     found = shares(draw("--lora_weights", tune(pictures=tmp_path)))
-    assert "the tuned model keeps the content" in failures(of_base, found)
+    assert "the tuned model keeps the content" in failures("the captions", found)
