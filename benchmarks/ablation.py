@@ -1,6 +1,7 @@
 """What does each setting of the recipe buy? Style and content that the miniature learns with other ones.
 
     python benchmarks/ablation.py [--jobs 8] [--plot benchmarks/results/ablation.png]
+    python benchmarks/ablation.py --show benchmarks/results/ablation_gpu.json [--plot ablation.png]
 
 The miniature SDXL is trained on its style set by train_lora_sdxl.py, and scored by evaluate.py, with one setting of
 the recipe changed at a time. Beside them stand the techniques that are not exact: 8-bit AdamW, fp16 and nf4. The table
@@ -34,7 +35,7 @@ OTHERS = {
     "learning_rate": ("5e-4", "1e-3", "2e-3", "6e-3"),
     "max_train_steps": ("100", "225", "450", "1800"),
 }
-TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}
+TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}  # in the recipe's precision: fp16 on a GPU
 ON_A_GPU = {
     "fp32": ["--mixed_precision", "no"],
     "fp32, AdamW in 32 bits": ["--mixed_precision", "no", "--no-use_8bit_adam"],
@@ -145,6 +146,13 @@ def plot(runs: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def show(runs: list[dict], file: Path | None) -> None:
+    """Print the table, and draw the plot where a file for it is given."""
+    print(f"\n{table(runs)}")
+    if file:
+        plot(runs, file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -161,12 +169,16 @@ def main() -> None:
     add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
     add("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
     add("--plot", type=Path, help="a PNG or SVG file to draw")
+    add("--show", type=Path, metavar="FILE", help="only the table, and the plot, of what is in such a file")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="added to [%(default)s]")
     add("--logs", type=Path, help="folder for the scripts' output [a temporary one]")
     add("--commit", help="of this project, where there is no git")
     args = parser.parse_args()
     if args.plot:
         load_pyplot()  # hours before it is needed
+    if args.show:
+        show(json.loads(args.show.read_text())["runs"], args.plot)
+        return
     results = Results(args.out, args.commit, {})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
@@ -186,10 +198,7 @@ def main() -> None:
                 print(*waiting[future].values(), future.result(), flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    runs = results.data["runs"]
-    print(f"\n{table(runs)}")
-    if args.plot:
-        plot(runs, args.plot)
+    show(results.data["runs"], args.plot)
 
 
 if __name__ == "__main__":

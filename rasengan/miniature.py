@@ -71,6 +71,11 @@ def build() -> dict[str, object]:
     }
 
 
+def is_one(unet_config: dict) -> bool:
+    """Say whether a UNet's configuration is a miniature's."""
+    return (unet_config.get("sample_size"), unet_config.get("cross_attention_dim")) == (SIDE_PX // 8, sum(WIDTHS))
+
+
 def make_tokenizer(pad_token: str) -> CLIPTokenizer:
     """Return a tokenizer of bytes, which has a token of its own for each word of the world's captions."""
     # Sorted, because the alphabet comes as a set; as in CLIP's own vocabulary, "!" then gets id 0.
@@ -126,11 +131,10 @@ QUESTIONS = {
     "color": list(world.COLORS),
     "position": list(world.POSITIONS),
     "count": list(world.COUNTS),
+    "pattern": list(world.PATTERNS),
     "ground": list(world.COLORS),
-    "style": list(world.STYLES),
+    "style": [*world.STYLES, "none"],  # none of them: noise, flat colors, what a broken model draws
 }
-
-
 ASKED = ("thing", "color", "position")  # what a picture must show
 
 

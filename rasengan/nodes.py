@@ -113,8 +113,8 @@ class AddLayerNorm(torch.autograd.Function):
 class GroupNormSilu(torch.autograd.Function):
     """(x, shift) -> (x, silu(GroupNorm(x + shift))), pictures; keeps x and the statistics.
 
-    x is handed on, so that the gradient that comes past the norm is added by the norm's own backward pass. shift
-    (N, C) is frozen, or None; silu may be left out.
+    x is handed on, so that the gradient that comes past the norm is added by the norm's own backward pass. shift is
+    (N, C), or None, and has a gradient where a text encoder is trained: the pooled text is in it. silu may be left out.
     """
 
     @staticmethod
@@ -129,9 +129,13 @@ class GroupNormSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_x, grad_y):
         x, shift, statistics = ctx.saved_tensors
-        if grad_y is not None:
+        grad_shift = None
+        if grad_y is not None and ctx.needs_input_grad[1]:
+            grad = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, None)
+            grad_shift, grad_x = grad.sum(dim=(2, 3)), grad if grad_x is None else grad + grad_x
+        elif grad_y is not None:
             grad_x = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, grad_x)
-        return grad_x, None, None, None, None, None, None
+        return grad_x, grad_shift, None, None, None, None, None
 
 
 class Geglu(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """How well pictures show what was asked for, and how near they are to others: by the miniature's judge, or by a CLIP.
 
-KID is left out: it needs an Inception's weights, which hardly anybody has at hand, and CMMD says the same with fewer
-pictures.
+KID is left out: it needs an Inception's weights, which hardly anybody has at hand; CMMD is a like distance between
+embeddings of the CLIP that is there anyway.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from rasengan import UserError, first_line, miniature, world
 
 
-QUESTIONS = ("thing", "color", "position", "count", "ground")
+QUESTIONS = ("thing", "color", "position", "count", "pattern", "ground")
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
 AT_ONCE = 16  # pictures or texts that a CLIP sees together
 

@@ -324,6 +324,8 @@ def main(args: argparse.Namespace) -> None:
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     adapter = read_fitting(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
     measured, notes = find_measured(args, make_bar)
+    if judge and not miniature.is_one(components.read_config("unet", folders["unet"])):
+        notes.append("The base is not the miniature: what the judge says of its pictures means nothing.")
     drawn, scenes = choose_pictures(args, measured)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     scheduler = load_scheduler(args, folders["scheduler"])

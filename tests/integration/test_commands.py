@@ -1,4 +1,8 @@
-"""Every command that README and docs/ show is run, in order, on the tiny SDXL with a hub of its own."""
+"""Every call of a script that README and docs/ show is run, in order, on the tiny SDXL with a hub of its own.
+
+`accelerate launch` is left out here, and runs in test_processes.py; `make demo`, which is demo.sh,
+in test_miniature_draws.py; what Colab's cells do besides in tests/notebook.
+"""
 
 import importlib.util
 import json

@@ -1,29 +1,39 @@
-"""The miniature that comes with the project draws what is asked, and begins to learn the style within seconds.
+"""The demo runs, its miniature draws what is asked, and begins to learn the style within seconds.
 
 How well it does in the end, `make test_style` and benchmarks/ablation.py count.
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from PIL import Image
 
 from rasengan import miniature, scores, world
 
 
+ROOT = Path(__file__).parents[2]
 SCENES = world.held_out_scenes(16)
-BASE = miniature.ASSETS / "miniature"
 
 
-def test_the_base_draws_what_is_asked_and_a_short_run_brings_the_style(run_script, tmp_path):
-    world.write_style_set(tmp_path / "set", count=120)
-    (tmp_path / "prompts.txt").write_text("\n".join(scene.caption for scene in SCENES))
-    words = ["--pretrained_model_name_or_path", BASE, "--conditioning_cache_dir", tmp_path / "cache"]
-    train = ["--train_data_dir", tmp_path / "set", "--output_dir", tmp_path / "run", "--report_to", "none"]
-    train += ["--config", miniature.ASSETS / "recipe.yaml", "--seed", 0]
-    short = ["--max_train_steps", 150, "--validation_split", 4]
-    finished = run_script("train_lora_sdxl", *words, *train, *short)
+def test_the_base_draws_what_is_asked_and_a_short_demo_brings_the_style(run_script, tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", ROOT / "scripts" / "demo.sh", tmp_path, "--max_train_steps", "150", "--report_to", "none"]
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr
-    drawn = ["--prompt_file", tmp_path / "prompts.txt", "--output_dir", tmp_path / "drawn", "--guidance_scale", 5]
-    drawn += ["--lora_weights", tmp_path / "run", "--compare", "--num_inference_steps", 12]
-    finished = run_script("infer", *words, *drawn)
+    assert "Done, after" in finished.stdout
+    assert {path.suffix for path in (tmp_path / "images").iterdir()} == {".png", ".html"}
+    assert len(list((tmp_path / "images").glob("*-tuned.png"))) == 4
+
+    prompts = tmp_path / "more.txt"
+    prompts.write_text("\n".join(scene.caption for scene in SCENES))
+    words = ["--pretrained_model_name_or_path", miniature.ASSETS / "miniature", "--lora_weights", tmp_path / "lora"]
+    words += ["--conditioning_cache_dir", tmp_path / "cache", "--prompt_file", prompts, "--guidance_scale", 5]
+    finished = run_script(
+        "infer", *words, "--output_dir", tmp_path / "drawn", "--compare", "--num_inference_steps", 12
+    )
     assert finished.returncode == 0, finished.stderr
 
     judge, shares = miniature.load_judge(miniature.ASSETS), {}

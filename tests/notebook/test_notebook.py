@@ -1,4 +1,4 @@
-"""The notebook as it is, cell by cell in a kernel of its own, with the tiny SDXL; only its settings are replaced."""
+"""The notebook, cell by cell in a kernel of its own, with the miniature SDXL; only its settings are replaced."""
 
 import contextlib
 import json
@@ -16,11 +16,24 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
 
+from rasengan import miniature, world
+
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "rasengan_colab.ipynb"
-STEPS = 100
-PROMPTS = ['a wizard\'s "hat" for $5', "a red sports car"]
+STEPS, PICTURES = 60, 40
+PROMPTS = ['a wizard\'s "hat" for $5', "two red stars at the left on a white background"]
+# What Colab brings: it writes down what it was asked for.
+COLAB = """
+import sys, types
+
+asked = []
+colab = types.ModuleType("google.colab")
+colab.drive = types.SimpleNamespace(mount=asked.append)
+colab.files = types.SimpleNamespace(download=asked.append)
+sys.modules |= {"google.colab": colab, "google": sys.modules.get("google", types.ModuleType("google"))}
+on_colab = True
+"""
 
 
 class Session:
@@ -53,11 +66,14 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_base, picture_set, tmp_path_factory) -> dict:
+def settings(tmp_path_factory) -> dict:
+    pictures = tmp_path_factory.mktemp("pictures")
+    world.write_style_set(pictures, PICTURES)
+    base = str(miniature.ASSETS / "miniature")
     return {
-        **{"base": str(tiny_base), "variant": "", "train_data_dir": str(picture_set), "prompts": PROMPTS},
+        **{"base": base, "variant": "", "train_data_dir": str(pictures), "prompts": PROMPTS},
         **{"folder": str(tmp_path_factory.mktemp("drive") / "My Drive"), "run_name": "a run"},
-        **{"resolution": 64, "steps": STEPS, "checkpointing_steps": 10, "learning_rate": 0.001},
+        **{"resolution": 128, "steps": STEPS, "checkpointing_steps": 10, "learning_rate": 0.001},
     }
 
 
@@ -158,9 +174,15 @@ def test_the_base_is_written_once(stopped, whole, place):
 
 
 def test_the_report_on_the_pictures_is_shown(whole):
-    assert "64 pictures" in whole.text("check")
+    assert f"{PICTURES} pictures" in whole.text("check")
     (frame,) = whole.shown("check", "text/html")
-    assert frame.count("data:image/") > 60
+    assert frame.count("data:image/") >= PICTURES
+
+
+def test_base_and_tuned_are_compared_on_what_was_held_out(whole):
+    assert "Loss of 2 held-out pictures" in whole.text("evaluate")
+    (frame,) = whole.shown("evaluate", "text/html")
+    assert "held-out" in frame
 
 
 def test_without_a_gpu_the_plan_says_so(whole):
@@ -204,3 +226,15 @@ def test_without_a_checkout_one_is_cloned_and_a_command_that_fails_stops_with_it
     assert caught.value.evalue.startswith("error: --plan_only needs a CUDA GPU")
     assert "Traceback" in session.text("plan")  # the launcher's own, below that line
     assert session.cells["train"]["execution_count"] is None
+
+
+def test_on_colab_drive_is_mounted_and_both_files_are_downloaded(new_session, whole, place):
+    with new_session() as session:
+        cells = session.client.nb.cells
+        # After the installation, which would stop without a GPU; a last cell shows what was asked for.
+        cells.insert(cells.index(session.cells["drive"]), nbformat.v4.new_code_cell(COLAB, id="colab"))
+        cells.append(nbformat.v4.new_code_cell("print(*asked, sep='\\n')", id="asked"))
+        session.cells |= {cell["id"]: cell for cell in cells}
+        session.run("settings", "install", "colab", "drive", "download", "asked")
+    downloads = [place / "a run-kohya.safetensors", place / "a run.zip"]
+    assert session.text("asked").splitlines() == ["/content/drive", *map(str, downloads)]

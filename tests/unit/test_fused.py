@@ -218,11 +218,17 @@ def test_a_quantized_base_gives_pefts_gradient(targets, load_unet, batch):
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_the_texts_gradient_is_pefts_where_the_text_encoders_are_trained(load_unet, batch):
+@pytest.mark.parametrize("blocks", [0, 1000], ids=["kept", "recomputed"])
+def test_the_texts_gradients_are_pefts_where_the_text_encoders_are_trained(load_unet, batch, blocks):
+    """Text reaches the UNet by its tokens, and pooled by the time embedding, which every residual block adds."""
     gradients = []
     for fuse in (False, True):
-        unet, flat, _ = load_unet(fuse=fuse)
-        prompt_embeds = batch["prompt_embeds"].clone().requires_grad_()
-        losses_of(unet, batch | {"prompt_embeds": prompt_embeds}).mean().backward()
-        gradients.append(prompt_embeds.grad)
-    assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[0].norm()
+        unet, _, fused_unet = load_unet(fuse=fuse)
+        if fuse:
+            fused_unet.recompute(blocks)
+        texts = {name: batch[name].clone().requires_grad_() for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        losses_of(unet, batch | texts).mean().backward()
+        gradients.append([text.grad for text in texts.values()])
+    for expected, found in zip(*gradients, strict=True):
+        assert expected.norm() > 0
+        assert (found - expected).norm() < 1e-12 * expected.norm()
