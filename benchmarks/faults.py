@@ -268,7 +268,7 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
         if different := [name for name in expected if found[name] != expected[name]]:
             raise RuntimeError(f"of two undisturbed runs, {', '.join(different)} differ")
         expected = found
-    draw, hits, runs = random.Random(seed), Counter(), 0
+    draw, hits, runs, equal = random.Random(seed), Counter(), 0, 0
     names = {"fault": "SIGKILL", "processes": faults.processes, "size": "full" if faults.on_gpu else "tiny"}
     while sum(hits.values()) < kills:
         folder = faults.work / "trial"
@@ -276,11 +276,12 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
         folder.mkdir()
         hit, output_dir = faults.trial(folder, draw, length_s, fresh_cache=runs % 3 == 0)
         found = contents(output_dir, faults.steps)
-        if different := [name for name in expected if found[name] != expected[name]]:
+        different = [name for name in expected if found[name] != expected[name]]
+        hits, runs, equal = hits + hit, runs + 1, equal + (not different)
+        counts = {"asked": kills, "kills": sum(hits.values()), "runs": runs, "equal": equal}
+        results.keep(names, counts | {"where": dict(hits.most_common())})
+        if different:
             raise RuntimeError(f"after kills at {dict(hit)}, {', '.join(different)} differ; see {folder}")
-        hits, runs = hits + hit, runs + 1
-        found = {"kills": sum(hits.values()), "runs": runs, "equal": runs, "where": dict(hits.most_common())}
-        results.keep(names, found)
         print(f"{sum(hits.values())} kills, {runs} runs, all equal to the undisturbed one", flush=True)
 
 

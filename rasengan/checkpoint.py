@@ -158,11 +158,24 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def digest_of(content: bytes | memoryview) -> str:
+    """Return the digest that the manifest has of a file with this content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 # --- writing ---
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the size and digest of each file into `manifest.json`, with all of them on the disk before it."""
+def write_manifest(folder: Path, written: dict[str, str] | None = None) -> None:
+    """Write the size and digest of each file into `manifest.json`, with all of them on the disk before it.
+
+    Args:
+        folder: of the files.
+        written: the digests of what was to be written, for those whose content is known.
+
+    Raises:
+        OSError: one of these has other content.
+    """
     manifest = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         give_default_mode(file)
@@ -171,6 +184,8 @@ def write_manifest(folder: Path) -> None:
         _forget_content(file)
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
         sync_folder(inner)
+    if wrong := [name for name, digest in (written or {}).items() if manifest[name][1] != digest]:
+        raise OSError(0, f"{wrong[0]} reads otherwise than what was written")
     write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
 
 

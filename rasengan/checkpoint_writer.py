@@ -19,6 +19,7 @@ from rasengan.checkpoint import (
     BEST_FOLDER,
     EMA_FOLDER,
     STATE_FILE,
+    digest_of,
     find_damage,
     last_name,
     list_checkpoints,
@@ -188,16 +189,20 @@ class CheckpointWriter:
             for left_behind in [*path.parent.glob(".saving-*"), *path.parent.glob(".removing-*")]:
                 shutil.rmtree(left_behind, ignore_errors=True)
             unfinished.mkdir()  # not its parents: where a mount went, they would be another disk's
+            contents = {STATE_FILE: memoryview(state)}
             for name, part in ((f"{OPTIMIZER_NAME}.bin", "optimizer"), (SCALER_NAME, "scaler")):
                 if part in parts:
                     content = io.BytesIO()
                     torch.save(parts[part], content)
-                    (unfinished / name).write_bytes(content.getbuffer())
+                    contents[name] = content.getbuffer()
+            for name, content in contents.items():
+                (unfinished / name).write_bytes(content)
             for folder, part in ((".", "flat"), (EMA_FOLDER, "ema")):
                 if part in parts:
-                    adapter_writer.write_diffusers(unfinished / folder, self.layout.adapter(parts[part]))
-            (unfinished / STATE_FILE).write_bytes(state)
-            write_manifest(unfinished)
+                    adapter = self.layout.adapter(parts[part])
+                    adapter_writer.write_diffusers(unfinished / folder, adapter)
+                    self._check_written(unfinished / folder / adapters.DIFFUSERS_FILE, adapter)
+            write_manifest(unfinished, {name: digest_of(content) for name, content in contents.items()})
             if damage := find_damage(unfinished):
                 raise OSError(0, f"what was written reads otherwise: {damage}")
             if path.exists():

@@ -42,6 +42,7 @@ def explain(
     unet: torch.nn.Module,
     flat: torch.nn.Parameter,
     batch: dict,
+    names: list[str],
     compute_losses: Callable[[dict], torch.Tensor],
     weight_dtype: torch.dtype,
     global_step: int,
@@ -53,7 +54,8 @@ def explain(
     Args:
         unet: with its LoRA.
         flat: the trained parameter.
-        batch: the last one, on the device, with the files' names as `name`.
+        batch: the last one, on the device.
+        names: of the files of this process's last step, of which the batch may be a part.
         compute_losses: of a batch, with the UNet in evaluation mode.
         weight_dtype: of the frozen UNet.
         global_step: optimizer steps done.
@@ -76,9 +78,9 @@ def explain(
     else:
         where = "the forward pass is finite, and its gradient is not"
         cause = f"the gradient overflows: lower --learning_rate{precision}"
-    names = ", ".join(map(str, batch.get("name", [])))
+    files = ", ".join(map(str, names))
     go_on = f"go on from {last_good}, the last good checkpoint" if last_good else "start again"
     return (
-        f"{in_a_row} steps in a row had no finite gradient, up to step {global_step} with {names}, and were skipped; "
+        f"{in_a_row} steps in a row had no finite gradient, up to step {global_step} with {files}, and were skipped; "
         f"{where}. Likely {cause}, and {go_on}."
     )

@@ -55,7 +55,11 @@ def host_peak_rss_gib() -> float:
 def give_back() -> None:
     """Return what is cached but not used to the card."""
     gc.collect()
-    torch.cuda.empty_cache()  # which does nothing where no card is in use
+    if torch.cuda.is_initialized():
+        # A graph may still run in memory that is taken away here: PyTorch waits for the stream that it was captured
+        # on alone, and it is replayed on another.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def measure_peak(run: Callable[[], object], device: torch.device) -> int | None:
@@ -234,19 +238,23 @@ def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Para
     }
 
 
-def out_of_memory(plan: Plan, global_step: int, saved: str) -> str:
+def out_of_memory(plan: Plan, blocks: int, global_step: int, saved: str) -> str:
     """Return what to say, and how to go on, when a step that was planned to fit does not fit any more.
 
     Args:
         plan: of the step.
+        blocks: that could be recomputed.
         global_step: optimizer steps done.
         saved: the name of the last checkpoint; empty where there is none.
     """
+    if plan.micro_batch_size == 1 and plan.recomputed_blocks >= blocks:
+        remedy = "once the card has more room: no plan takes less at this --resolution"
+    else:
+        remedy = f"and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, say, for a smaller plan"
     return (
         f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
         f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the start'} is where to resume, "
-        f"with --resume_from_checkpoint latest, and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, "
-        "say, for a smaller plan."
+        f"with --resume_from_checkpoint latest, {remedy}."
     )
 
 

@@ -114,7 +114,7 @@ class GroupNormSilu(torch.autograd.Function):
     """(x, shift) -> (x, silu(GroupNorm(x + shift))), pictures; keeps x and the statistics.
 
     x is handed on, so that the gradient that comes past the norm is added by the norm's own backward pass. shift is
-    (N, C), or None, and has a gradient where a text encoder is trained: the pooled text is in it. silu may be left out.
+    (N, C) or None, and has a gradient where a text encoder is trained: pooled text is in it. silu may be left out.
     """
 
     @staticmethod

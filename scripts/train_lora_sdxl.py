@@ -458,7 +458,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
     data.warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
-    if args.push_to_hub and is_main:
+    if args.push_to_hub and is_main and not args.plan_only:
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
     scheduler = components.load("scheduler", folders["scheduler"])
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
@@ -526,6 +526,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             fused.upsample_deterministically(unet)
         blocks, recompute_blocks = 1, partial(memory.recompute_whole, unet)
     as_graph = args.cuda_graph and device.type == "cuda" and slow_because is None and not args.train_text_encoder
+    if args.train_text_encoder and args.cuda_graph and device.type == "cuda":
+        logger.info("Steps run without a CUDA graph, since the text encoders are trained")
     compute_losses = partial(
         step.compute_losses,
         unet,
@@ -691,12 +693,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             with progress.paused(), validation.evaluating(adapted), averaged():
                 note_loss(global_step)
         step.seed_step(args.seed, global_step, accelerator.process_index)
-        step_loss = torch.zeros((), device=device)
+        step_loss, names = torch.zeros((), device=device), []
         try:
-            left = samples_per_process
-            while left:
+            while len(names) < samples_per_process:
                 batch = next(batches)
-                left -= len(batch["name"])
+                names += batch["name"]
                 losses = train_step(batch)
                 step_loss += losses.sum() / samples_per_process
                 if args.debug_loss:
@@ -706,7 +707,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
             saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
-            raise UserError(memory.out_of_memory(plan, global_step, saved)) from error
+            raise UserError(memory.out_of_memory(plan, blocks, global_step, saved)) from error
         except samples.WorkerDied as error:
             saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen})
             raise UserError(samples.worker_died(error, global_step, saved)) from error
@@ -729,8 +730,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         is_last, minutes = global_step == max_train_steps, (time.monotonic() - saved_s) / 60
         is_late = args.checkpointing_minutes is not None and minutes >= args.checkpointing_minutes
         is_stopping, is_late = ballot.any(stopper.due(), is_main and is_late)
-        saves = global_step % args.checkpointing_steps == 0 or is_late or (is_stopping and not is_last)
-        if progress.add(step_loss, grad_norm) >= args.logging_steps or is_last or saves:
+        saves = global_step % args.checkpointing_steps == 0 or is_late or is_stopping or is_last
+        if progress.add(step_loss, grad_norm) >= args.logging_steps or saves:
             is_first_reading = progress.step == first_step
             for at_step, values in progress.read().items():
                 accelerator.log(values, step=at_step)
@@ -744,7 +745,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                 # The weights of a checkpoint are good where a later step had a finite gradient.
                 good = checkpoint.last_name(output_dir, before=global_step - progress.skipped_in_a_row)
                 facts = (global_step, progress.skipped_in_a_row, good)
-                raise UserError(diagnosis.explain(unet, flat, batch, evaluate_losses, weight_dtype, *facts))
+                raise UserError(diagnosis.explain(unet, flat, batch, names, evaluate_losses, weight_dtype, *facts))
         if saves and progress.is_stuck():
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
@@ -771,7 +772,6 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             tell(f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}. Go on with:")
             tell(f"  {resume_command}")
         return stopper.exit_code()
-    stopper.release()
     if rows.held_out:
         with validation.evaluating(adapted), averaged():
             note_loss(global_step)
@@ -785,6 +785,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
         write_settings(args, optimizer_steps=global_step)
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
+    stopper.release()  # what comes now may be lost
     if args.validation_prompt:
         with validation.evaluating(adapted), averaged():
             show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)

@@ -36,11 +36,13 @@ from rasengan import (  # noqa: E402
     adapter_writer,
     adapters,
     checkpoint,
+    command_line,
     components,
     demo,
     export,
     imaging,
     resuming,
+    tensor_files,
 )
 
 
@@ -218,7 +220,7 @@ def search_with_atheris(targets: Targets, until_s: float, first_seed: int) -> No
     """Search for bytes that reach new code in what reads headers and configurations; ends the process."""
     import atheris
 
-    for module in (export, checkpoint, components):
+    for module in (adapter_reader, tensor_files, checkpoint, resuming, components, command_line):
         for name, function in vars(module).copy().items():
             if callable(function) and getattr(function, "__module__", "") == module.__name__:
                 if not isinstance(function, type):

@@ -106,7 +106,7 @@ def test_a_plan_is_printed_kept_and_used_again(run_script, train_arguments, tmp_
     assert plan_again == plan
 
 
-def test_a_budget_that_is_too_small_is_an_error(run_script, train_arguments, tmp_path):
+def test_a_budget_that_the_card_does_not_have_is_an_error(run_script, train_arguments, tmp_path):
     arguments = [*train_arguments, "--mixed_precision", "fp16", "--vram_budget_gib", "500"]
     finished = run_script("train_lora_sdxl", *arguments, "--output_dir", tmp_path)
     assert finished.returncode == 2

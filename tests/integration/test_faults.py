@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rasengan import UserError, checkpoint, demo
+from rasengan import UserError, checkpoint, demo, held_out
 from rasengan.locks import LOCK_FILE
 
 
@@ -168,6 +168,21 @@ def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(tr
     assert not (tmp_path / ADAPTER).exists()
     train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
     assert bits(tmp_path) == bits(trained)
+
+
+def test_a_signal_while_the_end_is_measured_loses_nothing(train, monkeypatch, tmp_path):
+    """The last step has a checkpoint, whatever the cadence is, and the adapter is written before the run ends."""
+    measure = held_out.ValidationLoss.measure_tuned
+
+    def measure_under_a_signal(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, step)
+
+    monkeypatch.setattr(held_out.ValidationLoss, "measure_tuned", measure_under_a_signal)
+    train(*("--max_train_steps", 3, "--validation_split", 2, "--validation_loss_steps", 50), output_dir=tmp_path)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert bits(tmp_path) == bits(tmp_path / "checkpoint-3")
 
 
 def test_checkpoints_by_the_clock(train, trained, tmp_path):

@@ -194,6 +194,36 @@ def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
     assert optimizer["state"][0]["step"] == 1
 
 
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "optimizer.bin", "trainer_state.json"])
+def test_a_checkpoint_that_reads_otherwise_than_it_was_written_is_none(name, run, tmp_path, monkeypatch):
+    """The disk's own mistake, made before the manifest is: its digests alone would agree with it."""
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
+    writer.save(1, WHERE)
+    writer.wait()
+    write = checkpoint_writer.write_manifest
+
+    def damage_and_write(folder, written):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        write(folder, written)
+
+    if name.endswith(".safetensors"):  # which is compared as soon as it is there
+        save = adapter_writer.write_diffusers
+
+        def save_and_flip(folder, adapter):
+            save(folder, adapter)
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+        monkeypatch.setattr(adapter_writer, "write_diffusers", save_and_flip)
+    else:
+        monkeypatch.setattr(checkpoint_writer, "write_manifest", damage_and_write)
+    writer.save(2, WHERE | {"global_step": 2})
+    with pytest.raises(UserError, match="checkpoint-2 cannot be written: .* reads otherwise"):
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def kept_best(folder):
     saved = load_file(folder / "best" / "pytorch_lora_weights.safetensors")
     values = torch.cat([tensor.flatten() for tensor in saved.values()])

@@ -14,7 +14,6 @@ def batch(unet):
     generator = torch.Generator().manual_seed(0)
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     return {
-        "name": ["a/one.jpg", "a/two.jpg"],
         "latents": torch.randn(2, 4, 8, 8, generator=generator),
         "prompt_embeds": torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator),
         "pooled_prompt_embeds": torch.randn(2, pooled, generator=generator),
@@ -22,17 +21,22 @@ def batch(unet):
     }
 
 
+NAMES = ["a/zero.jpg", "a/one.jpg", "a/two.jpg"]  # of a step whose last part is the batch
+
+
 def explain(unet, flat, batch, dtype=torch.float16):
     def losses(tensors):
         added = {"text_embeds": tensors["pooled_prompt_embeds"], "time_ids": tensors["time_ids"]}
         return unet(tensors["latents"], torch.tensor(3), tensors["prompt_embeds"], added_cond_kwargs=added)
 
-    return diagnosis.explain(unet, flat, batch, losses, dtype, 30, 25, "checkpoint-4")
+    return diagnosis.explain(unet, flat, batch, NAMES, losses, dtype, 30, 25, "checkpoint-4")
 
 
 def test_step_samples_and_the_last_good_checkpoint_are_named(unet, batch):
     text = explain(unet, torch.zeros(3), batch)
-    assert text.startswith("25 steps in a row had no finite gradient, up to step 30 with a/one.jpg, a/two.jpg,")
+    assert text.startswith(
+        "25 steps in a row had no finite gradient, up to step 30 with a/zero.jpg, a/one.jpg, a/two.jpg,"
+    )
     assert "go on from checkpoint-4" in text
     assert "the forward pass is finite, and its gradient is not" in text
     assert "--mixed_precision no" in text

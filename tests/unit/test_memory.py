@@ -133,7 +133,14 @@ def test_weights_are_counted_without_what_is_trained():
 
 @pytest.mark.parametrize(("saved", "named"), [("checkpoint-7", "checkpoint-7"), ("", "the start")])
 def test_a_step_that_does_not_fit_any_more_says_how_to_go_on(saved, named):
-    text = memory.out_of_memory(Plan(4, 3, 10 * GIB), 7, saved)
+    text = memory.out_of_memory(Plan(4, 3, 10 * GIB), 3, 7, saved)
     assert text.startswith("Out of memory in step 8, with 4 pictures at once and 3 blocks recomputed")
     assert f"{named} is where to resume" in text
     assert "--vram_budget_gib 9.5" in text
+
+
+def test_out_of_memory_under_the_smallest_plan_names_no_smaller_one():
+    assert "--vram_budget_gib 2.5" in memory.out_of_memory(Plan(1, 3, 3 * GIB), 5, 7, "checkpoint-7")
+    text = memory.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7")
+    assert "once the card has more room: no plan takes less" in text
+    assert "--vram_budget_gib" not in text
