@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -286,39 +287,66 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
 
 
 def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
-    """Go on with a run of two checkpoints on file systems of growing size, and keep what came of it.
+    """Run on file systems of growing size, and keep what came of it: a run that goes on, and one from the first byte.
 
     Raises:
         RuntimeError: a run ended otherwise than by saying what is full, or lost a checkpoint.
     """
-    begun = faults.work / "begun"
-    (code,) = faults.finish(faults.start(begun, faults.work / "cache", faults.work / "begun.log", last_step=4))
-    if code:
-        raise RuntimeError(f"the run of 4 steps ended with {code}")
-    least = sum(file.stat().st_size for file in begun.rglob("*") if file.is_file())
-    largest = 1.9 * least
-    said = Counter()
-    for number in range(sizes):
-        mount, log = faults.work / "disk", faults.work / "disk.log"
-        mount.mkdir(exist_ok=True)
-        log.unlink(missing_ok=True)
-        size = int(1.02 * least + (largest - least) * number / sizes) // 4096 * 4096 + 2**18
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
-        try:
-            shutil.copytree(begun, mount / "run")
-            (code,) = faults.finish(faults.start(mount / "run", faults.work / "cache", log))
-            text = log.read_text(errors="replace")
-            if code not in {0, 2} or "Traceback" in text:
-                raise RuntimeError(f"on a disk of {size} bytes a run ended with {code}: {text[-3000:]}")
-            if code == 2 and not ("No space left on device" in text and str(mount) in text):
-                raise RuntimeError(f"on a disk of {size} bytes a run did not say which is full: {text[-3000:]}")
-            if faults.newest_step(mount / "run") < 4:
-                raise RuntimeError(f"on a disk of {size} bytes a run lost its checkpoints: {text[-3000:]}")
-            said["finished" if code == 0 else f"full, at checkpoint-{faults.newest_step(mount / 'run')}"] += 1
-        finally:
-            subprocess.run(["umount", str(mount)], check=True)
-    results.keep({"fault": "a full disk", "processes": 1}, {"sizes": sizes, "ended": dict(said.most_common())})
-    print(json.dumps(dict(said)), flush=True)
+    begun, whole = faults.work / "begun", faults.work / "whole"
+    for folder, last_step in ((begun, 4), (whole, None)):
+        log = folder.with_suffix(".log")
+        (code,) = faults.finish(faults.start(folder / "run", folder / "cache", log, last_step=last_step))
+        if code:
+            raise RuntimeError(f"a run on the whole disk ended with {code}: {log.read_text()[-3000:]}")
+    begun_bytes, whole_bytes = (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in (begun, whole)
+    )
+    # From what there is already, or nothing, to more than is needed: three checkpoints are there for a moment.
+    for name, least, largest in (
+        ("a full disk, going on", 1.01 * begun_bytes + 2**18, 1.7 * begun_bytes),
+        ("a full disk, from the start", 2**16, 1.6 * whole_bytes),
+    ):
+        said = Counter()
+        for number in range(sizes):
+            size = int(least + (largest - least) * number / sizes) // 4096 * 4096
+            source = begun if name.endswith("on") else None
+            said[run_on_small_disk(faults, size, source)] += 1
+        found = {"sizes": sizes, "ended": dict(said.most_common())}
+        results.keep({"fault": name, "processes": 1}, found)
+        print(name, json.dumps(found), flush=True)
+
+
+def run_on_small_disk(faults: Faults, size_bytes: int, begun: Path | None) -> str:
+    """Run, or go on with a copy of a run, on a file system of its own; return what was full, or that it finished.
+
+    Raises:
+        RuntimeError: it ended otherwise than by saying what is full, or lost a checkpoint.
+    """
+    mount, log = faults.work / "disk", faults.work / "disk.log"
+    mount.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(mount)], check=True)
+    try:
+        if begun:
+            shutil.copytree(begun, mount, dirs_exist_ok=True)
+        before = faults.newest_step(mount / "run")
+        (code,) = faults.finish(faults.start(mount / "run", mount / "cache", log))
+        text = log.read_text(errors="replace")
+        if code not in {0, 2} or "Traceback" in text:
+            raise RuntimeError(f"on a disk of {size_bytes} bytes a run ended with {code}: {text[-3000:]}")
+        if faults.newest_step(mount / "run") < before:
+            raise RuntimeError(f"on a disk of {size_bytes} bytes a run lost its checkpoints: {text[-3000:]}")
+        if code == 0:
+            return "finished"
+        error = text[text.index("error: ") :]
+        place = re.search(re.escape(str(mount)) + r"(/[^ :]*)?", error)
+        if "No space left on device" not in error or not place:
+            raise RuntimeError(f"on a disk of {size_bytes} bytes a run did not say which is full: {text[-3000:]}")
+        needs = "needs and free said" if "MiB are free" in error else "no needs said"
+        kind = re.sub(r"[0-9a-f]{16,}[^/]*|\d+", "N", place[0].removeprefix(str(mount)).rstrip("."))
+        return f"full at {kind or 'the mount'}, {needs}"
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from rasengan.checkpoint import (
     step_of,
     write_manifest,
 )
-from rasengan.files import give_default_mode, sync, sync_folder
+from rasengan.files import give_default_mode, room, sync, sync_folder
 
 
 logger = logging.getLogger(__name__)
@@ -243,14 +243,10 @@ def _remove(path: Path) -> None:
 
 def _not_written(path: Path, error: Exception, parts: dict) -> str:
     tensors = [value for value in tree_flatten(parts)[0] if torch.is_tensor(value)]
-    needed_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1024**2
-    try:
-        there = f"{shutil.disk_usage(path.parent).free / 1024**2:,.0f} MiB are free there"
-    except OSError:
-        there = f"{path.parent} cannot be looked at"
+    needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     last = last_name(path.parent)
     reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
     return (
-        f"{path} cannot be written: {reason}. It takes {needed_mib:,.0f} MiB, and {there}. Make room, or mend the "
-        f"folder, and go on from {last or 'the start'} with --resume_from_checkpoint latest."
+        f"{path} cannot be written: {reason}. {room(path.parent, needed_bytes)}. Make room, or mend the folder, and "
+        f"go on from {last or 'the start'} with --resume_from_checkpoint latest."
     )

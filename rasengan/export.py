@@ -13,7 +13,7 @@ from rasengan import UserError, first_line
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_peft
 from rasengan.adapters import DIFFUSERS_FILE, Adapter, fit_names
-from rasengan.files import give_default_mode, sync
+from rasengan.files import give_default_mode, room, sync
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -124,7 +124,12 @@ def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str 
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
         go_on = f"go on from {last_good} with --resume_from_checkpoint latest" if last_good else "run it again"
-        raise UserError(f"The adapter cannot be written to {directory}: {reason}. Make room, and {go_on}.") from error
+        weights = [tensor for model in models.values() for tensor in adapter_weights(model).values()]
+        needed_bytes = 2 * sum(tensor.numel() * tensor.element_size() for tensor in weights)
+        raise UserError(
+            f"The adapter cannot be written to {directory}: {reason}. {room(directory, needed_bytes)}. Make room, and "
+            f"{go_on}."
+        ) from error
     verify_saved(directory / DIFFUSERS_FILE, models)
     verify_saved(directory / "peft", models)
 

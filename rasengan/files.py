@@ -101,6 +101,15 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
     return f"{place} cannot be written or read: {error.strerror}. Make room, or mend it."
 
 
+def room(folder: Path, needed_bytes: int) -> str:
+    """Say how much a write takes, and how much is free where it goes."""
+    try:
+        there = f"{shutil.disk_usage(folder).free / 1024**2:,.1f} MiB are free there"
+    except OSError:
+        there = f"{folder} cannot be looked at"
+    return f"It takes {needed_bytes / 1024**2:,.1f} MiB, and {there}"
+
+
 def check_writable(directory: Path, flag: str) -> None:
     """Check that a folder can be made, and a file written there, and leave nothing behind; `flag` is what named it.
 
