@@ -174,7 +174,7 @@ def test_the_base_is_written_once(stopped, whole, place):
 
 
 def test_the_report_on_the_pictures_is_shown(whole):
-    assert f"{PICTURES} pictures" in whole.text("check")
+    assert f"{PICTURES}, of which {PICTURES} can be trained on" in whole.text("check")
     (frame,) = whole.shown("check", "text/html")
     assert frame.count("data:image/") >= PICTURES
 
