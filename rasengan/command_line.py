@@ -65,16 +65,41 @@ class Parser(argparse.ArgumentParser):
         add("--skip_bad_images", action=switch, default=False, help="leave broken pictures out, do not stop [off]")
         return add
 
+    def parse_args(self, words=None, namespace=None):
+        """Parse words, and say of those that no flag takes only where they stand: one may be a token."""
+        words = sys.argv[1:] if words is None else list(words)
+        values, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            flags = [_flag_of(word) for word in unknown if word.startswith("--")]
+            before = _flag_before(words, words.index(unknown[0]))
+            where = ", ".join(flags) or (f"what follows {before}" if before else "the first word")
+            self.error(f"unrecognized arguments: {where}")
+        return values
+
     def parse_known_args(self, words=None, namespace=None):
         """Parse words that are UTF-8: neither tokenizers nor TensorBoard take others."""
-        for word in sys.argv[1:] if words is None else words:
+        words = sys.argv[1:] if words is None else list(words)
+        for position, word in enumerate(words):
             if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python hands on other bytes
-                raise UserError(f"{ascii(word)} is not UTF-8. Give a name or a text that is.")
+                flag = _flag_before(words, position + 1)
+                which = f"The value of {flag}" if flag else "The first word"
+                raise UserError(f"{which} is not UTF-8. Give a name or a text that is.")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
         """Raise what is wrong, without the usage."""
+        message = re.sub("ignored explicit argument .*", "it takes no value", message, flags=re.DOTALL)
         raise UserError(f"{' '.join(message.split())}. --help lists the flags.")
+
+
+def _flag_of(word: str) -> str:
+    name = word.partition("=")[0]
+    return name if name.isascii() else ascii(name)
+
+
+def _flag_before(words: list[str], end: int) -> str | None:
+    """Return the last flag of the words before a position; None if there is none."""
+    return next((_flag_of(word) for word in reversed(words[:end]) if word.startswith("--")), None)
 
 
 def number_type(minimum: float = -math.inf, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
@@ -125,6 +150,21 @@ def path_type(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, as an unset variable is")
     return os.path.expanduser(text)
+
+
+def is_token(text: str) -> bool:
+    """Say whether a text can be a token of the hub, which travels in the header of a request."""
+    return re.fullmatch("[!-~]+", text) is not None
+
+
+def token_type(text: str) -> str:
+    """Return a token of the hub without the space around it; an error does not show it."""
+    token = text.strip()
+    if not token:
+        raise argparse.ArgumentTypeError("it is empty, as an unset variable is")
+    if not is_token(token):
+        raise argparse.ArgumentTypeError("it holds what no token does, such as a space (it is not shown here)")
+    return token
 
 
 def conditioning_cache_dir(given: str | None, environ: Mapping[str, str]) -> str:

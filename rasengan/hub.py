@@ -3,11 +3,12 @@
 import logging
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from rasengan import UserError, first_line
 from rasengan.adapters import DIFFUSERS_FILE
+from rasengan.command_line import is_token
 from rasengan.files import write_atomically
 
 
@@ -31,11 +32,21 @@ RECIPE = (
 def create_repository(name: str, token: str | None) -> str:
     """Return the id of a hub repository, made if missing.
 
+    Args:
+        name: of the repository.
+        token: None takes the one of the environment, or of `hf auth login`.
+
     Raises:
         UserError: the hub cannot be reached, or refuses.
     """
     try:
-        return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
+        token = (token or get_token() or "").strip()
+        if token and not is_token(token):  # what sends it would show it in the error
+            raise UserError(
+                "--push_to_hub: the token of --hub_token, HF_TOKEN or `hf auth login` holds what no token does, such "
+                "as a space (it is not shown here). Copy it again."
+            )
+        return HfApi(token=token or None).create_repo(name, exist_ok=True).repo_id
     except (HTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"--push_to_hub: the hub refused {name}: {first_line(error)} Log in with `hf auth login`."

@@ -79,6 +79,7 @@ from rasengan.command_line import (
     number_type,
     path_type,
     share_or_count_type,
+    token_type,
     words_of_file,
 )
 from rasengan.endings import in_one_line
@@ -187,7 +188,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("hub and configuration file").add_argument
     add("--push_to_hub", action=switch, default=False, help="upload the adapter and a model card [off]")
-    add("--hub_token", help="[the one of `hf auth login`]")
+    add("--hub_token", type=token_type, help="[the one of `hf auth login`]")
     add("--hub_model_id", help="[the name of --output_dir]")
     add("--config", type=path_type, help="YAML file of these names and values; a flag on the command line wins")
     return parser

@@ -50,7 +50,8 @@ def parse_config(parse, tmp_path):
 
 def value_for(name):
     kind = FLAGS[name]["type"]
-    return {"int": "64", "float": "0.5", "str": THEIR_CHOICES.get(name, ["a b"])[-1]}[kind]
+    text = "hf_a" if name == "hub_token" else THEIR_CHOICES.get(name, ["a b"])[-1]
+    return {"int": "64", "float": "0.5", "str": text}[kind]
 
 
 def assert_refused(parse, *argv, named):
@@ -179,9 +180,49 @@ def test_a_split_is_a_share_or_a_number(parse, parse_config, text, value):
 
 def test_a_word_that_is_not_utf8_is_refused(train_script, infer_script, convert_script, check_script):
     for script in (train_script, infer_script, convert_script, check_script):
-        with pytest.raises(UserError, match=r"out.udcff' is not UTF-8\. Give"):
-            script.parse_args(["--output_dir", "out\udcff"])
+        for words in (["--output_dir", "out\udcff"], ["--output_dir=out\udcff"]):
+            with pytest.raises(UserError, match=r"The value of --output_dir is not UTF-8\. Give"):
+                script.parse_args(words)
+    with pytest.raises(UserError, match=r"The first word is not UTF-8\. Give"):
+        train_script.parse_args(["out\udcff"])
     assert train_script.parse_args(["--output_dir", "東京 é \N{SNOWMAN}"]).output_dir == "東京 é \N{SNOWMAN}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hub-token", "hf_SECRET"],
+        ["--hub-token=hf_SECRET"],
+        ["--hub_token", "hf_", "SECRET"],
+        ["--hub-token", "hf_SECRET", "--hub_token", "hf_SECRET"],
+        ["--hub_token", "hf_SECRET\udce9"],
+        ["--hub_token=hf_SECRET\udce9"],
+        ["--hub-token=hf_SECRET\udce9"],
+        ["--hub_token", "hf_SECRÉT"],
+        ["--hub_token", "SECRET of mine"],
+        ["--hub_token", "-hf_SECRET"],
+        ["--push_to_hub=hf_SECRET"],
+        ["hf_SECRET"],
+    ],
+    ids=ascii,
+)
+def test_what_is_said_of_a_wrong_command_line_holds_no_token(parse, words):
+    with pytest.raises(UserError) as error:
+        parse(words)
+    assert not any(part in str(error.value) for part in ("SECR", "hf_", "mine"))
+    if words[0].startswith("--"):
+        assert words[0].partition("=")[0] in str(error.value)
+
+
+def test_a_token_loses_the_space_around_it_and_must_not_be_empty(parse):
+    assert parse(["--hub_token", " hf_SECRET\r\n"]).hub_token == "hf_SECRET"
+    assert_refused(parse, ["--hub_token", ""], named="--hub_token: it is empty")
+
+
+def test_words_that_no_flag_takes_are_told_of_by_their_place(parse):
+    assert_refused(parse, ["--output_dir", "my", "folder"], named="unrecognized arguments: what follows --output_dir.")
+    assert_refused(parse, ["--lora_rank", "4", "--no-rank=5"], named="arguments: --lora_rank, --no-rank.")
+    assert_refused(parse, ["-r", "4"], named="unrecognized arguments: the first word.")
 
 
 # --- the configuration file ---
