@@ -5,11 +5,15 @@ import glob
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import huggingface_hub
 import numpy as np
+import pyarrow.compute
 from PIL import Image
 
 from rasengan import UserError, first_line
@@ -77,6 +81,7 @@ def load_pictures(
     packed = any(file.suffix.lower() in ARCHIVES for file in files)  # which datasets looks into
     if dataset_name is None and not (count or packed):
         raise none_there
+    used_cache = cache_dir
     try:
         if dataset_name is not None:
             found = datasets.load_dataset(
@@ -86,9 +91,8 @@ def load_pictures(
             found = {"train": datasets.Dataset.from_dict(beside).cast_column("image", datasets.Image(decode=False))}
         else:
             patterns = {"train": f"{glob.escape(train_data_dir)}/**"}
-            found = datasets.load_dataset(
-                "imagefolder", data_files=patterns, cache_dir=_folder_cache(train_data_dir, files, cache_dir)
-            )
+            used_cache = _folder_cache(train_data_dir, files, cache_dir)
+            found = datasets.load_dataset("imagefolder", data_files=patterns, cache_dir=used_cache)
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
@@ -119,7 +123,38 @@ def load_pictures(
         )
     if len(dataset) == 0:
         raise none_there
+    if outside := _first_outside(dataset, image_column, [dataset_name, train_data_dir, *_downloads(used_cache)]):
+        raise UserError(
+            f"{given} names the picture {outside}, which is outside of it. A data set may hold only pictures of its "
+            "own: put the picture there, or use another data set."
+        )
     return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def _downloads(cache_dir: str | None) -> list[str]:
+    """Return the folders to which datasets downloads and extracts the files of a data set."""
+    if cache_dir:
+        own = [os.path.join(cache_dir, datasets.config.DOWNLOADED_DATASETS_DIR)]
+    else:
+        own = [str(datasets.config.DOWNLOADED_DATASETS_PATH), str(datasets.config.EXTRACTED_DATASETS_PATH)]
+    return [huggingface_hub.constants.HF_HUB_CACHE, *own]
+
+
+def _first_outside(dataset: datasets.Dataset, column: str, folders: Iterable[str | None]) -> str | None:
+    """Return the first path of a picture that is in none of the folders; None if there is no such.
+
+    Only the names are looked at, so links are followed, and a slow disk is not asked for thousands of files.
+    """
+    places = [place(os.path.expanduser(f)) for f in folders if f for place in (os.path.abspath, os.path.realpath)]
+    starts = tuple(os.path.join(place, "") for place in places)
+    # From the table: the records hold whole files.
+    pictures = dataset.data.column(column)
+    is_elsewhere = pyarrow.compute.struct_field(pictures, "bytes").is_null()
+    for path in pyarrow.compute.struct_field(pictures, "path").filter(is_elsewhere).to_pylist():
+        # Of "zip://inner::archive" that is the archive.
+        if path is not None and not os.path.abspath(path.rpartition("::")[2]).startswith(starts):
+            return path
+    return None
 
 
 def _captions_beside(files: list[Path]) -> dict[str, list[str]] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
@@ -351,6 +352,48 @@ def test_a_local_copy_of_a_hub_dataset_is_read(tmp_path):
     assert [imaging.read_bytes(row) for row in found["image"]] == contents
     picture = imaging.inspect_pictures(found["image"], tmp_path / "memory")[2]
     assert (picture.name, picture.height_px, picture.width_px, picture.error) == ("2.png", 30, 20, None)
+
+
+def write_paths(file, paths):
+    """Write a parquet file of pictures that are not in it, as a hub data set may be."""
+    rows = {"image": [{"bytes": None, "path": str(path)} for path in paths], "text": ["a"] * len(paths)}
+    file.parent.mkdir(parents=True)
+    written = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    pyarrow.parquet.write_table(written.data.table, file)  # to_parquet would put the pictures in
+
+
+def test_a_data_file_names_no_picture_outside_of_its_data_set(tmp_path, monkeypatch):
+    (tmp_path / "secret.png").write_bytes(encoded(noise_image(20, 30)))
+    monkeypatch.chdir(tmp_path)
+    leading_out = [tmp_path / "secret.png", "secret.png", "set-0/../secret.png", "zip://a.png::/etc/a.zip"]
+    leading_out += ["http://127.0.0.1/secret.png", f"{tmp_path}/set-5-of-another/a.png"]
+    for number, path in enumerate(leading_out):
+        write_paths(tmp_path / f"set-{number}" / "train.parquet", [tmp_path / f"set-{number}" / "a.png", path])
+        with pytest.raises(UserError, match=rf"--dataset_name set-{number} names .*, which is outside") as error:
+            data.load_pictures(f"set-{number}", None, None, "image", "text", str(tmp_path / "cache"))
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("with_cache_dir", [False, True])
+def test_a_data_file_may_name_pictures_of_its_own_or_that_were_downloaded(tmp_path, monkeypatch, with_cache_dir):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "down")
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", tmp_path / "extracted")
+    cache_dir = tmp_path / "cache"
+    downloads = [cache_dir / "downloads"] if with_cache_dir else [tmp_path / "down", tmp_path / "extracted"]
+    paths = [folder / "x" / "a.png" for folder in (tmp_path / "real", tmp_path / "link", tmp_path / "hub", *downloads)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "link").exists() or (tmp_path / "link").symlink_to(tmp_path / "real")
+        path.write_bytes(encoded(noise_image(20, 30)))
+    (tmp_path / "real" / "a-link.png").symlink_to(tmp_path / "hub" / "x" / "a.png")
+    write_paths(tmp_path / "real" / "data" / "train.parquet", [*paths, tmp_path / "real" / "a-link.png"])
+    if not with_cache_dir:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache_dir)
+    place = str(cache_dir) if with_cache_dir else None
+    found = data.load_pictures(str(tmp_path / "link"), None, None, "image", "text", place)
+    pictures = imaging.inspect_pictures(found["image"], tmp_path / "memory")
+    assert [picture.error for picture in pictures] == [None] * len(found)
 
 
 def test_a_folder_with_an_archive_of_pictures_is_read(tmp_path):
