@@ -41,6 +41,38 @@ def _machine() -> str:
     return socket.gethostname()
 
 
+def check_held(folder: Path, flag: str = "--output_dir") -> None:
+    """Check that this process, which locked a folder, still has it: a machine that was suspended may have lost it.
+
+    Raises:
+        UserError: it has not; `flag` gives another folder.
+    """
+    own = {"machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    if reason := _lost(folder / LOCK_FILE, own):
+        raise UserError(
+            f"{reason} This run ends before it mixes its files with others. Wait for the other's end, or give another "
+            f"{flag}."
+        )
+
+
+def _lost(file: Path, own: dict) -> str | None:
+    """Say how a lock was lost that said this of its owner; None where it was not, or cannot be read for now."""
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{file}, by which this run had its folder, is gone."
+    except (OSError, ValueError):
+        return None
+    if isinstance(owner, dict) and any(owner.get(name) != value for name, value in own.items()):
+        return f"{file.parent} was taken over by another run {_named(owner)}, since this one was not heard of."
+    return None
+
+
+def _named(owner: dict) -> str:
+    known = "pid" in owner and "host" in owner
+    return f"(process {owner['pid']} on {owner['host']})" if known else f"(its {LOCK_FILE} does not say which)"
+
+
 class RunLock:
     """Keeps other runs out of an output folder, also on a mounted Drive, where the kernel's locks do not reach.
 
@@ -89,15 +121,19 @@ class RunLock:
 
     def _remove_if_stale(self) -> None:
         owner = read_json_or_empty(self.file)
+        if not owner:  # its maker is about to say whose it is
+            time.sleep(LOOKS_S)
+            owner = read_json_or_empty(self.file)
         if owner.get("machine") == _machine() and isinstance(owner.get("pid"), int):
             started = _process_start(owner["pid"])
             alive = started is not None and started == owner.get("started")
         else:
             alive = self._is_renewed()
         if alive:
+            owner = read_json_or_empty(self.file) or owner
             raise UserError(
-                f"{self.file.parent} is in use by another run (process {owner.get('pid')} on {owner.get('host')}). "
-                f"Wait for its end, or give another {self.flag}."
+                f"{self.file.parent} is in use by another run {_named(owner)}. Wait for its "
+                f"end, or give another {self.flag}."
             )
         # Under another name first: another run may be quicker, and its lock must not be what is removed.
         taken = self.file.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
@@ -140,7 +176,12 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _renew(self) -> None:
+        told = None
         while not self.ended.wait(RENEWED_S):
+            if reason := _lost(self.file, {"token": self.owner["token"]}):
+                if reason != told and not self.ended.is_set():
+                    logger.error("%s", told := reason)
+                continue
             with contextlib.suppress(OSError):  # a folder that vanished is told of when it is next needed
                 os.utime(self.file)
 
@@ -191,10 +232,12 @@ def only_writer(place: Path, flag: str) -> Iterator[Path]:
             raise UserError(f"{flag} {place} exists. Give a name that does not.")
         remove_left_behind(folder, glob.escape(place.name))
         yield folder / place.name
+        check_held(folder, flag)
         (folder / place.name).rename(place)
         sync_folder(place.parent)
     finally:
-        remove_left_behind(folder, glob.escape(place.name))
+        if not _lost(lock.file, {"token": lock.owner["token"]}):
+            remove_left_behind(folder, glob.escape(place.name))
         lock.release()
         with contextlib.suppress(OSError):  # another run has it by now
             folder.rmdir()

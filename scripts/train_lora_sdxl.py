@@ -367,6 +367,7 @@ def note_validation_loss(args, accelerator, validation_loss, writer, global_step
     """Measure the loss of the held-out pictures, show it in the trackers, and keep the adapter if it is the best."""
     accelerator.log(validation_loss.measure_tuned(global_step), step=global_step)
     if args.save_best and accelerator.is_main_process and validation_loss.is_best(global_step):
+        locks.check_held(writer.output_dir)
         writer.save_best(global_step, validation_loss.record["best"])
 
 
@@ -379,6 +380,7 @@ def tell(text: str) -> None:
 def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
     """Save what was done before a step that failed, and return the name of the last checkpoint; empty for none."""
     if is_main:
+        locks.check_held(writer.output_dir)
         writer.save(global_step, state)
         writer.wait()
     return checkpoint.last_name(writer.output_dir)
@@ -750,6 +752,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if saves and progress.is_stuck():
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
+            locks.check_held(output_dir)
             keep_all = not math.isfinite(progress.train_loss)
             with progress.paused():
                 path = writer.save(global_step, state | {"samples_seen": samples_seen}, keep_all)
@@ -782,6 +785,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- save, verify, show ---
     if is_main:
+        locks.check_held(output_dir)
         with averaged():
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
         write_settings(args, optimizer_steps=global_step)

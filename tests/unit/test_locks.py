@@ -135,6 +135,73 @@ def test_a_lock_is_renewed_while_it_is_held(tmp_path, monkeypatch):
     lock.release()
 
 
+OTHER = {"machine": "another", "host": "far", "pid": 1, "token": "other"}
+
+
+def test_a_run_that_lost_its_lock_renews_no_other_and_ends(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "RENEWED_S", 0.05)
+    lost = r"was taken over by another run \(process 1 on far\).*--output_dir"
+    with locks.only_run(tmp_path, is_first=True):
+        locks.check_held(tmp_path)
+        # As another machine does while this one is suspended.
+        lock_file(tmp_path).unlink()
+        lock_file(tmp_path).write_text(json.dumps(OTHER))
+        os.utime(lock_file(tmp_path), (1, 1))
+        with pytest.raises(UserError, match=lost):
+            locks.check_held(tmp_path)
+        time.sleep(0.5)
+        assert lock_file(tmp_path).stat().st_mtime == 1
+    assert "was taken over by another run" in caplog.text
+    assert json.loads(lock_file(tmp_path).read_text()) == OTHER
+    lock_file(tmp_path).unlink()  # the other one has ended
+    with pytest.raises(UserError, match=r"is gone.*--output_dir"):
+        locks.check_held(tmp_path)
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    with locks.only_run(tmp_path, is_first=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tmp_path), "read_text", fail)
+            locks.check_held(tmp_path)
+        lock_file(tmp_path).write_text("")
+        locks.check_held(tmp_path)
+
+
+def test_a_writer_that_lost_its_lock_leaves_alone_what_the_other_writes(tmp_path):
+    def write_slowly():
+        with locks.only_writer(tmp_path / "a", "--to") as path:
+            lock_file(path.parent).unlink()
+            lock_file(path.parent).write_text(json.dumps(OTHER))
+            path.write_text("the other's")
+
+    with pytest.raises(UserError, match=r"was taken over by another run.*--to"):
+        write_slowly()
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / ".a.unfinished" / "a").read_text() == "the other's"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [(json.dumps(OTHER), r"\(process 1 on far\)"), ("", r"\(its \.lock does not say which\)")]
+)
+def test_a_lock_that_is_only_just_made_is_told_of_by_what_it_says_then(tmp_path, monkeypatch, content, named):
+    monkeypatch.setattr(locks, "LOOKS_S", 0.1)
+    lock_file(tmp_path).touch()
+
+    def go_on():
+        for _ in range(10):
+            time.sleep(0.15)
+            lock_file(tmp_path).write_text(content)
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    with pytest.raises(UserError, match=f"in use by another run {named}"):
+        locks.RunLock(tmp_path)
+    other.join()
+
+
 def test_one_builder_waits_for_another_and_not_for_one_that_was_killed(tmp_path, caplog):
     code = "import sys, time; from pathlib import Path; from rasengan.locks import only_builder\n"
     code += "with only_builder(Path(sys.argv[1])): print('building', flush=True); time.sleep(float(sys.argv[2]))"
