@@ -20,14 +20,13 @@ import diffusers
 import PIL
 import torch
 import transformers
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, imaging, locks, memory, sdxl
 from rasengan.files import read_json_or_empty, write_atomically
-from rasengan.processes import is_first, wait_for_everyone
+from rasengan.processes import gather, is_first, wait_for_everyone
 
 
 FORMAT = 2
@@ -373,7 +372,7 @@ def fill(
         make_bar: returns a progress bar for a number of items.
     """
     number, processes = share
-    if not any(gather_object([any(shards.missing() for shards in caches)])):
+    if not any(gather([any(shards.missing() for shards in caches)])):
         return
     # Held by one process alone, since machines of a run may share a folder.
     with locks.only_builder(caches[0].directory) if is_first() else nullcontext():

@@ -118,10 +118,21 @@ def progress_bar(accelerator: Accelerator, description: str, total: int, initial
 
 
 def wait_for_everyone() -> None:
-    """Wait until every process is here."""
+    """Wait until every process is here.
+
+    Raises:
+        UserError: another process has ended; so do all that meet others here.
+    """
     if torch.distributed.is_initialized():
         on_gpus = torch.distributed.get_backend() == "nccl"
-        torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
+        with _told_of_an_end():
+            torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
+
+
+def gather(objects: list[T]) -> list[T]:
+    """Return the objects of all processes, in their order."""
+    with _told_of_an_end():
+        return gather_object(objects)
 
 
 @contextmanager
@@ -140,7 +151,8 @@ def as_on_main(call: Callable[[], T], refusal: type[Exception]) -> T:
         outcome = call()
     except refusal as error:
         outcome = error
-    first = broadcast_object_list([outcome])[0]
+    with _told_of_an_end():
+        first = broadcast_object_list([outcome])[0]
     for answer in (outcome, first):
         if isinstance(answer, refusal):
             raise answer
@@ -153,7 +165,7 @@ def check_same(what: str, found: str, remedy: str) -> None:
     Raises:
         UserError: they did not; each of them raises it.
     """
-    answers = dict.fromkeys(gather_object([found]))
+    answers = dict.fromkeys(gather([found]))
     if len(answers) > 1:
         raise UserError(f"Not all processes of this run have the same {what}, but {', '.join(answers)}. {remedy}")
 
@@ -191,7 +203,7 @@ def _told_of_an_end() -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's
         raise UserError(
             f"Another process of this run has ended ({first_line(error).rstrip('.')}). Its own error stands above or "
-            "below this; go on with --resume_from_checkpoint latest."
+            "below this. Start again; a training goes on with --resume_from_checkpoint latest."
         ) from error
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import gather_object
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from rasengan import UserError, drawing, memory, sdxl
+from rasengan import UserError, drawing, memory, processes, sdxl
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def draw_share(
         drawn.append((job, images[0]))
     vae.to(home)
     memory.give_back()
-    return [image for _, image in sorted(gather_object(drawn), key=lambda item: item[0])]
+    return [image for _, image in sorted(processes.gather(drawn), key=lambda item: item[0])]
 
 
 def log_settings(trackers: list[GeneralTracker], settings: dict[str, object]) -> None:

@@ -37,7 +37,6 @@ if __name__ == "__main__":
     stopping.end_with_launcher(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import accelerate
 import diffusers
 import torch
 import transformers
@@ -429,7 +428,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     weight_dtype = components.weight_dtype(args.mixed_precision, device)
     if args.seed is None:
         seed = checkpoint.read_state(resume_from)["seed"] if resume_from else random.randrange(2**31)
-        args.seed = accelerate.utils.broadcast_object_list([seed])[0]
+        args.seed = processes.as_on_main(lambda: seed, UserError)
         logger.info("The seed is %d, since no --seed was given", args.seed)
     if args.base_quantization == "auto" and accelerator.num_processes > 1:
         raise UserError("--base_quantization auto is for one process. Give nf4 or none.")
