@@ -202,9 +202,16 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
         UserError: the file cannot be read, is no mapping, or holds an unknown name or a value of another kind.
     """
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        # A few aliases of aliases would make a value of gigabytes.
+        aliases = (event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent))
+        alias = next(aliases, None)
+        settings = None if alias else yaml.safe_load(text)
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:  # a ValueError of a 13th month, say
         raise UserError(f"--config {file} cannot be read: {_reason(error)}. Correct it.") from None
+    if alias:
+        line = alias.start_mark.line + 1
+        raise UserError(f"--config {file}: line {line} names another value by an alias. Write the value itself.")
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} holds no names with values. Write lines such as `rank: 16`.")

@@ -314,11 +314,21 @@ def test_a_precision_of_no_needs_no_quotes(parse_config):
         ("hub_model_id: 2026-13-01\n", "month must be in 1..12. Correct it."),
         ("seed: !!int abc\n", "'abc'. Correct it."),
         ("rank: 4\nseed: {a\n", "in line 3, column 1. Correct it."),
-        (f"rank: {'[' * 3000}", "cannot be read: maximum recursion depth"),
+        ("rank: &a [x]\nseed: *a\n", "line 2 names another value by an alias. Write the value itself."),
+        (f"rank: {'[' * 3000}{']' * 3000}", "cannot be read: maximum recursion depth"),
     ],
 )
 def test_a_wrong_configuration_file_is_refused_by_name(parse_config, content, named):
     assert_refused(parse_config, content, named=named)
+
+
+def test_a_short_configuration_file_makes_no_long_error(parse_config):
+    content = "[x,x,x,x,x,x,x,x,x]"
+    for number in range(4):
+        content = f"[&a{number} {content}{8 * f', *a{number}'}]"
+    with pytest.raises(UserError) as error:
+        parse_config(f"rank: {content}\n")
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("line", ["hub_token: secret: x", "hub_token: 'secret", "hub_token: [secret]", "a: b: secret"])
