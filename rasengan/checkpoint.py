@@ -13,6 +13,7 @@ Beside them `best/` may hold the adapter of the lowest validation loss, and in `
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -207,8 +208,10 @@ def read_state(path: Path) -> dict:
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        if not all(isinstance(state.get(name), int) for name in ("global_step", "samples_seen", "seed")):
-            raise ValueError("it does not say where the run was")
+        for name, end in (("global_step", math.inf), ("samples_seen", math.inf), ("seed", 2**32)):
+            value = state.get(name)
+            if type(value) is not int or not 0 <= value < end:  # true and false are integers too
+                raise ValueError(f"it does not say where the run was: {name} is {value!r}"[:200])
     except (AttributeError, OSError, RecursionError, ValueError) as error:
         raise _damaged(path, f"{STATE_FILE}: {first_line(error)}") from error
     return state

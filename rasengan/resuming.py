@@ -15,23 +15,21 @@ BOUND_SETTINGS = {
     *("mixed_precision", "prediction_type", "resolution", "aspect_ratio_buckets", "bucket_step_px"),
     *("seed", "data_digest"),
 }
-# What is trained does not hang on these: where things are, how long and how a run is split, what it shows and keeps.
-FREE_SETTINGS = {
+# Where things are, and how this start was asked for: told of nowhere, and the token must not be.
+PLACES = {
     *("output_dir", "logging_dir", "cache_dir", "conditioning_cache_dir", "config", "local_rank", "plan_only"),
+    *("resume_from_checkpoint", "resume_with_changes", "hub_token"),
+}
+# What is trained does not hang on these: which data there are (their digest is bound), how long and how a run is
+# split, what it shows and keeps.
+FREE_SETTINGS = {
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples"),
-    *(
-        "skip_bad_images",
-        "total_steps",
-        "max_train_steps",
-        "num_train_epochs",
-        "max_train_minutes",
-        "train_batch_size",
-    ),
-    *("gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing", "vram_budget_gib"),
-    *("cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs", "validation_inference_steps"),
-    *("validation_loss_steps", "save_best"),
-    *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint"),
-    *("resume_with_changes", "logging_steps", "report_to", "debug_loss", "push_to_hub", "hub_token", "hub_model_id"),
+    *("skip_bad_images", "total_steps", "max_train_steps", "num_train_epochs", "max_train_minutes"),
+    *("train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing"),
+    *("vram_budget_gib", "cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs"),
+    *("validation_inference_steps", "validation_loss_steps", "save_best", "checkpointing_steps"),
+    *("checkpointing_minutes", "checkpoints_total_limit", "logging_steps", "report_to", "debug_loss", "push_to_hub"),
+    "hub_model_id",
 }
 RUN_LENGTH = ("total_steps",)
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
@@ -46,26 +44,31 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> 
         allow_changes: warn of changed settings, but for `BOUND_SETTINGS`.
 
     Raises:
-        UserError: some have changed; they are listed.
+        UserError: some have changed that may not; they are listed. The others are logged.
     """
     state = read_state(path)
-    names = [name for name in settings if name in state and name not in FREE_SETTINGS]
+    names = [name for name in settings if name in state and name not in PLACES]
     unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
     changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
+    free = "; ".join(_change(name, state, settings) for name in changed if name in FREE_SETTINGS)
     bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
+    both = FREE_SETTINGS | BOUND_SETTINGS
+    others = "; ".join(_change(name, state, settings) for name in changed if name not in both)
+    if free:
+        logger.info("%s was written with other settings, which may change: %s", path, free)
+    if others and allow_changes:
+        logger.warning("%s was written with other settings: %s", path, others)
     if bound:
+        too = f" And only --resume_with_changes allows this: {others}." if others and not allow_changes else ""
         raise UserError(
             f"{path} cannot be resumed with other settings: {bound}. Give the former, or start afresh in another "
-            "--output_dir."
+            f"--output_dir.{too}"
         )
-    others = "; ".join(_change(name, state, settings) for name in changed)
     if others and not allow_changes:
         raise UserError(
             f"{path} was written with other settings: {others}. Give the former, or --resume_with_changes to go on "
             "as another run would."
         )
-    if others:
-        logger.warning("%s was written with other settings: %s", path, others)
     length = [n for n in RUN_LENGTH if n in state and settings.get(n) is not None and state[n] != settings[n]]
     if length and settings.get("lr_scheduler", "constant") not in CONSTANT_SCHEDULES:
         listed = "; ".join(_change(name, state, settings) for name in length)

@@ -325,7 +325,8 @@ def set_up_logging() -> None:
     diffusers.utils.logging.disable_progress_bar()
     level = logging.WARNING if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
-    logger.setLevel(logging.INFO if level == logging.WARNING else level)
+    for own in (logger, logging.getLogger("rasengan")):
+        own.setLevel(logging.INFO if level == logging.WARNING else level)
 
 
 def choose_kernels(args: argparse.Namespace, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """A run that was interrupted and resumed equals the run that was not."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -126,10 +127,11 @@ def test_resuming_with_another_rank_is_an_error_that_names_it(train, trained, lo
     assert loaded == []
 
 
-def test_a_resumed_run_may_split_its_batches_otherwise(train, trained, read_scalars, tmp_path):
+def test_a_resumed_run_may_split_its_batches_otherwise(train, trained, read_scalars, caplog, tmp_path):
     shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
     split = ["--train_batch_size", 1, "--gradient_accumulation_steps", 2]
     train("--resume_from_checkpoint", "latest", *split, output_dir=tmp_path)
+    assert "--train_batch_size was 2, and is 1" in caplog.text
     losses = read_scalars(trained, "train_loss")
     resumed = read_scalars(tmp_path, "train_loss")
     assert resumed[3] == pytest.approx(losses[3], rel=1e-5)
@@ -186,7 +188,8 @@ def test_resuming_with_another_objective_needs_a_flag_and_warns_once(train, trai
         train(*changed, output_dir=tmp_path)
     assert loaded == []
     train(*changed, "--resume_with_changes", output_dir=tmp_path)
-    warnings = [r.getMessage() for r in caplog.records if r.name == "rasengan.resuming"]
+    told = [record for record in caplog.records if record.name == "rasengan.resuming"]
+    warnings = [record.getMessage() for record in told if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "--noise_offset was 0.0, and is 0.1" in warnings[0]
 

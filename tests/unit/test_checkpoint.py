@@ -132,9 +132,64 @@ def test_what_the_weights_hang_on_must_be_the_same(saved):
             resuming.check_resumable(path, STATE | changes)
 
 
+def with_state(path, **more):
+    """Rewrite a checkpoint's state with more settings, and return all of them."""
+    file = path / checkpoint.STATE_FILE
+    state = json.loads(file.read_text()) | more
+    file.write_text(json.dumps(state))
+    return state
+
+
+def test_each_difference_is_listed_whatever_becomes_of_it(saved, caplog):
+    caplog.set_level(logging.INFO)
+    path = saved / "checkpoint-2"
+    places = {"output_dir": "a", "cache_dir": None, "conditioning_cache_dir": "a", "logging_dir": "a", "config": "a"}
+    places |= {"local_rank": -1, "plan_only": False, "resume_from_checkpoint": None, "resume_with_changes": False}
+    free = {"train_batch_size": 4, "cuda_graph": True, "validation_epochs": 1}
+    before = with_state(path, **free, **places, hub_token="secret")
+    moved = dict.fromkeys([*places, "hub_token"], "secret too")
+    changed = before | moved | {"train_batch_size": 2, "cuda_graph": False, "rank": 4, "noise_offset": 0.1}
+    for allow_changes in (False, True):
+        caplog.clear()
+        with pytest.raises(UserError, match=r"cannot be resumed with .*: --rank was 16, and is 4\. ") as error:
+            resuming.check_resumable(path, changed, allow_changes)
+        allowed = "And only --resume_with_changes allows this: --noise_offset was 0.0, and is 0.1."
+        assert str(error.value).endswith(allowed if not allow_changes else "another --output_dir.")
+        assert "--cuda_graph was True, and is False" in caplog.text
+        assert "--train_batch_size was 4, and is 2" in caplog.text
+        assert "--noise_offset was 0.0, and is 0.1" in caplog.text or not allow_changes
+        assert "secret" not in caplog.text
+        assert "secret" not in str(error.value)
+        assert "validation_epochs" not in caplog.text
+    caplog.clear()
+    resuming.check_resumable(path, before | moved)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("seed", value) for value in (-1, 2**32, 2**40, True, 1.0)],
+        *[("global_step", value) for value in (-1, "2", None, False)],
+        *[("samples_seen", value) for value in (-8, None)],
+    ],
+)
+def test_a_state_that_no_run_writes_is_damage(saved, name, value):
+    path = saved / "checkpoint-2"
+    with_state(path, **{name: value})
+    with pytest.raises(UserError, match=rf"checkpoint-2 is damaged: trainer_state\.json: .*{name}"):
+        checkpoint.read_state(path)
+
+
+def test_the_bounds_of_a_state_are_no_damage(saved):
+    with_state(saved / "checkpoint-2", seed=2**32 - 1, global_step=0, samples_seen=0)
+    assert checkpoint.read_state(saved / "checkpoint-2")["seed"] == 2**32 - 1
+
+
 def test_other_changed_settings_need_a_flag_and_are_listed(saved, caplog):
     path = saved / "checkpoint-2"
-    resuming.check_resumable(path, STATE | {"output_dir": "there", "max_train_steps": 9, "validation_epochs": 3})
+    with caplog.at_level(logging.WARNING):
+        resuming.check_resumable(path, STATE | {"output_dir": "there", "max_train_steps": 9, "validation_epochs": 3})
     assert caplog.records == []
     changed = STATE | {"noise_offset": 0.1, "snr_gamma": 5.0, "global_batch": 8}
     listed = "--noise_offset was 0.0, and is 0.1; --snr_gamma was None, and is 5.0; a step took 4 samples, and takes 8"
