@@ -13,6 +13,11 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
+# By which several processes are started too, as a script or a module.
+OTHER_LAUNCHERS = {"accelerate-launch", "accelerate.commands.launch", "torchrun"}
+OTHER_LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch"}
+
+
 class Stopper:
     """Knows whether a run should end after this step, and why."""
 
@@ -77,10 +82,15 @@ def resume_command(words: list[str], launcher: list[str]) -> str:
 
     Args:
         words: of the script, its own name first.
-        launcher: of the process that started it, which may be `accelerate launch`.
+        launcher: of the process that started it, which may be `accelerate launch` or another launcher.
     """
-    if "launch" in launcher and any(Path(word).name == Path(words[0]).name for word in launcher):
-        words = ["accelerate", *launcher[launcher.index("launch") :]]
+    names = [Path(word).name for word in launcher]
+    script = Path(words[0]).name
+    before = names[: names.index(script)] if script in names else []
+    if "launch" in before and any(name.startswith("accelerate") for name in before):
+        words = ["accelerate", *launcher[before.index("launch") :]]
+    elif OTHER_LAUNCHERS & set(before):
+        words = launcher
     else:
         words = [sys.executable, *words]
     kept, skip = [], False

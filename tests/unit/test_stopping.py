@@ -143,6 +143,40 @@ def test_the_command_to_resume_by_is_the_runs_own_without_a_token(words, expecte
     assert stopping.resume_command(words, launched) == expected.replace(sys.executable, "accelerate launch --cpu", 1)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "kept"),
+    [
+        (["/v/bin/python", "/v/bin/accelerate", "launch", "--cpu"], "accelerate launch --cpu"),
+        (
+            ["/v/bin/python", "/v/bin/accelerate-launch", "--config_file", "c.yaml"],
+            "/v/bin/python /v/bin/accelerate-launch --config_file c.yaml",
+        ),
+        (["/v/bin/python", "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"], "accelerate launch --cpu"),
+        (
+            ["/v/bin/python", "-m", "accelerate.commands.launch", "--cpu"],
+            "/v/bin/python -m accelerate.commands.launch --cpu",
+        ),
+        (
+            ["/v/bin/python", "/v/bin/torchrun", "--nproc_per_node", "2"],
+            "/v/bin/python /v/bin/torchrun --nproc_per_node 2",
+        ),
+        (
+            ["/v/bin/python", "-u", "-m", "torch.distributed.run", "--nproc_per_node=2"],
+            "/v/bin/python -u -m torch.distributed.run --nproc_per_node=2",
+        ),
+        (["bash", "-c"], None),
+        (["/usr/bin/timeout", "9", "/v/bin/python"], None),
+        (["/v/bin/python", "/v/bin/pytest"], None),
+        (["/v/bin/python", "sweep.py", "launch"], None),
+    ],
+    ids=str,
+)
+def test_the_command_to_resume_by_keeps_the_words_of_any_launcher(launcher, kept):
+    words = ["/here/train.py", "--seed", "1", "--hub_token=hf_secret"]
+    expected = f"{kept or sys.executable} /here/train.py --seed 1 --resume_from_checkpoint latest"
+    assert stopping.resume_command(words, [*launcher, *words]) == expected
+
+
 def test_the_command_to_resume_by_has_its_launcher(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
