@@ -157,6 +157,11 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
             f"{name} is no folder here, and the hub did not give its {component}{revision}: {first_line(error)} "
             "Correct the name, log in with `hf auth login` if it is private, or give a local folder."
         ) from error
+    except UnicodeEncodeError as error:  # of the request's header
+        raise UserError(
+            "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy "
+            "it again."
+        ) from error
     except OSError as error:
         raise UserError(
             f"The {component} of {name} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
