@@ -60,7 +60,8 @@ def _lost(file: Path, own: dict) -> str | None:
     try:
         owner = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"{file}, by which this run had its folder, is gone."
+        # Of a folder that vanished, what is written next tells better.
+        return f"{file}, by which this run had its folder, is gone." if file.parent.exists() else None
     except (OSError, ValueError):
         return None
     if isinstance(owner, dict) and any(owner.get(name) != value for name, value in own.items()):
