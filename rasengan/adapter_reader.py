@@ -107,19 +107,32 @@ def _read_peft_config(folder: Path) -> Config:
         kind = options.get("peft_type", "LORA")
         if kind in KINDS:
             # PEFT would put its own defaults in place of an alpha or a rank that is not there.
-            _check_values(options, kind)
+            _check_values(file, options, kind)
             return KINDS[kind].from_pretrained(folder)
+    except UserError:
+        raise
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}. Copy the folder again.") from error
     raise UserError(f"{folder} holds a {kind} adapter, not a LoRA, LoHa or LoKr. Give one of these.")
 
+
+# How a LoRA can begin on the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their first product off it, or
+# quantise it, when they begin, and again or not at all when PEFT loads them: lora_B x lora_A is no change of the base.
+INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 # A stranger's pattern is matched with thousands of names: each repeat may multiply its time by the names' length.
 MOST_REPEATS = 3
 NESTED = re.compile(r"[*+}]\)[*+{]")
 
 
-def _check_values(options: dict, kind: str = "LORA") -> None:
+def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
+    init = options.get("init_lora_weights")
+    if not isinstance(init, bool | None) and init not in INITS:
+        raise UserError(
+            f"{file} says init_lora_weights {init!r}, which is not known to leave the base as it is: the adapter may "
+            "be the change of another. Convert it where it was trained, by PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...), or train it with another init."
+        )
     alpha = "lora_alpha" if kind == "LORA" else "alpha"
     for name, numbers in {"r": int, alpha: int | float}.items():
         value = options.get(name)
@@ -165,7 +178,7 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
         settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         if not isinstance(settings, dict):
             raise TypeError(f"they are a {type(settings).__name__}")
-        configs = {name: _config_from_metadata(name, part, settings) for name, part in weights.items()}
+        configs = {name: _config_from_metadata(file, name, part, settings) for name, part in weights.items()}
     except (TypeError, json.JSONDecodeError) as error:
         raise UserError(
             f"The adapter metadata of {file} is not readable: {error}. Export the adapter again."
@@ -238,14 +251,14 @@ def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserE
     )
 
 
-def _config_from_metadata(component: str, weights: Tensors, metadata: dict) -> LoraConfig | None:
+def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata: dict) -> LoraConfig | None:
     prefix = f"{component}."
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     options = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     options = {key: value for key, value in options.items() if key in known}
     if "lora_alpha" not in options:
         return None
-    _check_values(options)
+    _check_values(file, options)
     try:
         return _completed(LoraConfig(**options), weights)
     except ValueError as error:

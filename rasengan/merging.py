@@ -263,7 +263,7 @@ def _layer_config(config: Config, module: str, scale: float) -> PeftConfig:
     config.target_modules, config.rank_pattern, config.alpha_pattern = ["layer"], {}, {}
     # What they left out in the training has no weights here; PEFT would leave out more.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    # How it was begun, or trained, no longer matters.
+    # How it was begun (on the base as it is: the reader refuses others), or trained, no longer matters.
     config.init_lora_weights, config.inference_mode = True, True
     return config
 

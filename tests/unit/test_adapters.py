@@ -11,7 +11,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, adapters, components, conversion, merging, naming
+from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import DIFFUSERS_FILE, Adapter
 
@@ -530,3 +530,50 @@ def test_a_pattern_that_may_take_forever_is_refused_before_it_is_matched(tmp_pat
     )
     with pytest.raises(UserError, match="may take forever to match; list the modules"):
         read_adapter(tmp_path)
+
+
+# --- how a LoRA was begun ---
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_a_lora_whose_beginning_left_the_base_alone_is_merged_as_peft_loads_it(tiny_base, tmp_path, init):
+    model = trained(tiny_base, LoraConfig(r=4, lora_alpha=12, target_modules=ATTENTION, init_lora_weights=init))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(tiny_base), tmp_path).merge_and_unload()
+    assert_close(merged(tiny_base, read_adapter(tmp_path)).state_dict(), loaded.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "of_later"])
+def test_a_lora_whose_beginning_changed_the_base_is_refused(live, tmp_path, init, layout):
+    adapter = adapter_of(unet=live["LoRA"])
+    adapter.configs["unet"].init_lora_weights = init
+    folder = tmp_path / "a"
+    if layout == "peft":
+        adapter_writer.write_peft_folders(folder, adapter)
+    else:
+        folder.mkdir()
+        adapter_writer.write_diffusers(folder, adapter)
+    remedy = "path_initial_model_for_weight_conversion"
+    with pytest.raises(UserError, match=f"init_lora_weights {init!r}.*save_pretrained.*{remedy}"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_converts_to_a_plain_lora_is_merged_as_it_answered(tiny_base, tmp_path, init):
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION, init_lora_weights=init)
+    model = get_peft_model(load(tiny_base), config)
+    initial = tmp_path / "initial"
+    # As PEFT's guide has it: saved as if its beginning were plain, before it is trained.
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(initial)
+    model.peft_config["default"].init_lora_weights = init
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(UserError, match="init_lora_weights"):
+        read_adapter(tmp_path / "raw")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=initial)
+    assert difference(answer(merged(tiny_base, read_adapter(tmp_path / "plain"))), answer(model)) < 1e-4
