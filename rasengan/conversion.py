@@ -13,6 +13,7 @@ from rasengan import UserError, first_line
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
 from rasengan.adapters import Adapter, by_module, kind_of, rank_of, strength_of
+from rasengan.families import SDXL, guess_family, not_in_sdxl
 from rasengan.files import give_default_mode, sync
 
 
@@ -54,6 +55,28 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
         raise UserError(f"{path} cannot be written: {reason}. Make room, or give another place.") from error
+
+
+def check_family(adapter: Adapter, place: str) -> None:
+    """Check that an adapter is one of SDXL, as far as its names and the width of its text tell.
+
+    Args:
+        adapter: of any layout.
+        place: where it comes from, for messages.
+
+    Raises:
+        UserError: it is not.
+    """
+    for name, weights in adapter.weights.items():
+        family = guess_family(weights)
+        if family not in {None, SDXL}:
+            raise UserError(f"{place} looks as if made for {family}. Give an SDXL adapter.")
+        modules = by_module(weights)
+        if strangers := not_in_sdxl(name, modules):
+            raise UserError(
+                f"{place} holds {len(strangers)} modules of {len(modules)} that no SDXL has, such as the {name}'s "
+                f"{strangers[0]}. Give an SDXL adapter."
+            )
 
 
 def check_layout(adapter: Adapter, layout: str) -> None:

@@ -1,9 +1,11 @@
 """Which model family a file is of, told from its names and the width of the text that its UNet takes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 
 SDXL = "Stable Diffusion XL"
@@ -30,7 +32,7 @@ def guess_family(tensors: Mapping[str, torch.Tensor]) -> str | None:
     widths = {
         tensor.shape[1]
         for name, tensor in tensors.items()
-        if _TEXT_KEY.search(name) and re.search(r"lora[._](A|down)", name) and tensor.ndim > 1
+        if _TEXT_KEY.search(name) and re.search(r"lora[._](A|down)|hada_w1_b", name) and tensor.ndim > 1
     }
     for width, family in (OTHER_FAMILIES | {2048: SDXL}).items():
         if width in widths:
@@ -38,3 +40,31 @@ def guess_family(tensors: Mapping[str, torch.Tensor]) -> str | None:
     if any(name.startswith("lora_te_") for name in tensors):  # one text encoder, without a number
         return "Stable Diffusion 1.x or 2.x"
     return None
+
+
+def not_in_sdxl(component: str, modules: Iterable[str]) -> list[str]:
+    """Return which of an adapter's modules no SDXL has, whatever its widths.
+
+    Args:
+        component: "unet", "text_encoder" or "text_encoder_2".
+        modules: named as in `adapters`.
+    """
+    with torch.device("meta"):
+        if component == "unet":
+            # SDXL's levels and greatest depth at every level: that covers its smaller relatives too, whose attention
+            # is on others.
+            model = UNet2DConditionModel(
+                down_block_types=("CrossAttnDownBlock2D",) * 3,
+                up_block_types=("CrossAttnUpBlock2D",) * 3,
+                block_out_channels=(32, 64, 128),
+                transformer_layers_per_block=10,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=32,
+                projection_class_embeddings_input_dim=32,
+            )
+        elif component == "text_encoder":
+            model = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
+        else:
+            model = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=32))
+    known = {name.removeprefix("text_model.") for name, _ in model.named_modules()}
+    return sorted(module for module in modules if module.removeprefix("text_model.") not in known)

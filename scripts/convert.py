@@ -20,7 +20,7 @@ from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
 from rasengan.command_line import Parser, number_type, path_type
-from rasengan.conversion import LAYOUTS, write_adapter
+from rasengan.conversion import LAYOUTS, check_family, write_adapter
 from rasengan.endings import in_one_line
 from rasengan.files import check_writable
 
@@ -91,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
         adapter, kept = extract(args)
     else:
         adapter = read_adapter(fetch_adapter(args.input, cache_dir=args.cache_dir), args.lora_alpha, args.allow_pickle)
+        check_family(adapter, args.input)
         adapter, kept = low_rank.resize_rank(adapter, args.resize_rank) if args.resize_rank else (adapter, {})
     for name, (share, left_out) in kept.items():
         print(f"{name}: {share:.2%} of the norm of its changes kept")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rasengan import UserError, adapters, components, conversion, low_rank
 from rasengan.adapter_reader import read_adapter
@@ -215,6 +216,78 @@ def test_weights_that_overflow_are_refused_by_their_name(convert, trained, tmp_p
     with pytest.raises(UserError, match="The unet's .*lora_[AB].weight is not finite in float16.*Give fp32"):
         convert(tmp_path / "a.safetensors", *options, "--dtype", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["great.safetensors"]
+
+
+def pair(module, in_size=64, lycoris=False):
+    """A module of rank 4 in kohya's layout, with its alpha."""
+    down, up = torch.ones(4, in_size), torch.ones(64, 4)
+    parts = {"lora_down.weight": down, "lora_up.weight": up}
+    if lycoris:
+        parts = {f"hada_w{number}_{side}": part.clone() for number in "12" for side, part in (("b", down), ("a", up))}
+    parts["alpha"] = torch.tensor(4.0)
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+
+BLOCK = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0"
+
+
+@pytest.mark.parametrize("layout", conversion.LAYOUTS)
+@pytest.mark.parametrize(
+    ("tensors", "pattern"),
+    [
+        (pair(f"{BLOCK}_attn2_to_k", 768), "looks as if made for Stable Diffusion 1.x"),
+        (pair(f"{BLOCK}_attn2_to_v", 1024), "looks as if made for Stable Diffusion 2.x"),
+        (pair(f"{BLOCK}_attn2_to_k", 1280), "looks as if made for the SDXL refiner"),
+        (pair(f"{BLOCK}_attn2_to_k", 768, lycoris=True), "looks as if made for Stable Diffusion 1.x"),
+        # Without the text's width, the fourth level tells: SDXL has three.
+        (
+            pair("lora_unet_mid_block_attentions_0_proj_in")
+            | pair("lora_unet_up_blocks_3_attentions_0_transformer_blocks_0_attn1_to_q"),
+            "1 modules of 2 that no SDXL has, such as the unet's up_blocks.3.attentions.0.transformer_blocks.0.attn1",
+        ),
+        (pair(f"{BLOCK}_attn1_to_qkv"), "1 modules of 1 that no SDXL has"),
+        (pair("lora_te1_text_model_encoder_layers_12_mlp_fc1"), "no SDXL has, such as the text_encoder's .*12.mlp"),
+    ],
+)
+def test_an_adapter_of_another_family_is_not_passed_off_as_sdxls(convert, tmp_path, tensors, pattern, layout):
+    save_file(tensors, tmp_path / "other.safetensors")
+    output = tmp_path / ("a" if layout == "peft" else "a.safetensors")
+    with pytest.raises(UserError, match=f"other.safetensors .*{pattern}.*Give an SDXL adapter"):
+        convert(output, "--input", tmp_path / "other.safetensors", "--format", layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+def test_every_layer_of_sdxl_is_known_as_sdxls():
+    """Of the full size: its levels, depths and text encoders."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        models = {
+            "unet": unet,
+            "text_encoder": CLIPTextModel(CLIPTextConfig(num_hidden_layers=12)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=32)),
+        }
+    weights = {
+        name: {
+            f"{key}.{part}": layer.weight
+            for key, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and "patch_embed" not in key
+            for part in ("lora_A.weight", "lora_B.weight")
+        }
+        for name, model in models.items()
+    }
+    assert len(weights["unet"]) == 2 * 794
+    conversion.check_family(adapters.Adapter(weights, {}), "a.safetensors")
 
 
 def spoil(tensors, how):
