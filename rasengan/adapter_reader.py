@@ -26,6 +26,7 @@ from rasengan.adapters import (
     by_module,
     default_alpha,
     infer_config,
+    modules_without_alpha,
     split_key,
 )
 from rasengan.families import SDXL, guess_family
@@ -47,27 +48,40 @@ def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool
 
     Args:
         path: a folder with an `adapter_config.json` is read as PEFT's; every `checkpoint-N` is one of the last kind.
-        lora_alpha: what alpha was in training, for a file that does not say.
+        lora_alpha: what alpha was in training, of the modules whose alpha the file leaves open.
         allow_pickle: read a `.bin`, `.ckpt`, `.pt` or `.pth` too, tensors alone.
 
     Raises:
         UserError: there is no adapter, it is a pickle, damaged, of another layout or model family, without alpha, or
-            with another than `lora_alpha`.
+            states every alpha, and another than `lora_alpha`.
     """
+    return read_adapters([path], lora_alpha, allow_pickle)[0]
+
+
+def read_adapters(paths: list[Path], lora_alpha: float | None = None, allow_pickle: bool = False) -> list[Adapter]:
+    """Read several adapters as `read_adapter` does; `lora_alpha` is of those that leave an alpha open."""
+    found = [_read(path, lora_alpha, allow_pickle) for path in paths]
+    if lora_alpha is not None and not any(is_open for _, is_open in found):
+        for path, (adapter, _) in zip(paths, found, strict=True):
+            for name, config in adapter.configs.items():
+                if default_alpha(config) != lora_alpha:
+                    raise UserError(
+                        f"--lora_alpha is {lora_alpha:g}, but {path} says {default_alpha(config):g} for the {name}. "
+                        "Drop the flag: --lora_scale is what changes the strength."
+                    )
+    return [adapter for adapter, _ in found]
+
+
+def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Adapter, bool]:
+    """Return an adapter, and whether it leaves an alpha open, which is then `lora_alpha`."""
     if is_peft_folder(path):
-        adapter = _read_peft_folder(path, allow_pickle)
+        adapter, is_open = _read_peft_folder(path, allow_pickle), False
     else:
         file = found_file(path / DIFFUSERS_FILE) if path.is_dir() else path
-        adapter = _read_single_file(file, lora_alpha, allow_pickle)
+        adapter, is_open = _read_single_file(file, lora_alpha, allow_pickle)
     if not any(adapter.weights.values()):
         raise _without_weights(path)
-    for name, config in adapter.configs.items():
-        if lora_alpha not in {None, default_alpha(config)}:
-            raise UserError(
-                f"--lora_alpha is {lora_alpha:g}, but {path} says {default_alpha(config):g} for the {name}. Drop the "
-                "flag: --lora_scale is what changes the strength."
-            )
-    return adapter
+    return adapter, is_open
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -169,7 +183,7 @@ def _completed(config: Config, weights: Tensors) -> Config:
 # --- single files ---
 
 
-def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) -> Adapter:
+def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Adapter, bool]:
     tensors, metadata = read_tensors(file, allow_pickle)
     weights, alphas, strangers = _sort(tensors)
     if strangers:
@@ -183,9 +197,12 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
         raise UserError(
             f"The adapter metadata of {file} is not readable: {error}. Export the adapter again."
         ) from error
+    is_open = False
     for name, part in weights.items():
-        configs[name] = configs[name] or _config_from_weights(file, part, alphas[name], lora_alpha)
-    return Adapter(weights, configs)
+        if configs[name] is None:
+            configs[name], fills = _config_from_weights(file, part, alphas[name], lora_alpha)
+            is_open = is_open or fills
+    return Adapter(weights, configs), is_open
 
 
 def _sort(tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, dict[str, float]], list[str]]:
@@ -265,7 +282,10 @@ def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata
         raise TypeError(first_line(error)) from error
 
 
-def _config_from_weights(file: Path, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None) -> Config:
+def _config_from_weights(
+    file: Path, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None
+) -> tuple[Config, bool]:
+    """Return the settings that the weights show, and whether `lora_alpha` is needed for them."""
     wrong = {module: alpha for module, alpha in alphas.items() if not 0 < alpha < math.inf}
     if wrong:
         module, alpha = next(iter(wrong.items()))
@@ -275,19 +295,22 @@ def _config_from_weights(file: Path, weights: Tensors, alphas: dict[str, float],
             f"{file} has the alpha of {len(alone)} modules without their weights, such as {alone[0]}. A part of it is "
             "missing: export the adapter again."
         )
+    is_open = modules_without_alpha(weights, alphas)
     try:
         config = infer_config(weights, alphas, lora_alpha)
     except WithoutAlphaError as error:
         family = guess_family(weights)
         if family not in {None, SDXL}:
             raise UserError(f"{file} looks as if made for {family}. Give an SDXL adapter.") from error
+        modules = len(by_module(weights))
+        of_which = f" for {len(is_open)} of {modules} modules" if len(is_open) < modules else ""
         raise UserError(
-            f"{file} does not say its alpha. Either it was trained at alpha = rank = {error.rank} (strength 1), as "
-            f"files without it often are, or at an alpha that is unknown here. Give --lora_alpha {error.rank} for "
-            "the first reading, or the alpha of its training."
+            f"{file} does not say its alpha{of_which}. Either it was trained at alpha = rank = {error.rank} "
+            "(strength 1), as files without it often are, or at an alpha that is unknown here. Give --lora_alpha "
+            f"{error.rank} for the first reading, or the alpha of its training."
         ) from error
     except ValueError as error:
         raise UserError(f"{file} cannot be used: {first_line(error)}. Give a LoRA.") from error
     if config is None:
         raise _without_weights(file)
-    return config
+    return config, bool(is_open)

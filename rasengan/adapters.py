@@ -27,6 +27,7 @@ Config = LoraConfig | LoHaConfig | LoKrConfig
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)"
 )
+WHOLE_LOKR = {"lokr_w1", "lokr_w2"}
 # The tensors that show a module's rank, and on which of their sides.
 _RANK_SIDES = {"lora_A.weight": 0, "hada_w1_b": 0, "lokr_w1_b": 0, "lokr_w2_b": 0}
 
@@ -117,6 +118,19 @@ def _ending(key: str) -> re.Pattern:
 # --- settings that the weights themselves show ---
 
 
+def modules_without_alpha(weights: dict[str, torch.Tensor], alphas: Mapping[str, float]) -> set[str]:
+    """Return the modules that need an alpha, and have none.
+
+    A LoKr of whole matrices has no rank, and so no alpha that could weaken it.
+    """
+    modules = by_module(weights)
+    return {
+        module
+        for module, parts in modules.items()
+        if module not in alphas and parts.keys() != WHOLE_LOKR and _rank_shown(parts)
+    }
+
+
 def infer_config(
     weights: dict[str, torch.Tensor], alphas: dict[str, float], lora_alpha: float | None = None
 ) -> Config | None:
@@ -142,12 +156,12 @@ def infer_config(
     if len(kinds) > 1:
         raise ValueError(f"it holds weights of several kinds ({', '.join(sorted(kinds))})")
     rank = _commonest(ranks)
-    # A LoKr of whole matrices has no rank, and so no alpha that could weaken it.
-    whole = {module for module, parts in modules.items() if parts.keys() == {"lokr_w1", "lokr_w2"}}
-    known = {module: alpha for module, alpha in alphas.items() if module in ranks} | {m: ranks[m] for m in whole}
-    if ranks.keys() - known.keys() and lora_alpha is None:
+    is_open = modules_without_alpha(weights, alphas)
+    if is_open and lora_alpha is None:
         raise WithoutAlphaError(rank)
-    known |= {module: lora_alpha for module in ranks if module not in known}
+    whole = {module for module, parts in modules.items() if parts.keys() == WHOLE_LOKR}
+    known = {module: alpha for module, alpha in alphas.items() if module in ranks} | {m: ranks[m] for m in whole}
+    known |= dict.fromkeys(is_open, lora_alpha)
     alpha = _commonest(known)
     options = {
         "r": rank,
@@ -188,7 +202,7 @@ def _rank_shown(parts: dict[str, torch.Tensor]) -> int:
     for part, side in _RANK_SIDES.items():
         if part in parts and parts[part].ndim > 1:
             return parts[part].shape[side]
-    if parts.keys() == {"lokr_w1", "lokr_w2"}:  # at this rank PEFT makes whole matrices
+    if parts.keys() == WHOLE_LOKR:  # at this rank PEFT makes whole matrices
         return max(*parts["lokr_w1"].shape, *parts["lokr_w2"].shape[:2])
     return 0
 

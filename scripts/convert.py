@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument_group("what is read").add_argument
     add("--input", type=path_type, metavar="PLACE", help="an adapter of any layout: file, folder or hub id")
-    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where the file does not say it")
     add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
     add("--extract_from", type=path_type, metavar="TUNED", help="instead: hub id or folder of a tuned SDXL")
     add("--base", type=path_type, help="hub id or folder of the SDXL that it was tuned from")

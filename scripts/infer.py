@@ -27,7 +27,7 @@ from accelerate import Accelerator
 
 from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, tuned_model
 from rasengan.adapter_places import fetch_adapter
-from rasengan.adapter_reader import read_adapter
+from rasengan.adapter_reader import read_adapters
 from rasengan.adapters import ADAPTABLE, Adapter, default_alpha
 from rasengan.command_line import (
     Parser,
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", action="append", default=[], help=what, **kind)
     what = "on the whole change; 0 is the base; several, such as 0,0.5,1, are compared [1]"
     add("--lora_scale", type=numbers_type, help=what)
-    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where a file does not say it")
     add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
     what = "write the tuned model: a folder, or a file for ComfyUI and A1111 if this ends in .safetensors"
     add("--save_merged", type=path_type, metavar="PLACE", help=what)
@@ -156,13 +156,14 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def read_models(args: argparse.Namespace) -> list[Model]:
     """Return the models to draw with, the base first where it is compared; reads each adapter once."""
-    read = partial(read_adapter, lora_alpha=args.lora_alpha, allow_pickle=args.allow_pickle)
     sets = [args.lora] if args.lora else [[(place, 1.0)] for place in args.lora_weights]
+    files = [fetch_adapter(place, cache_dir=args.cache_dir) for places in sets for place, _ in places]
+    read = iter(read_adapters(files, args.lora_alpha, args.allow_pickle))
     names = iter(short_names(args.lora_weights))
     base = Model("base", "base", [], "none")
     models = [base] if args.compare or not sets or 0.0 in args.lora_scale else []
     for places in sets:
-        adapters = [(read(fetch_adapter(place, cache_dir=args.cache_dir)), weight) for place, weight in places]
+        adapters = [(next(read), weight) for _, weight in places]
         name = next(names) if len(sets) > 1 else "LoRA"
         for scale in filter(None, args.lora_scale):  # 0 is the base
             label = f"{name} x {scale:g}"

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming
-from rasengan.adapter_reader import read_adapter
+from rasengan.adapter_reader import read_adapter, read_adapters
 from rasengan.adapters import DIFFUSERS_FILE, Adapter
 
 
@@ -475,13 +475,51 @@ def test_an_alpha_that_is_no_strength_is_refused(live, tmp_path, alpha):
         read_adapter(file)
 
 
-def test_one_module_without_alpha_among_others_needs_the_flag(live, tmp_path):
-    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+def without_alphas(file, *which):
+    """Take the alphas out of a kohya file whose names contain one of these."""
     tensors = load_file(file)
-    del tensors[next(key for key in tensors if key.endswith(".alpha"))]
-    save_file(tensors, file)
-    with pytest.raises(UserError, match="does not say its alpha"):
+    save_file({k: t for k, t in tensors.items() if not (k.endswith(".alpha") and any(w in k for w in which))}, file)
+    return file
+
+
+def test_the_flag_fills_in_what_a_file_leaves_open_and_nothing_else(tiny_base, live, tmp_path):
+    adapter = adapter_of(unet=live["LoRA"])  # at alpha 12
+    file = without_alphas(write(tmp_path / "a.safetensors", adapter, "kohya"), "middle_block")
+    with pytest.raises(UserError, match="does not say its alpha for 16 of 136 modules.*Give --lora_alpha 4"):
         read_adapter(file)
+    found = read_adapter(file, lora_alpha=6.0)
+    expected = copy.deepcopy(adapter)
+    expected.configs["unet"].alpha_pattern = {".*mid_block.*": 6.0}
+    assert_same(found, expected)
+    assert_close(merged(tiny_base, found).state_dict(), merged(tiny_base, expected).state_dict())
+
+
+def test_the_flag_fills_in_a_component_that_has_no_alpha_beside_one_that_has(tiny_base, live, tmp_path):
+    adapter = adapter_of(unet=live["LoRA"], text_encoder=trained(tiny_base, TEXT, name="text_encoder"))
+    file = without_alphas(write(tmp_path / "a.safetensors", adapter, "kohya"), "lora_te1")
+    with pytest.raises(UserError, match="does not say its alpha. "):
+        read_adapter(file)
+    found = read_adapter(file, lora_alpha=5.0)
+    assert {name: adapters.default_alpha(config) for name, config in found.configs.items()} == {
+        "unet": 12,
+        "text_encoder": 5,
+    }
+
+
+def test_of_several_adapters_the_flag_is_for_those_that_leave_alpha_open(live, tmp_path):
+    said = write(tmp_path / "said.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    left_open = without_alphas(write(tmp_path / "open.safetensors", adapter_of(unet=live["LoRA"]), "kohya"), "")
+    folder = write(tmp_path / "peft", adapter_of(unet=live["LoRA"]), "peft")
+    found = read_adapters([said, left_open, folder], lora_alpha=6.0)
+    assert [adapters.default_alpha(adapter.configs["unet"]) for adapter in found] == [12, 6, 12]
+
+
+@pytest.mark.parametrize("layout", conversion.LAYOUTS)
+def test_a_flag_that_contradicts_a_file_that_states_every_alpha_is_refused(live, tmp_path, layout):
+    path = write(tmp_path / ("a" if layout == "peft" else "a.safetensors"), adapter_of(unet=live["LoRA"]), layout)
+    with pytest.raises(UserError, match="--lora_alpha is 6, but .* says 12 for the unet. Drop the flag"):
+        read_adapter(path, lora_alpha=6.0)
+    assert_same(read_adapter(path, lora_alpha=12.0), read_adapter(path))
 
 
 def test_dora_of_columns_is_refused(tiny_base, live, tmp_path):
