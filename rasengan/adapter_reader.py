@@ -28,6 +28,7 @@ from rasengan.adapters import (
     infer_config,
     modules_without_alpha,
     split_key,
+    what_is_malformed,
 )
 from rasengan.families import SDXL, guess_family
 from rasengan.naming import KOHYA_PARTS, parse_kohya_name
@@ -81,6 +82,15 @@ def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Ada
         adapter, is_open = _read_single_file(file, lora_alpha, allow_pickle)
     if not any(adapter.weights.values()):
         raise _without_weights(path)
+    for name, weights in adapter.weights.items():
+        if strangers := [key for key in weights if split_key(key) is None]:
+            raise UserError(
+                f"{path} holds {len(strangers)} weights of the {name} that are no part of a LoRA, LoHa or LoKr, such "
+                f"as {strangers[0]}. Export the adapter again without them."
+            )
+        for module, parts in by_module(weights).items():
+            if problem := what_is_malformed(adapter.configs[name], module, parts):
+                raise UserError(f"{path} is damaged: {problem}. Give the adapter as its training left it.")
     return adapter, is_open
 
 
@@ -150,7 +160,7 @@ def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
     alpha = "lora_alpha" if kind == "LORA" else "alpha"
     for name, numbers in {"r": int, alpha: int | float}.items():
         value = options.get(name)
-        if not isinstance(value, numbers) or value is True or not 0 < value < math.inf:
+        if not _is_positive(value, numbers):
             raise TypeError(f"{name} is {value!r}, not a positive number")
     for name, expected in SETTINGS.items():
         value = options.get(name)
@@ -164,12 +174,17 @@ def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
                 raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
             if len(pattern) > 10_000 or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS or NESTED.search(pattern):
                 raise TypeError(f"{name} has {pattern[:80]!r}, which may take forever to match; list the modules")
-        numbers = value.values() if isinstance(value, dict) else []
-        if not all(isinstance(number, int | float) and number is not True for number in numbers):
-            raise TypeError(f"{name} is {value!r}, not names with numbers")
+        kind_of_number = int if name == "rank_pattern" else int | float
+        if isinstance(value, dict) and not all(_is_positive(number, kind_of_number) for number in value.values()):
+            whole = "whole " if kind_of_number is int else ""
+            raise TypeError(f"{name} is {value!r}, not names with positive {whole}numbers")
     layers = options.get("layers_to_transform") or []
     if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers])):
         raise TypeError(f"layers_to_transform is {layers!r}, not whole numbers")
+
+
+def _is_positive(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and value is not True and 0 < value < math.inf
 
 
 def _completed(config: Config, weights: Tensors) -> Config:

@@ -7,7 +7,7 @@ Weights are named without the adapter's name: of a LoRA `MODULE.lora_A.weight` (
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,6 +113,60 @@ def _ending(key: str) -> re.Pattern:
     keeps too few for a file with a rank for each module.
     """
     return re.compile(rf"(.*\.)?({key})$")
+
+
+# --- whole modules ---
+
+
+def what_is_malformed(config: Config, module: str, parts: Mapping[str, torch.Tensor]) -> str | None:
+    """Return what is missing of a module's parts, or does not fit the others or its rank; None where all fits.
+
+    Whether they fit a layer is not known here.
+    """
+    expected = _expected_parts(config, parts)
+    if wrong := sorted(expected - parts.keys()) or sorted(parts.keys() - expected):
+        return f"{module} has {'no' if wrong[0] in expected else 'a stray'} {wrong[0].removesuffix('.weight')}"
+    rank = rank_of(config, module)
+    for part, tensor in parts.items():
+        name, shape = part.removesuffix(".weight"), tuple(tensor.shape)
+        # A core, of the rank on its first two sides, has the matrices beside it turned.
+        is_turned = "hada_t1" in parts or ("lokr_t2" in parts and part.startswith("lokr_w2"))
+        sides = {"A": (0,), "a": (0,) if is_turned else (1,), "B": (1,), "b": (0,), "t": (0, 1)}
+        for side in sides.get("t" if "_t" in part else name[-1], ()):
+            if len(shape) < 2 or shape[side] != rank:
+                found = f"rank {shape[side]}" if len(shape) > 1 else f"the shape {shape}"
+                return f"{module}'s {name} has {found}, but the adapter's settings or other parts say {rank}"
+    for one, other in (("hada_w1_a", "hada_w2_a"), ("hada_w1_b", "hada_w2_b"), ("hada_t1", "hada_t2")):
+        if one in parts and parts[one].shape != parts[other].shape:
+            return f"{module}'s {one} is {shown(parts[one].shape)}, but its {other} {shown(parts[other].shape)}"
+    if "lora_B.weight" in parts:
+        a, b, magnitude = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_magnitude_vector")
+        if a.ndim not in {2, 4} or b.shape[2:] != (1,) * (a.ndim - 2):
+            return f"{module}'s lora_A is {shown(a.shape)} and its lora_B is {shown(b.shape)}"
+        if magnitude is not None and magnitude.shape != ((len(b),) if a.ndim == 2 else (1, len(b), 1, 1)):
+            return f"{module} has {len(b)} outputs, but its magnitude vector is {shown(magnitude.shape)}"
+    return None
+
+
+def _expected_parts(config: Config, parts: Iterable[str]) -> set[str]:
+    """Return the parts that a module has, where some ways to have it are told by one of them."""
+    if kind_of(config) == "LORA":
+        return {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+    if kind_of(config) == "LOHA":
+        cores = {"hada_t1", "hada_t2"}
+        return {f"hada_w{number}_{side}" for number in "12" for side in "ab"} | (
+            cores if cores & set(parts) else set()
+        )
+    names = {f"lokr_w{number}{end}" for number in "12" for end in ("", "_a", "_b")}
+    for number in "12":
+        name = f"lokr_w{number}"
+        names -= {f"{name}_a", f"{name}_b"} if name in parts else {name}
+    return names | ({"lokr_t2"} if "lokr_t2" in parts and "lokr_w2" not in parts else set())
+
+
+def shown(shape: Sequence[int]) -> str:
+    """Return a shape as messages have it."""
+    return " x ".join(map(str, shape))
 
 
 # --- settings that the weights themselves show ---

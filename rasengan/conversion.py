@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from rasengan import UserError, first_line
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
-from rasengan.adapters import Adapter, by_module, kind_of, rank_of, strength_of
+from rasengan.adapters import WHOLE_LOKR, Adapter, by_module, kind_of, rank_of, strength_of
 from rasengan.families import SDXL, guess_family, not_in_sdxl
 from rasengan.files import give_default_mode, sync
 
@@ -80,10 +80,10 @@ def check_family(adapter: Adapter, place: str) -> None:
 
 
 def check_layout(adapter: Adapter, layout: str) -> None:
-    """Check that a layout can hold an adapter of this kind, and that its weights are those that its settings say.
+    """Check that a layout can hold an adapter of this kind.
 
     Raises:
-        UserError: it cannot, or they are not.
+        UserError: it cannot.
     """
     for name, config in adapter.configs.items():
         if layout == "diffusers" and kind_of(config) != "LORA":
@@ -92,15 +92,7 @@ def check_layout(adapter: Adapter, layout: str) -> None:
                 "peft or kohya."
             )
         for module, parts in by_module(adapter.weights[name]).items():
-            if ("lora_A.weight" in parts) != ("lora_B.weight" in parts):
-                missing = "lora_A" if "lora_B.weight" in parts else "lora_B"
-                raise UserError(f"{module} has no {missing}. Give the adapter as its training left it.")
-            if "lora_A.weight" in parts and len(parts["lora_A.weight"]) != rank_of(config, module):
-                raise UserError(
-                    f"{module} has rank {len(parts['lora_A.weight'])}, but the adapter's settings say "
-                    f"{rank_of(config, module)}. Give the adapter as its training left it."
-                )
-            whole = parts.keys() == {"lokr_w1", "lokr_w2"}
+            whole = parts.keys() == WHOLE_LOKR
             if layout == "kohya" and whole and strength_of(config, module) != 1:
                 raise UserError(
                     f"{module} is a LoKr of whole matrices at strength {strength_of(config, module):g}, which kohya's "

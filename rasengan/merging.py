@@ -22,6 +22,7 @@ from rasengan.adapters import (
     fit_names,
     kind_of,
     rank_of,
+    shown,
     split_key,
     strength_of,
 )
@@ -125,7 +126,7 @@ def _shape_problems(module: str, parts: dict[str, torch.Tensor], config: Config,
 
 
 def _shown(shape: Sequence[int] | None) -> str:
-    return "absent" if shape is None else " x ".join(map(str, shape))
+    return "absent" if shape is None else shown(shape)
 
 
 def _expected_shapes(config: Config, module: str, layer: Layer) -> dict[str, torch.Size]:

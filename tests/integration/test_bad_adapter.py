@@ -55,7 +55,7 @@ def of_another_family(weights, metadata):
     ("change", "pattern"),
     [
         (without_alpha, r"does not say its alpha.*alpha = rank = 16.*Give --lora_alpha 16"),
-        (with_half_a_pair, r"does not fit the unet: .*attn2\.to_k has no lora_B"),
+        (with_half_a_pair, r"is damaged: .*attn2\.to_k has no lora_B"),
         (without_a_module, r"mid_block\.\S* is targeted, but has no weights"),
         (of_other_shapes, r"attn2\.to_k is \d+ x 96 at rank 16, but its lora_B and lora_A are \d+ x 16 and 16 x 192"),
         (

@@ -309,7 +309,8 @@ def spoil(tensors, how):
     [
         ("not finite", ["--resize_rank", 4], "is not finite: the adapter is damaged"),
         ("half a pair", [], "has no lora_A"),
-        ("another rank", [], "has rank 4, but the adapter's settings say 16"),
+        ("half a pair", ["--resize_rank", 4], "has no lora_A"),
+        ("another rank", [], "has rank 4, but the adapter's settings or other parts say 16"),
     ],
 )
 def test_a_spoiled_adapter_is_refused(convert, trained, tmp_path, how, further, pattern):

@@ -615,3 +615,89 @@ def test_what_peft_converts_to_a_plain_lora_is_merged_as_it_answered(tiny_base, 
         read_adapter(tmp_path / "raw")
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=initial)
     assert difference(answer(merged(tiny_base, read_adapter(tmp_path / "plain"))), answer(model)) < 1e-4
+
+
+# --- what is malformed ---
+
+
+def dropped(part):
+    """Without a part of one module."""
+    return lambda parts: {key: tensor for key, tensor in parts.items() if key != part}
+
+
+def cut(part, side):
+    """With a part of one module shorter on a side."""
+    return lambda parts: parts | {part: parts[part].narrow(side, 0, 1).clone()}
+
+
+def added(part):
+    """With a part more of one module."""
+    return lambda parts: parts | {part: torch.ones(4, 4)}
+
+
+MALFORMED = [
+    *(("LoRA", dropped(f"lora_{side}.weight"), f"has no lora_{side}") for side in "AB"),
+    ("LoRA", cut("lora_A.weight", 0), "lora_A has rank 1, but .* 4|lora_B has rank 4, but .* 1"),
+    ("LoRA", cut("lora_B.weight", 1), "lora_B has rank 1, but .* 4"),
+    ("LoRA", added("lora_magnitude_vector"), "magnitude_vector"),
+    ("LoCon", lambda parts: parts | {"lora_B.weight": parts["lora_B.weight"][..., None]}, "lora_B is 64 x 4 x 1"),
+    ("DoRA", dropped("lora_magnitude_vector"), "has no lora_magnitude_vector"),
+    ("DoRA", cut("lora_magnitude_vector", 0), "outputs, but its magnitude vector is 1"),
+    *(("LoHa", dropped(f"hada_w{n}_{side}"), f"has no hada_w{n}_{side}") for n in "12" for side in "ab"),
+    ("LoHa", cut("hada_w2_a", 1), "hada_w2_a has rank 1"),
+    ("LoHa", cut("hada_w2_b", 1), "hada_w1_b is 4 x .*, but its hada_w2_b 4 x 1"),
+    ("LoHa of convolutions", dropped("hada_t1"), "has no hada_t1"),
+    ("LoHa of convolutions", cut("hada_t2", 1), "hada_t2 has rank 1"),
+    *(
+        ("LoKr", dropped(f"lokr_w{n}_{side}"), f"has no lokr_w{n}_{side}|half of its lokr_w")
+        for n in "12"
+        for side in "ab"
+    ),
+    ("LoKr", cut("lokr_w2_a", 1), "lokr_w2_a has rank 1"),
+    ("LoKr", added("lokr_w1"), "lokr_w1_[ab]"),
+]
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+@pytest.mark.parametrize(("kind", "change", "pattern"), MALFORMED)
+def test_a_malformed_adapter_is_refused_when_it_is_read(live, tmp_path, kind, change, pattern, layout):
+    adapter = adapter_of(unet=live[kind])
+    modules = adapters.by_module(adapter.weights["unet"])
+    module = "conv_in" if kind.endswith("convolutions") else "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    parts = change(modules[module])
+    modules[module] = parts
+    weights = {f"{m}.{part}": tensor for m, of in modules.items() for part, tensor in of.items()}
+    adapter = Adapter({"unet": weights}, adapter.configs)
+    if layout == "peft":
+        adapter_writer.write_peft_folders(tmp_path / "a", adapter)
+    else:
+        (tmp_path / "a").mkdir()
+        adapter_writer.write_kohya(tmp_path / "a" / DIFFUSERS_FILE, adapter)
+    with pytest.raises(UserError, match=f"a[/ ].*({pattern})"):
+        read_adapter(tmp_path / "a")
+
+
+def test_a_weight_of_a_peft_folder_that_is_no_part_of_an_adapter_is_named(live, tmp_path):
+    adapter = adapter_of(unet=live["LoRA"])
+    adapter.weights["unet"]["conv_in.weight"] = torch.ones(4, 4)
+    adapter_writer.write_peft_folders(tmp_path / "a", adapter)
+    with pytest.raises(UserError, match="conv_in.weight"):
+        read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank_pattern", 4.0), ("rank_pattern", 0), ("rank_pattern", -4), ("rank_pattern", True)]
+    + [("alpha_pattern", 0), ("alpha_pattern", -1.0), ("alpha_pattern", float("inf"))],
+)
+def test_a_rank_that_is_not_whole_and_a_value_that_is_not_positive_are_refused(live, tmp_path, layout, name, value):
+    adapter = adapter_of(unet=live["rsLoRA"])
+    setattr(adapter.configs["unet"], name, {"to_q": value})
+    if layout == "peft":
+        adapter_writer.write_peft_folders(tmp_path / "a", adapter)
+    else:
+        (tmp_path / "a").mkdir()
+        adapter_writer.write_diffusers(tmp_path / "a", adapter)
+    with pytest.raises(UserError, match=f"{name} is .*to_q.*, not names with positive"):
+        read_adapter(tmp_path / "a")
