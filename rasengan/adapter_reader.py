@@ -145,7 +145,7 @@ def _read_peft_config(folder: Path) -> Config:
 INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 # A stranger's pattern is matched with thousands of names: each repeat may multiply its time by the names' length.
-MOST_REPEATS = 3
+MOST_REPEATS = 4
 NESTED = re.compile(r"[*+}]\)[*+{]")
 
 
@@ -172,8 +172,14 @@ def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
-            if len(pattern) > 10_000 or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS or NESTED.search(pattern):
-                raise TypeError(f"{name} has {pattern[:80]!r}, which may take forever to match; list the modules")
+            # A number that ends at a dot is matched in one way. The keys of a dictionary get a repeat in front.
+            repeats = re.sub(r"\\d[+*]\\\.", "", pattern)
+            most = MOST_REPEATS - isinstance(value, dict)
+            if len(pattern) > 10_000 or len(re.findall(r"[*+{]", repeats)) > most or NESTED.search(repeats):
+                raise UserError(
+                    f"{file}: {name} has {pattern[:80]!r}, which may take forever to match. Give at most {most} "
+                    "repeats (* or +) and none within another, or write the modules' names out, of target_modules as a list."
+                )
         kind_of_number = int if name == "rank_pattern" else int | float
         if isinstance(value, dict) and not all(_is_positive(number, kind_of_number) for number in value.values()):
             whole = "whole " if kind_of_number is int else ""

@@ -566,8 +566,21 @@ def test_a_pattern_that_may_take_forever_is_refused_before_it_is_matched(tmp_pat
     save_file(
         {"base_model.model.mid_block.proj_in.lora_A.weight": torch.ones(4, 8)}, tmp_path / "adapter_model.safetensors"
     )
-    with pytest.raises(UserError, match="may take forever to match; list the modules"):
+    with pytest.raises(UserError, match="may take forever to match. Give at most [34] repeats.*names out"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*(down|up)_blocks.*attentions.*attn.*\.(to_q|to_k|to_v|to_out\.0)",
+        r".*blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+\.attn\d+\.to_(q|k|v|out\.0)",
+    ],
+)
+def test_an_ordinary_pattern_of_targets_is_merged_as_peft_does(tiny_base, tmp_path, pattern):
+    trained(tiny_base, LoraConfig(r=4, lora_alpha=12, target_modules=pattern)).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(tiny_base), tmp_path).merge_and_unload()
+    assert_close(merged(tiny_base, read_adapter(tmp_path)).state_dict(), loaded.state_dict())
 
 
 # --- how a LoRA was begun ---
