@@ -178,7 +178,8 @@ def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
             if len(pattern) > 10_000 or len(re.findall(r"[*+{]", repeats)) > most or NESTED.search(repeats):
                 raise UserError(
                     f"{file}: {name} has {pattern[:80]!r}, which may take forever to match. Give at most {most} "
-                    "repeats (* or +) and none within another, or write the modules' names out, of target_modules as a list."
+                    "repeats (* or +) and none within another, or write the modules' names out, of target_modules as "
+                    "a list."
                 )
         kind_of_number = int if name == "rank_pattern" else int | float
         if isinstance(value, dict) and not all(_is_positive(number, kind_of_number) for number in value.values()):

@@ -8,10 +8,11 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from safetensors import SafetensorError, safe_open
 
-from rasengan import components, locks, merging, single_file
-from rasengan.adapters import Adapter
-from rasengan.files import give_default_mode, write_atomically
+from rasengan import UserError, components, first_line, locks, merging, single_file
+from rasengan.adapters import Adapter, fit_names
+from rasengan.files import give_default_mode, sync, write_atomically
 
 
 def save(
@@ -43,7 +44,7 @@ def save(
             how = skeletons, dtypes, lambda name: tuned(name).state_dict(), scheduler.config.prediction_type
             single_file.write_single_file(unfinished, *how)
         else:
-            _save_folder(unfinished, tuned)
+            _save_folder(unfinished, tuned, place)
 
 
 def _tuned_component(folders, variant, dtype, scheduler, adapters, name: str):
@@ -55,14 +56,36 @@ def _tuned_component(folders, variant, dtype, scheduler, adapters, name: str):
     )
 
 
-def _save_folder(folder: Path, tuned: Callable[[str], object]) -> None:
+def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
     index["force_zeros_for_empty_prompt"] = True
     for name in components.COMPONENTS:
         model = tuned(name)
-        model.save_pretrained(folder / name)
+        try:
+            model.save_pretrained(folder / name)
+            if name in components.MODELS:
+                _verify(folder / name, model)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+            raise UserError(f"{place} cannot be written: {reason}. Make room, or give another place.") from error
         library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())
-    for file in folder.rglob("*.safetensors"):
+
+
+def _verify(folder: Path, model: torch.nn.Module) -> None:
+    """Compare what a component's files hold with the model bit for bit, once they are on the disk."""
+    weights = fit_names(model.state_dict(), model)
+    for file in folder.glob("*.safetensors"):
         give_default_mode(file)
+        sync(file)
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118
+                ((name, found),) = fit_names({key: content.get_tensor(key)}, model).items()
+                expected = weights.pop(name, None)
+                if expected is None or not torch.equal(found, expected.cpu()):
+                    raise RuntimeError(
+                        f"{file.name}: {key} does not read back as it was written. The disk may be damaged."
+                    )
+    if weights:
+        raise RuntimeError(f"{folder.name}: {next(iter(weights))} was not written.")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import resource
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming
+from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming, tuned_model
 from rasengan.adapter_reader import read_adapter, read_adapters
 from rasengan.adapters import DIFFUSERS_FILE, Adapter
 
@@ -714,3 +715,36 @@ def test_a_rank_that_is_not_whole_and_a_value_that_is_not_positive_are_refused(l
         adapter_writer.write_diffusers(tmp_path / "a", adapter)
     with pytest.raises(UserError, match=f"{name} is .*to_q.*, not names with positive"):
         read_adapter(tmp_path / "a")
+
+
+# --- a merged folder ---
+
+
+def save_merged(tiny_base, live, place):
+    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    scheduler = components.load("scheduler", folders["scheduler"])
+    tuned_model.save(place, folders, None, torch.float32, scheduler, [(adapter_of(unet=live["LoRA"]), 1.0)])
+
+
+def test_a_full_disk_under_a_merged_folder_is_an_error_with_the_remedy(tiny_base, live, tmp_path):
+    # A limit on the size of files stops the write of the first weights, as a full disk does.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"/tuned cannot be written: .*Make room, or give another place"):
+            save_merged(tiny_base, live, tmp_path / "tuned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_write_of_a_merged_folder_leaves_nothing_under_its_name(tiny_base, live, tmp_path, monkeypatch):
+    def damage(file):
+        content = bytearray(file.read_bytes())
+        content[-40] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(tuned_model, "sync", damage, raising=False)
+    with pytest.raises(RuntimeError, match="does not read back as it was written"):
+        save_merged(tiny_base, live, tmp_path / "tuned")
+    assert list(tmp_path.iterdir()) == []
