@@ -131,9 +131,8 @@ QUESTIONS = {
     "color": list(world.COLORS),
     "position": list(world.POSITIONS),
     "count": list(world.COUNTS),
-    "pattern": list(world.PATTERNS),
     "ground": list(world.COLORS),
-    "style": [*world.STYLES, "none"],  # none of them: noise, flat colors, what a broken model draws
+    "style": list(world.STYLES),
 }
 ASKED = ("thing", "color", "position")  # what a picture must show
 
