@@ -31,7 +31,7 @@ FREE_SETTINGS = {
     *("checkpointing_minutes", "checkpoints_total_limit", "logging_steps", "report_to", "debug_loss", "push_to_hub"),
     "hub_model_id",
 }
-RUN_LENGTH = ("total_steps",)
+RUN_LENGTH = {"total_steps"}  # told of below, where it changes what is trained
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
 
 
@@ -47,7 +47,7 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> 
         UserError: some have changed that may not; they are listed. The others are logged.
     """
     state = read_state(path)
-    names = [name for name in settings if name in state and name not in PLACES]
+    names = [name for name in settings if name in state and name not in PLACES | RUN_LENGTH]
     unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
     changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
     free = "; ".join(_change(name, state, settings) for name in changed if name in FREE_SETTINGS)

@@ -102,7 +102,7 @@ def test_fp16_on_a_cpu_is_refused_with_the_remedy(start, refused):
         ("train", ["--rank", "0"], "argument --rank: '0' is not a whole number of 1 or more"),
         ("train", ["--learning_rate", "nan"], "argument --learning_rate: 'nan' is not"),
         ("train", ["--seed", "4294967296"], "argument --seed: '4294967296' is not"),
-        ("train", ["--lora_rank", "4"], "unrecognized arguments: --lora_rank 4"),
+        ("train", ["--lora_rank", "4"], "unrecognized arguments: --lora_rank. --help"),
         ("train", ["--train_data_dir", ""], "argument --train_data_dir: it is empty"),
         ("train", ["--output_dir", " "], "argument --output_dir: it is empty"),
         ("infer", ["--scheduler", "k_euler"], "invalid choice: 'k_euler'"),

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 DRIVE = "/content/drive/MyDrive"
 # Behind the words that are shown, where a later flag wins: what makes a run small, and keeps it here.
 SMALL = {
-    "train_lora_sdxl": "--resolution 64 --max_train_steps 4 --checkpointing_steps 2 --validation_inference_steps 2",
+    "train_lora_sdxl": "--resolution 64 --max_train_steps 4 --checkpointing_steps 2 --validation_inference_steps 2 "
+    "--validation_split 2",
     "infer": "--height 64 --width 64 --num_inference_steps 2",
     "check_data": "--output_dir report",
     "evaluate": "--validation_split 2 --num_pictures 1 --num_inference_steps 2",
@@ -83,7 +84,8 @@ def fill_hub(root: Path, base: Path, pictures: Path, adapter: Path) -> None:
         file.unlink()
         save_file(weights, file.with_name(f"{file.stem}.fp16.safetensors"), {"format": "pt"})
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()[:8]]
-    images = [{"image": str(pictures / row["file_name"]), "text": row["text"]} for row in rows]
+    contents = [{"bytes": (pictures / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    images = [{"image": content, "text": row["text"]} for content, row in zip(contents, rows, strict=True)]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     data = root / "datasets" / "lambdalabs" / "naruto-blip-captions" / "data"
     data.mkdir(parents=True)

@@ -79,7 +79,7 @@ def test_base_and_tuned_loss_are_what_training_logged(evaluated, run, read_scala
     assert [point["held_out"] for point in curve] == pytest.approx([logged[step] for step in (0, 2, 4)], rel=1e-5)
     assert figures["step"] == 4
     (note,) = figures["notes"]
-    assert note.startswith("The base is not the miniature: the judge")
+    assert note.startswith("The base is not the miniature: what the judge says")
 
 
 def test_each_held_out_picture_has_its_losses(evaluated, run):

@@ -277,7 +277,7 @@ def test_measuring_disturbs_nothing(flags, train, read_scalars, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--use_ema", "--lora_dropout", 0.1], ["--train_text_encoder"]],
+    [[], ["--use_ema", "--lora_dropout", 0.1], ["--train_text_encoder", "--learning_rate", 0.05]],
     ids=["plain", "average and dropout", "text encoders"],
 )
 def test_a_resumed_run_measures_what_the_whole_one_did_its_best_included(flags, train, read_losses, tmp_path):
