@@ -82,7 +82,7 @@ def make_parser() -> Parser:
     what = "a run's --output_dir, its checkpoint-N or best, a .safetensors file, a PEFT folder, or a hub id"
     add("--lora_weights", type=path_type, required=True, help=what)
     add("--lora_scale", type=number_type(kind=float), default=1.0, help="strength of the adapter [%(default)s]")
-    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, for a file that does not say")
+    add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where a file does not say it")
 
     add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
