@@ -148,9 +148,10 @@ def inspect_pictures(
 # A record of a hub dataset holds the whole file: it is looked up one at a time, and no more often than needed.
 def _digest_picture(column: Sequence[dict], row: int, position: int) -> Picture:
     record, digest, error = column[row], "", None
+    is_there = bool(record) and (record["bytes"] is not None or bool(record["path"]))
     try:
-        digest = digest_of(read_bytes(record)) if record else ""
-        error = None if record else "is missing"
+        digest = digest_of(read_bytes(record)) if is_there else ""
+        error = None if is_there else "is missing"
     except OSError as reason:
         error = f"cannot be read: {reason.strerror}"
     return Picture((record or {}).get("path") or f"picture {position}", digest, 0, 0, error, position)

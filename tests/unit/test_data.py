@@ -768,3 +768,9 @@ def test_an_error_while_preparing_a_batch_is_raised_at_that_batch():
     assert next(ahead) == {"number": 0}
     with pytest.raises(OSError, match="gone"):
         next(ahead)
+
+
+@pytest.mark.parametrize("record", [None, {"bytes": None, "path": None}, {"bytes": None, "path": ""}], ids=str)
+def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
+    (picture,) = imaging.inspect_pictures([record], tmp_path)
+    assert (picture.name, picture.error) == ("picture 0", "is missing")
