@@ -302,14 +302,13 @@ def fill_the_disk(faults: Faults, sizes: int, results: Results) -> None:
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in (begun, whole)
     )
     # From what there is already, or nothing, to more than is needed: three checkpoints are there for a moment.
-    for name, least, largest in (
-        ("a full disk, going on", 1.01 * begun_bytes + 2**18, 1.7 * begun_bytes),
-        ("a full disk, from the start", 2**16, 1.6 * whole_bytes),
+    for name, source, least, largest in (
+        ("a full disk, going on", begun, 1.01 * begun_bytes + 2**18, 1.7 * begun_bytes),
+        ("a full disk, from the start", None, 2**16, 1.6 * whole_bytes),
     ):
         said = Counter()
         for number in range(sizes):
             size = int(least + (largest - least) * number / sizes) // 4096 * 4096
-            source = begun if name.endswith("on") else None
             said[run_on_small_disk(faults, size, source)] += 1
         found = {"sizes": sizes, "ended": dict(said.most_common())}
         results.keep({"fault": name, "processes": 1}, found)

@@ -24,7 +24,7 @@ PLACES = {
 # split, what it shows and keeps.
 FREE_SETTINGS = {
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples"),
-    *("skip_bad_images", "total_steps", "max_train_steps", "num_train_epochs", "max_train_minutes"),
+    *("skip_bad_images", "max_train_steps", "num_train_epochs", "max_train_minutes"),
     *("train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing"),
     *("vram_budget_gib", "cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs"),
     *("validation_inference_steps", "validation_loss_steps", "save_best", "checkpointing_steps"),
