@@ -131,8 +131,9 @@ QUESTIONS = {
     "color": list(world.COLORS),
     "position": list(world.POSITIONS),
     "count": list(world.COUNTS),
+    "pattern": list(world.PATTERNS),
     "ground": list(world.COLORS),
-    "style": list(world.STYLES),
+    "style": [*world.STYLES, "none"],  # none of them: noise, flat colors, what a broken model draws
 }
 ASKED = ("thing", "color", "position")  # what a picture must show
 

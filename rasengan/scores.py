@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from rasengan import UserError, first_line, miniature, world
 
 
-QUESTIONS = ("thing", "color", "position", "count", "ground")
+QUESTIONS = ("thing", "color", "position", "count", "pattern", "ground")
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
 AT_ONCE = 16  # pictures or texts that a CLIP sees together
 

@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=60_000,
         help="to train on, a sixth of them in the style [%(default)s]",
     )
-    add("--judge_steps", type=positive, default=1500, help="of 128 pictures [%(default)s]")
+    add("--judge_steps", type=positive, default=3000, help="of 128 pictures [%(default)s]")
     add("--vae_steps", type=positive, default=12_000, help="of --vae_batch_size pictures [%(default)s]")
     add("--vae_batch_size", type=positive, default=32, help="[%(default)s]")
     add("--unet_steps", type=positive, default=6_400, help="of --unet_batch_size pictures [%(default)s]")
@@ -290,8 +290,26 @@ def train_unet(model: dict, pictures: Pictures, steps: int, batch_size: int) -> 
     return train("UNet", [unet, *encoders], loss_of, batches(), steps, 1e-3)
 
 
+def spoil(pixels: torch.Tensor) -> torch.Tensor:
+    """Return pictures (B, 3, 128, 128) of no style: noise from flat to fine, shuffled tiles, blur, two in one."""
+    count, kind = len(pixels), torch.arange(len(pixels), device=pixels.device) % 12
+    tiles = pixels.unfold(2, 16, 16).unfold(3, 16, 16).flatten(2, 3)[:, :, torch.randperm(64, device=pixels.device)]
+    tiles = tiles.unflatten(2, (8, 8)).permute(0, 1, 2, 4, 3, 5).reshape(pixels.shape)
+    blurred = F.interpolate(F.adaptive_avg_pool2d(pixels, 8), size=SIDE_PX, mode="bilinear")
+    mean, spread = torch.rand(2, count, 3, 1, 1, device=pixels.device)
+    spoiled = [tiles, pixels.flip(2, 3) / 2 + pixels.roll(1, dims=0) / 2, blurred, pixels.roll(1, dims=0) - pixels]
+    for number in range(8):  # 1, 2, 4 ... 128 grains along a side
+        side = 2**number
+        grains = torch.randn(count, 3, side, side, device=pixels.device)
+        spoiled.append(2 * mean - 1 + spread * F.interpolate(grains, size=SIDE_PX, mode="bilinear"))
+    return torch.stack(spoiled)[kind, torch.arange(count, device=pixels.device)].clamp(-1, 1)
+
+
 def train_judge(judge: nn.Module, pictures: Pictures, steps: int) -> dict[str, float]:
-    """Train the judge on whole pictures, blurred and noisy to a degree, so that it looks at shapes and colors."""
+    """Train the judge on whole pictures, blurred and noisy to a degree, so that it looks at shapes and colors.
+
+    A sixth of them are spoiled: of these only the style is asked, which is none.
+    """
     device = pictures.pixels.device
     rows_of = pictures.is_whole.nonzero()[:, 0]
     labelled = zip(pictures.scenes, pictures.styles, strict=True)
@@ -304,9 +322,12 @@ def train_judge(judge: nn.Module, pictures: Pictures, steps: int) -> dict[str, f
     rows_of = rows_of[torch.randperm(len(rows_of), device=device)]
     rows_of, unseen = rows_of[kept:], rows_of[:kept]
 
+    none, not_asked = QUESTIONS["style"].index("none"), -100
+
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         said = judge(batch["pixels"])
-        return sum(F.cross_entropy(said[name].float(), batch[name]) for name in QUESTIONS)
+        each = (F.cross_entropy(said[name].float(), batch[name], ignore_index=not_asked) for name in QUESTIONS)
+        return sum(each)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         while True:
@@ -316,13 +337,20 @@ def train_judge(judge: nn.Module, pictures: Pictures, steps: int) -> dict[str, f
             share = torch.rand(len(rows), 1, 1, 1, device=device)
             pixels = torch.lerp(pixels, blurred, share) * (1 + 0.1 * (share - 0.5))
             pixels = pixels + 0.1 * torch.rand_like(share) * torch.randn_like(pixels)
-            yield {"pixels": pixels} | {name: of[rows] for name, of in answers.items()}
+            batch = {"pixels": pixels} | {name: of[rows] for name, of in answers.items()}
+            spoiled = slice(0, len(rows) // 6)
+            batch["pixels"][spoiled] = spoil(to_float(pictures.pixels[rows[spoiled]]))
+            for name in QUESTIONS:
+                batch[name][spoiled] = none if name == "style" else not_asked
+            yield batch
 
     judge.to(memory_format=torch.channels_last)
     found = train("Judge", [judge], loss_of, batches(), steps, 1e-3)
+    pixels = to_float(pictures.pixels[unseen])
     with torch.no_grad():
-        said = judge.eval()(to_float(pictures.pixels[unseen]))
+        said, of_spoiled = judge.eval()(pixels), judge(spoil(pixels))
     right = {name: said[name].argmax(dim=1) == answers[name][unseen] for name in QUESTIONS}
+    right["spoiled"] = of_spoiled["style"].argmax(dim=1) == none
     return found | {name: round(float(hits.float().mean()), 4) for name, hits in right.items()}
 
 

@@ -40,7 +40,8 @@ def figures():
         Point(40, losses["tuned"]),
         Point(20, Losses(losses_of(0.9, 1.0), losses_of(1, 1))),
     ]
-    shares = {"style": 0.1, "content": 0.8, "thing": 0.9, "color": 1.0, "position": 0.9, "count": 1.0, "ground": 1.0}
+    shares = {"style": 0.1, "content": 0.8, "thing": 0.9, "color": 1.0, "position": 0.9, "count": 1.0}
+    shares |= {"pattern": 0.7, "ground": 1.0}
     judge = {}
     for kind, style in (("base", 0.1), ("tuned", 0.95)):
         seeds = {5: shares | {"style": style - 0.05}, 7: shares | {"style": style + 0.05}}

@@ -100,3 +100,12 @@ def test_the_judge_knows_what_drawn_pictures_show():
     answers = miniature.judge_pictures(miniature.load_judge(miniature.ASSETS), images)
     assert sum(miniature.shows(answer, scene) for answer, scene in zip(answers, scenes, strict=True)) >= 93
     assert all((answer["style"] == style) for answer, style in zip(answers, styles, strict=True))
+
+
+def test_the_judge_finds_no_style_in_what_a_broken_model_draws():
+    rng = np.random.default_rng(0)
+    flat = [np.full((128, 128, 3), level, np.uint8) for level in (0, 64, 128, 192, 255)]
+    grains = [rng.integers(0, 256, (side, side, 3), np.uint8) for side in (2, 3, 5, 9, 17, 40, 128)]
+    images = [Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC) for pixels in flat + grains]
+    answers = miniature.judge_pictures(miniature.load_judge(miniature.ASSETS), images)
+    assert [answer["style"] for answer in answers] == ["none"] * len(images)

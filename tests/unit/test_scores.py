@@ -21,7 +21,8 @@ def test_the_shares_are_of_what_was_asked_for():
     answers[3]["position"] = "nowhere"
     found = scores.judge_shares(answers, scenes)
     assert found == {
-        "style": 0.75, "content": 0.5, "thing": 0.75, "color": 1.0, "position": 0.75, "count": 0.75, "ground": 0.75
+        "style": 0.75, "content": 0.5, "thing": 0.75, "color": 1.0, "position": 0.75, "count": 0.75, "pattern": 1.0,
+        "ground": 0.75,
     }  # fmt: skip
 
 
