@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test_gpu test_peers test_browser test_notebook test_style fuzz quality style clean
+.PHONY: demo test test_gpu test_peers test_browser test_style fuzz quality style clean
 
 # The virtual environment, made once and again when the requirements change.
 $(READY): setup.cfg constraints.txt
@@ -20,7 +20,8 @@ demo: $(READY)
 
 # One thread, and no GPU: these tests compare bit for bit. A process for each core, and a file's tests in one.
 test: $(READY)
-	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile tests/unit tests/integration
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile \
+	  tests/unit tests/integration tests/notebook
 
 test_gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
@@ -34,11 +35,6 @@ test_browser:
 	$(PYTHON) -m venv $(VENV)-browser
 	$(VENV)-browser/bin/python -m pip install --quiet --editable '.[test,app,browser]'
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(VENV)-browser/bin/python -m pytest -rs tests/browser
-
-# Every cell of the notebook, in a kernel: by itself, since one of them installs the package into this environment.
-test_notebook: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebook]'
-	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/notebook
 
 # Does the miniature learn the style, and is each broken link of the chain seen? A quarter of an hour on two cores.
 test_style: $(READY)

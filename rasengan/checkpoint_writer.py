@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class CheckpointWriter:
         ema: EMAModel | None,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
+        check_held: Callable[[], object] = lambda: None,
     ):
         """Take what is saved, and where.
 
@@ -62,9 +64,11 @@ class CheckpointWriter:
             ema: its running average, or None.
             optimizer: of the flat parameter.
             scaler: of the gradients, or None.
+            check_held: called before each write; raises where the folder is another run's by now.
         """
         self.output_dir, self.total_limit = output_dir, total_limit
         self.models, self.flat, self.ema, self.optimizer, self.scaler = models, flat, ema, optimizer, scaler
+        self.check_held = check_held
         self.layout, self.buffers = export.AdapterLayout.of(models, flat), []
         self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
 
@@ -77,9 +81,11 @@ class CheckpointWriter:
             keep_all: remove no older one for it; it may prove to be no good.
 
         Raises:
-            UserError: the adapter is not finite, and nothing is written; or the last write failed.
+            UserError: the adapter is not finite, and nothing is written; the last write failed; or the folder is
+                another run's.
         """
         self.wait()
+        self.check_held()
         path = self.output_dir / f"checkpoint-{global_step}"
         if path in list_checkpoints(self.output_dir) and find_damage(path) is None:
             return path  # the one that was resumed from: no other is there under a number to come
@@ -105,9 +111,10 @@ class CheckpointWriter:
             loss: the validation loss, the lowest so far.
 
         Raises:
-            UserError: the last write failed.
+            UserError: the last write failed, or the folder is another run's.
         """
         self.wait()
+        self.check_held()
         values = self.flat if self.ema is None else self.ema.shadow_params[0]
         values = values.detach().to("cpu", copy=True)
         content = json.dumps({"step": global_step, "loss": loss}, indent=2).encode()

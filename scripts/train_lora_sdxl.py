@@ -256,6 +256,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--local_rank is {args.local_rank}, but no launcher set up this process. Start it by `accelerate launch`."
         )
+    if args.deterministic and args.enable_xformers_memory_efficient_attention:
+        raise UserError("--deterministic promises equal bits, which xformers does not. Drop one of the flags.")
     needed = {
         "xformers": args.enable_xformers_memory_efficient_attention and "enable_xformers_memory_efficient_attention",
         "bitsandbytes": args.optimizer == "adamw" and args.use_8bit_adam and "use_8bit_adam",
@@ -367,7 +369,6 @@ def note_validation_loss(args, accelerator, validation_loss, writer, global_step
     """Measure the loss of the held-out pictures, show it in the trackers, and keep the adapter if it is the best."""
     accelerator.log(validation_loss.measure_tuned(global_step), step=global_step)
     if args.save_best and accelerator.is_main_process and validation_loss.is_best(global_step):
-        locks.check_held(writer.output_dir)
         writer.save_best(global_step, validation_loss.record["best"])
 
 
@@ -380,7 +381,6 @@ def tell(text: str) -> None:
 def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
     """Save what was done before a step that failed, and return the name of the last checkpoint; empty for none."""
     if is_main:
-        locks.check_held(writer.output_dir)
         writer.save(global_step, state)
         writer.wait()
     return checkpoint.last_name(writer.output_dir)
@@ -438,6 +438,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
         resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
     choose_kernels(args, device)
+    share_of_gpu = processes.sharing_a_gpu(os.environ)
+    if args.vram_budget_gib:  # what encodes the pictures keeps to it too
+        memory.limit(args.vram_budget_gib, device, share_of_gpu)
 
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
@@ -597,7 +600,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if device.type == "cuda":
         update_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
         state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)  # a resume has brought it already
-        budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
+        budget_gib = memory.limit(args.vram_budget_gib, device, share_of_gpu)
         make_plan = partial(
             memory.make_plan,
             lambda size: train_step.run(next(encode([samples.first_batch(training_set, size)]))),
@@ -657,6 +660,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             base_images = draw(prompts=embed())
 
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
+    parts["check_held"] = partial(locks.check_held, output_dir)
     writer = checkpoint_writer.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
     at_end.callback(writer.close)
 
@@ -752,7 +756,6 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if saves and progress.is_stuck():
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
-            locks.check_held(output_dir)
             keep_all = not math.isfinite(progress.train_loss)
             with progress.paused():
                 path = writer.save(global_step, state | {"samples_seen": samples_seen}, keep_all)

@@ -253,6 +253,8 @@ def test_a_scheduler_without_a_target_is_refused(train, refused, tiny_base, tmp_
 def test_what_the_machine_does_not_have_is_refused_first(train, refused, monkeypatch):
     refused("--enable_npu_flash_attention needs an Ascend NPU", train, "--enable_npu_flash_attention")
     refused("--enable_xformers_memory_efficient_attention", train, "--enable_xformers_memory_efficient_attention")
+    both = ["--deterministic", "--enable_xformers_memory_efficient_attention"]
+    refused("Drop one of the flags", train, *both)
     find_spec = importlib.util.find_spec
     missing = lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)

@@ -380,6 +380,18 @@ def test_a_folder_that_vanished_is_not_made_again(run, tmp_path):
     assert not folder.exists()
 
 
+def test_nothing_is_written_into_a_folder_that_another_run_took(run, tmp_path):
+    def lost():
+        raise UserError("taken over")
+
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run, check_held=lost)
+    for save in (lambda: writer.save(1, WHERE), lambda: writer.save_best(1, 0.5)):
+        with pytest.raises(UserError, match="taken over"):
+            save()
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(run, tmp_path):
     writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
     path = writer.save(1, WHERE)
