@@ -71,7 +71,7 @@ def measure(made: Path, work: Path, logs: Path, name: str, words: list[str], see
         train += ["--mixed_precision", "fp16" if torch.cuda.is_available() else "no", "--seed", str(seed)]
         train += ["--report_to", "none", "--output_dir", out, *words]
         evaluate = ["evaluate.py", "--lora_weights", out, "--judge", str(made), "--num_pictures", str(pictures)]
-        evaluate += ["--picture_seeds", str(seed), "--guidance_scale", "5"]
+        evaluate += ["--picture_seeds", str(seed), "--guidance_scale", "3"]
         for script, *rest in (train, evaluate):
             log = logs / f"{name}-{Path(script).stem}.txt"
             found = run([sys.executable, str(ROOT / "scripts" / script), *rest], log)

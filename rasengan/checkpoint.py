@@ -73,10 +73,10 @@ def find_damage(path: Path) -> str | None:
     # OverflowError of a size beyond all numbers, RecursionError of brackets in brackets
     except (AttributeError, OSError, OverflowError, RecursionError, TypeError, ValueError):
         return f"{MANIFEST_FILE} is damaged"
-    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere. Hidden files,
-    # which a look by macOS's Finder leaves, nothing here opens.
-    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
-    there = {str(file.relative_to(path)) for file in files} - {MANIFEST_FILE}
+    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere. Hidden files and
+    # folders, which a look by macOS's Finder or by Jupyter leaves, nothing here opens.
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    there = {str(file) for file in files if not any(part.startswith(".") for part in file.parts)} - {MANIFEST_FILE}
     needed = listed.keys() | {STATE_FILE, f"{OPTIMIZER_NAME}.bin", adapters.DIFFUSERS_FILE}
     if missing := sorted(needed - there):
         return f"{missing[0]} is missing"

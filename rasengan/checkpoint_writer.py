@@ -223,11 +223,18 @@ class CheckpointWriter:
             self._remove_old(path, self.total_limit + 1)
 
     def finish(self) -> None:
-        """Wait until the last write has ended, and keep no more than the limit: for a run that ended well."""
+        """Wait until the last write has ended, and keep no more than the limit: for a run that ended well.
+
+        Raises:
+            UserError: the last write failed, or the folder is another run's.
+        """
         self.wait()
-        there = list_checkpoints(self.output_dir)
-        if there and self.total_limit is not None:
-            self._remove_old(there[-1], self.total_limit)
+        if self.total_limit is None:
+            return
+        self.check_held()
+        there = reversed(list_checkpoints(self.output_dir))
+        if newest := next((path for path in there if find_damage(path) is None), None):
+            self._remove_old(newest, self.total_limit)
 
     def _remove_old(self, path: Path, keep: int) -> None:
         others = [other for other in list_checkpoints(self.output_dir) if other != path]

@@ -26,7 +26,9 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
     except UserError as error:
         text = str(error)
     except torch.OutOfMemoryError:
-        text = "The card's memory does not suffice. Free some of it, or give a smaller size."
+        text = (
+            "The card's memory does not suffice. Free some, raise --vram_budget_gib if given, or give a smaller size."
+        )
     except OSError as error:
         text = lost_place(error, places)
         if text is None:

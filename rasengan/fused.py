@@ -10,7 +10,7 @@ The same arithmetic as theirs, but for the order of rounding, in a third of the 
 - any number of blocks can be recomputed in the backward pass rather than kept.
 
 A UNet that has a LoRA runs so in training mode; in evaluation mode (`unet.eval()`) its modules run as diffusers and
-PEFT wrote them. One without, merged or never adapted, always runs so.
+PEFT wrote them. One without, merged or never adapted, always runs fused.
 """
 
 import types

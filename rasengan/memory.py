@@ -117,7 +117,7 @@ def make_plan(
     budget_gib: float,
     state_bytes: int,
     remembered: list[int] | None,
-    can_quantize: bool = True,
+    **remedies: bool,
 ) -> Plan:
     """Return the plan of a checkpoint where it still fits, or the fastest that is measured to fit.
 
@@ -131,8 +131,8 @@ def make_plan(
         recompute: likewise.
         budget_gib: what `limit` returned.
         state_bytes: what the optimizer will take beside what is measured.
-        remembered: a checkpoint's plan, or None.
-        can_quantize: as `choose_plan` takes it.
+        remembered: a checkpoint's plan of the same card, or None.
+        remedies: as `choose_plan` takes them.
 
     Raises:
         DoesNotFit: the smallest plan does not fit.
@@ -150,7 +150,7 @@ def make_plan(
         return None if taken is None else taken + state_bytes
 
     lift = partial(torch.cuda.set_per_process_memory_fraction, 1.0, flat.device)
-    return choose_plan(samples, batch_size, blocks, recompute, measure, lift, budget_bytes, can_quantize)
+    return choose_plan(samples, batch_size, blocks, recompute, measure, lift, budget_bytes, **remedies)
 
 
 def choose_plan(
@@ -162,6 +162,7 @@ def choose_plan(
     lift: Callable[[], object],
     budget_bytes: float,
     can_quantize: bool = True,
+    can_raise: bool = True,
 ) -> Plan:
     """Return the fastest plan that fits, with the bytes that it was measured to take.
 
@@ -177,6 +178,7 @@ def choose_plan(
         lift: lifts the budget, so that the smallest plan can be measured when it does not fit.
         budget_bytes: that may be reserved.
         can_quantize: a quantized base would help.
+        can_raise: the budget was given, and is not all that the card has left.
 
     Raises:
         DoesNotFit: the smallest plan does not fit; the message says what it takes.
@@ -195,7 +197,7 @@ def choose_plan(
     lift()
     taken = measure(smallest)
     takes = "more than this card has" if taken is None else f"{taken / GIB:.2f} GiB"
-    remedies = ["raise --vram_budget_gib", "lower --resolution"]
+    remedies = ["raise --vram_budget_gib" if can_raise else "take a card with more memory", "lower --resolution"]
     remedies += ["drop --no-gradient_checkpointing"] * (recompute is False)
     remedies += ["give --base_quantization nf4"] * can_quantize
     raise DoesNotFit(
@@ -228,13 +230,13 @@ def describe(plan: Plan, blocks: int, samples: int, parts_bytes: dict[str, int],
     return "\n".join([f"Memory plan: {how}; {plan.recomputed_blocks} of {blocks} blocks recomputed", *lines])
 
 
-def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Parameter, state_bytes: int):
+def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Parameter, update_bytes: int):
     """Return what is known of a step's memory before it runs, by name, in bytes; `encoders` are those in the loop."""
     return {
         "base weights": weight_bytes(unet),
         "encoders in the loop": sum(weight_bytes(model) for model in encoders if model is not None),
         "LoRA and its gradient": 2 * flat.numel() * flat.element_size(),
-        "optimizer": state_bytes,
+        "optimizer": update_bytes,
     }
 
 
@@ -275,8 +277,9 @@ def must_fit(unet: nn.Module, can_quantize: bool) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"The UNet, {size_gib:.2f} GiB before any quantization, and its LoRA do not fit into what this card has "
-            f"left. Take a card with more memory{', or give --base_quantization nf4' * can_quantize}."
+            f"The UNet, {size_gib:.2f} GiB before any quantization, and its LoRA do not fit into what this card, or "
+            "--vram_budget_gib, leaves. Take a card with more memory, or raise a budget that was given"
+            f"{', or give --base_quantization nf4' * can_quantize}."
         ) from error
 
 

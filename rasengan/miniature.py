@@ -139,7 +139,7 @@ ASKED = ("thing", "color", "position")  # what a picture must show
 
 
 class Judge(nn.Module):
-    """A classifier that says what a picture shows, and in which style; it has seen drawn pictures only."""
+    """A classifier that says what a picture shows, and in which style; it has seen renderings and noise only."""
 
     def __init__(self):
         super().__init__()

@@ -90,7 +90,9 @@ class Pipeline:
                 fused_unet = fused.FusedUNet(unet.to(self.device))
             unet.to(self.device)
         except torch.OutOfMemoryError as error:
-            raise memory.DoesNotFit("The UNet does not fit into what this card has left. Free some of it.") from error
+            raise memory.DoesNotFit(
+                "The UNet does not fit into what this card, or --vram_budget_gib, leaves. Free or allow more."
+            ) from error
         self.denoiser = drawing.Denoiser(unet, self.device.type == "cuda", fused_unet)
         self.weights = SwitchableWeights(unet, "unet")
 
@@ -123,7 +125,8 @@ class Pipeline:
                 continue
             if len(seeds[part]) == 1:
                 raise memory.DoesNotFit(
-                    "One picture takes more memory than this card has left. Give a smaller --height and --width."
+                    "One picture takes more memory than this card, or --vram_budget_gib, leaves. Give a smaller "
+                    "--height and --width."
                 )
             self.most_at_once = len(seeds[part]) // 2
         return torch.stack(drawn)
@@ -173,7 +176,8 @@ class Pipeline:
             pictures = decode()
         if pictures is None:
             raise memory.DoesNotFit(
-                "A picture cannot be decoded in what this card has left. Give a smaller --height and --width."
+                "A picture cannot be decoded in what this card, or --vram_budget_gib, leaves. Give a smaller "
+                "--height and --width."
             )
         return pictures
 

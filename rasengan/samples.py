@@ -1,8 +1,8 @@
 """The samples of a run: their order, what is drawn for each, and their way to the step.
 
-A sample is a pure function of (seed, epoch, index of the picture): its place in the order, flip, crop, caption,
-latent, noise and timestep come from CPU generators seeded by these, never from a global one. Hence a resumed run,
-another number of processes or another split into micro-batches sees the same samples.
+A sample is a pure function of (seed, epoch, place among the trained pictures): its place in the order, flip, crop,
+caption, latent, noise and timestep come from CPU generators seeded by these, never from a global one. Hence a resumed
+run, another number of processes or another split into micro-batches sees the same samples.
 """
 
 import hashlib

@@ -192,7 +192,11 @@ def report(model: Model, component: str, change: merging.MergeReport) -> None:
     configs = [
         (adapter.configs[component], scale) for adapter, scale in model.adapters if component in adapter.configs
     ]
-    how = " + ".join(f"alpha {default_alpha(config):g} / rank {config.r} x {scale:g}" for config, scale in configs)
+    root = {True: "root of rank", False: "rank"}  # what rsLoRA divides by
+    how = " + ".join(
+        f"alpha {default_alpha(config):g} / {root[getattr(config, 'use_rslora', False)]} {config.r} x {scale:g}"
+        for config, scale in configs
+    )
     relative = f"relative weight change {change.relative_change:.3e}"
     print(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
 
@@ -315,6 +319,8 @@ def main(args: argparse.Namespace) -> None:
     device, budget_gib = processes.device_of(accelerator), float("inf")
     if device.type == "cuda":
         budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
+    elif args.vram_budget_gib:
+        raise UserError("--vram_budget_gib is of a GPU's memory, and this draws on the CPU. Drop the flag.")
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.

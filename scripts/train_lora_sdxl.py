@@ -183,7 +183,7 @@ def make_parser() -> Parser:
     add("--logging_dir", type=path_type, default="logs", help="inside --output_dir [%(default)s]")
     add("--logging_steps", type=count, default=10, help="steps between two readings of the loss [%(default)s]")
     add("--report_to", default="tensorboard", help="a tracker of accelerate, all or none [%(default)s]")
-    add("--debug_loss", action=switch, default=False, help="log each picture's loss by file name [off]")
+    add("--debug_loss", action=switch, default=False, help="log each picture's loss, of the main process [off]")
 
     add = parser.add_argument_group("hub and configuration file").add_argument
     add("--push_to_hub", action=switch, default=False, help="upload the adapter and a model card [off]")
@@ -265,6 +265,8 @@ def validate_args(args: argparse.Namespace) -> None:
     for package, flag in needed.items():
         if flag and importlib.util.find_spec(package) is None:
             raise UserError(f"--{flag} needs {package}, which is not installed. Install it, or give --no-{flag}.")
+    if args.base_quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--base_quantization {args.base_quantization} needs bitsandbytes: install it, or give none.")
     if args.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
         raise UserError("--optimizer prodigy needs prodigyopt: `pip install -e '.[prodigy]'`.")
     if args.optimizer == "prodigy" and args.learning_rate < 0.1:
@@ -438,9 +440,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
         resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
     choose_kernels(args, device)
-    share_of_gpu = processes.sharing_a_gpu(os.environ)
-    if args.vram_budget_gib:  # what encodes the pictures keeps to it too
-        memory.limit(args.vram_budget_gib, device, share_of_gpu)
+    if args.vram_budget_gib and device.type == "cuda":  # what encodes the pictures keeps to it too
+        memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
 
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
     dataset, pictures, captions = find_pictures(args, accelerator)
@@ -597,10 +598,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
     samples_per_process = args.global_batch // accelerator.num_processes
     plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None  # a plan holds for one kind
     if device.type == "cuda":
         update_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
         state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)  # a resume has brought it already
-        budget_gib = memory.limit(args.vram_budget_gib, device, share_of_gpu)
+        budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
+        can_keep_plan = resumed.get("card") == card and not args.resume_with_changes
         make_plan = partial(
             memory.make_plan,
             lambda size: train_step.run(next(encode([samples.first_batch(training_set, size)]))),
@@ -612,12 +615,13 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             recompute=args.gradient_checkpointing,
             budget_gib=budget_gib,
             state_bytes=state_bytes,
-            remembered=None if args.resume_with_changes else resumed.get("memory_plan"),
+            remembered=resumed.get("memory_plan") if can_keep_plan else None,
             can_quantize=args.base_quantization != "nf4",
+            can_raise=args.vram_budget_gib is not None,
         )
         plan = processes.as_on_main(make_plan, UserError)
         if is_main:
-            parts_bytes = memory.parts_bytes(unet, [vae, *text_encoders], flat, state_bytes)
+            parts_bytes = memory.parts_bytes(unet, [vae, *text_encoders], flat, update_bytes)
             print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
@@ -682,7 +686,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
 
     # What every checkpoint says of the run; the record is the live one.
-    state = public_settings(args) | {"memory_plan": list(plan), "validation_losses": validation_loss.record}
+    state = public_settings(args) | {"memory_plan": list(plan), "card": card}
+    state |= {"validation_losses": validation_loss.record}
     counts = f"{len(rows.trained)} pictures, {max_train_steps} steps of {args.global_batch}"
     logger.info(f"{counts}; {flat.numel():,} trainable parameters")
 
@@ -708,8 +713,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                 losses = train_step(batch)
                 step_loss += losses.sum() / samples_per_process
                 if args.debug_loss:
-                    named = zip(batch["name"], losses.tolist(), strict=True)
-                    accelerator.log({f"loss_for_{Path(n).name}": value for n, value in named}, step=global_step + 1)
+                    names_here = [os.path.relpath(name, args.train_data_dir or ".") for name in batch["name"]]
+                    named = zip(names_here, losses.tolist(), strict=True)
+                    accelerator.log({f"loss_for_{name}": value for name, value in named}, step=global_step + 1)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()

@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     positive = number_type(1)
     add("--output_dir", type=path_type, required=True)
-    add("--seed", type=number_type(0), default=0, help="of weights, pictures and noise [%(default)s]")
+    add("--seed", type=number_type(0, most=2**32 - 1), default=0, help="of weights, pictures and noise [%(default)s]")
     add(
         "--pictures",
         type=number_type(48),
@@ -290,23 +290,33 @@ def train_unet(model: dict, pictures: Pictures, steps: int, batch_size: int) -> 
     return train("UNet", [unet, *encoders], loss_of, batches(), steps, 1e-3)
 
 
+def worsen(pixels: torch.Tensor) -> torch.Tensor:
+    """Return pictures (B, 3, 128, 128) as models draw them: bent, blurred, pale or garish, noisy, or less."""
+    count, device = len(pixels), pixels.device
+    ways = torch.randn(count, 2, 6, 6, device=device) * 0.04 * torch.rand(count, 1, 1, 1, device=device)
+    bend = F.interpolate(ways, size=SIDE_PX, mode="bicubic").permute(0, 2, 3, 1)
+    straight = F.affine_grid(torch.eye(2, 3, device=device)[None], [1, *pixels.shape[1:]], align_corners=False)
+    pixels = F.grid_sample(pixels, straight + bend, padding_mode="reflection", align_corners=False)
+    small = F.interpolate(pixels, size=int(torch.randint(40, SIDE_PX + 1, ())), mode="bilinear", antialias=True)
+    blurred = F.interpolate(small, size=SIDE_PX, mode="bicubic")
+    pixels = torch.lerp(pixels, blurred, torch.rand(count, 1, 1, 1, device=device))
+    pixels = pixels * (0.9 + 0.2 * torch.rand(count, 1, 1, 1, device=device))
+    return pixels + 0.1 * torch.rand(count, 1, 1, 1, device=device) * torch.randn_like(pixels)
+
+
 def spoil(pixels: torch.Tensor) -> torch.Tensor:
-    """Return pictures (B, 3, 128, 128) of no style: noise from flat to fine, shuffled tiles, blur, two in one."""
-    count, kind = len(pixels), torch.arange(len(pixels), device=pixels.device) % 12
-    tiles = pixels.unfold(2, 16, 16).unfold(3, 16, 16).flatten(2, 3)[:, :, torch.randperm(64, device=pixels.device)]
-    tiles = tiles.unflatten(2, (8, 8)).permute(0, 1, 2, 4, 3, 5).reshape(pixels.shape)
-    blurred = F.interpolate(F.adaptive_avg_pool2d(pixels, 8), size=SIDE_PX, mode="bilinear")
-    mean, spread = torch.rand(2, count, 3, 1, 1, device=pixels.device)
-    spoiled = [tiles, pixels.flip(2, 3) / 2 + pixels.roll(1, dims=0) / 2, blurred, pixels.roll(1, dims=0) - pixels]
+    """Return as many pictures (B, 3, 128, 128) of no style, such as a broken model draws: noise, from flat to fine."""
+    mean, spread = torch.rand(2, len(pixels), 3, 1, 1, device=pixels.device)
+    spoiled = torch.empty_like(pixels)
     for number in range(8):  # 1, 2, 4 ... 128 grains along a side
-        side = 2**number
-        grains = torch.randn(count, 3, side, side, device=pixels.device)
-        spoiled.append(2 * mean - 1 + spread * F.interpolate(grains, size=SIDE_PX, mode="bilinear"))
-    return torch.stack(spoiled)[kind, torch.arange(count, device=pixels.device)].clamp(-1, 1)
+        part = spoiled[number::8]
+        grains = torch.randn(len(part), 3, 2**number, 2**number, device=pixels.device)
+        part.copy_(F.interpolate(grains, size=SIDE_PX, mode="bilinear"))
+    return (2 * mean - 1 + spread * spoiled).clamp(-1, 1)
 
 
 def train_judge(judge: nn.Module, pictures: Pictures, steps: int) -> dict[str, float]:
-    """Train the judge on whole pictures, blurred and noisy to a degree, so that it looks at shapes and colors.
+    """Train the judge on whole pictures, made worse to a degree, so that it looks at shapes and colors.
 
     A sixth of them are spoiled: of these only the style is asked, which is none.
     """
@@ -332,11 +342,7 @@ def train_judge(judge: nn.Module, pictures: Pictures, steps: int) -> dict[str, f
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         while True:
             rows = rows_of[picks(len(rows_of), 128, device)]
-            pixels = to_float(pictures.pixels[rows])
-            blurred = F.avg_pool2d(pixels, 3, 1, 1)
-            share = torch.rand(len(rows), 1, 1, 1, device=device)
-            pixels = torch.lerp(pixels, blurred, share) * (1 + 0.1 * (share - 0.5))
-            pixels = pixels + 0.1 * torch.rand_like(share) * torch.randn_like(pixels)
+            pixels = worsen(to_float(pictures.pixels[rows]))
             batch = {"pixels": pixels} | {name: of[rows] for name, of in answers.items()}
             spoiled = slice(0, len(rows) // 6)
             batch["pixels"][spoiled] = spoil(to_float(pictures.pixels[rows[spoiled]]))
@@ -378,16 +384,8 @@ def measure(model: dict, judge: miniature.Judge, count: int, seed: int) -> tuple
     scenes, found = world.held_out_scenes(count, seed), {}
     for scale in (3.0, 5.0, 7.5):
         images = draw_scenes(model, [scene.caption for scene in scenes], seed, scale)
-        answers = miniature.judge_pictures(judge, images)
-        hits = [miniature.shows(answer, scene) for answer, scene in zip(answers, scenes, strict=True)]
-        each = {
-            name: round(sum(a[name] == getattr(s, name) for a, s in zip(answers, scenes, strict=True)) / count, 4)
-            for name in scores.QUESTIONS
-        }
-        style = sum(answer["style_score"] > 0.5 for answer in answers) / count
-        found[f"guidance {scale:g}"] = (
-            {"right": round(sum(hits) / count, 4)} | each | {"in the style": round(style, 4)}
-        )
+        shares = scores.judge_shares(miniature.judge_pictures(judge, images), scenes)
+        found[f"guidance {scale:g}"] = {name: round(share, 4) for name, share in shares.items()}
         if scale == 5.0:
             wide = min(8, count)
             rows = [images[start : start + wide] for start in range(0, min(count - wide + 1, 48), wide)]

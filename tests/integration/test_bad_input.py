@@ -259,6 +259,7 @@ def test_what_the_machine_does_not_have_is_refused_first(train, refused, monkeyp
     missing = lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     refused("--use_8bit_adam needs bitsandbytes.*--no-use_8bit_adam", train, "--train_data_dir", "/nowhere")
+    refused("--base_quantization nf4 needs bitsandbytes", train, "--no-use_8bit_adam", "--base_quantization", "nf4")
 
 
 def test_a_launchers_wish_that_would_not_come_true_is_refused(train, refused, monkeypatch):

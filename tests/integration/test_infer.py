@@ -376,6 +376,7 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     )
     refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
     refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
+    refused("--vram_budget_gib is of a GPU's memory", draw, *words, "--vram_budget_gib", 8)
     refused("is no step", draw, *words, "--init_image", README, "--strength", 0.01)
 
 

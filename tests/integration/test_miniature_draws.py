@@ -30,7 +30,7 @@ def test_the_base_draws_what_is_asked_and_a_short_demo_brings_the_style(run_scri
     prompts = tmp_path / "more.txt"
     prompts.write_text("\n".join(scene.caption for scene in SCENES))
     words = ["--pretrained_model_name_or_path", miniature.ASSETS / "miniature", "--lora_weights", tmp_path / "lora"]
-    words += ["--conditioning_cache_dir", tmp_path / "cache", "--prompt_file", prompts, "--guidance_scale", 5]
+    words += ["--conditioning_cache_dir", tmp_path / "cache", "--prompt_file", prompts, "--guidance_scale", 3]
     finished = run_script(
         "infer", *words, "--output_dir", tmp_path / "drawn", "--compare", "--num_inference_steps", 12
     )

@@ -80,7 +80,7 @@ def draw(tmp_path_factory):
 
     def pictures(*words, patch: str = "") -> list[Image.Image]:
         folder = tmp_path_factory.mktemp("drawn")
-        drawn = ["--prompt_file", prompts, "--output_dir", folder / "pictures", "--guidance_scale", 5]
+        drawn = ["--prompt_file", prompts, "--output_dir", folder / "pictures", "--guidance_scale", 3]
         drawn += ["--num_inference_steps", 20, "--conditioning_cache_dir", folder / "cache"]
         run("infer", "--pretrained_model_name_or_path", BASE, *drawn, *words, patch=patch)
         return [Image.open(file).convert("RGB") for file in sorted((folder / "pictures").glob("[0-9]*.png"))]

@@ -107,8 +107,10 @@ def test_latest_leaves_out_what_is_damaged_and_says_why(saved, words, caplog):
         checkpoint.find_checkpoint(saved, "checkpoint-10")
 
 
-def test_a_hidden_file_of_the_file_manager_is_no_damage(saved):
+def test_hidden_files_of_file_managers_and_editors_are_no_damage(saved):
     (saved / "checkpoint-10" / ".DS_Store").write_bytes(b"\0")
+    (saved / "checkpoint-10" / ".ipynb_checkpoints").mkdir()
+    (saved / "checkpoint-10" / ".ipynb_checkpoints" / "trainer_state-checkpoint.json").write_text("{}")
     assert checkpoint.find_checkpoint(saved, "latest") == saved / "checkpoint-10"
 
 
@@ -333,6 +335,21 @@ def test_only_so_many_are_kept_and_one_more_until_the_run_has_ended_well(run, tm
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
 
 
+def test_a_run_that_has_ended_keeps_a_good_one_and_removes_none_of_another_run(run, tmp_path):
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, 1, **run)
+    for step in (2, 9):
+        writer.save(step, WHERE)
+    writer.wait()
+    (tmp_path / "checkpoint-9" / "optimizer.bin").unlink()
+    writer.check_held = lost
+    with pytest.raises(UserError, match="taken over"):
+        writer.finish()
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 2
+    writer.check_held = lambda: None
+    writer.finish()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
 def test_damaged_ones_that_a_resume_left_out_go_before_good_ones(run, tmp_path):
     writer = checkpoint_writer.CheckpointWriter(tmp_path, 1, **run)
     for step in (2, 9):
@@ -380,10 +397,11 @@ def test_a_folder_that_vanished_is_not_made_again(run, tmp_path):
     assert not folder.exists()
 
 
-def test_nothing_is_written_into_a_folder_that_another_run_took(run, tmp_path):
-    def lost():
-        raise UserError("taken over")
+def lost():
+    raise UserError("taken over")
 
+
+def test_nothing_is_written_into_a_folder_that_another_run_took(run, tmp_path):
     writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run, check_held=lost)
     for save in (lambda: writer.save(1, WHERE), lambda: writer.save_best(1, 0.5)):
         with pytest.raises(UserError, match="taken over"):

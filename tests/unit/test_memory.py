@@ -76,6 +76,12 @@ def test_a_quantized_base_is_not_offered_to_one_who_has_it():
     assert "nf4" not in str(error.value)
 
 
+def test_a_budget_that_nobody_gave_is_not_to_be_raised():
+    with pytest.raises(memory.DoesNotFit, match="take a card with more memory") as error:
+        memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_raise=False)
+    assert "--vram_budget_gib" not in str(error.value)
+
+
 def test_weights_that_do_not_fit_are_an_error_with_their_size():
     with (
         pytest.raises(memory.DoesNotFit, match="The UNet, 2.00 GiB before.*--base_quantization nf4"),

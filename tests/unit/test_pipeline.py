@@ -130,7 +130,9 @@ def test_a_picture_that_does_not_fit_alone_is_an_error(model, tiny_base, schedul
 
     model.use([])
     monkeypatch.setattr(drawing.Denoiser, "__call__", full)
-    with pytest.raises(UserError, match="One picture takes more memory than this card has left.*--height"):
+    with pytest.raises(
+        UserError, match="One picture takes more memory than this card, or --vram_budget_gib, leaves.*--height"
+    ):
         model.draw(scheduler, prompts_of(tiny_base, 2), [1, 2], **SIZE)
 
 
