@@ -159,12 +159,41 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def digest_of(content: bytes | memoryview) -> str:
-    """Return the digest that the manifest has of a file with this content."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 # --- writing ---
+
+
+class HashedFile:
+    """A file that is written from start to end, and the digest of what it was given, whatever a disk makes of it.
+
+    Neither hashing nor writing keeps other threads of Python from running, as a copy in memory would. A write that
+    fails is raised at the end, since `torch.save` would make another error of it.
+    """
+
+    def __init__(self, path: Path):
+        self.file, self.error, self.hash = open(path, "wb"), None, hashlib.blake2b(digest_size=16)  # noqa: SIM115
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Append to the file."""
+        self.hash.update(content)
+        try:
+            self.file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: `close` does it."""
+
+    def close(self) -> str:
+        """Return the digest.
+
+        Raises:
+            OSError: not all could be written.
+        """
+        self.file.close()
+        if self.error:
+            raise self.error
+        return self.hash.hexdigest()
 
 
 def write_manifest(folder: Path, written: dict[str, str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """Write a run's checkpoints beside the training; what one holds stands in `checkpoint.py`."""
 
-import io
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ from rasengan.checkpoint import (
     BEST_FOLDER,
     EMA_FOLDER,
     STATE_FILE,
-    digest_of,
+    HashedFile,
     find_damage,
     last_name,
     list_checkpoints,
@@ -196,20 +195,20 @@ class CheckpointWriter:
             for left_behind in [*path.parent.glob(".saving-*"), *path.parent.glob(".removing-*")]:
                 shutil.rmtree(left_behind, ignore_errors=True)
             unfinished.mkdir()  # not its parents: where a mount went, they would be another disk's
-            contents = {STATE_FILE: memoryview(state)}
+            file = HashedFile(unfinished / STATE_FILE)
+            file.write(state)
+            digests = {STATE_FILE: file.close()}
             for name, part in ((f"{OPTIMIZER_NAME}.bin", "optimizer"), (SCALER_NAME, "scaler")):
                 if part in parts:
-                    content = io.BytesIO()
-                    torch.save(parts[part], content)
-                    contents[name] = content.getbuffer()
-            for name, content in contents.items():
-                (unfinished / name).write_bytes(content)
+                    file = HashedFile(unfinished / name)
+                    torch.save(parts[part], file)
+                    digests[name] = file.close()
             for folder, part in ((".", "flat"), (EMA_FOLDER, "ema")):
                 if part in parts:
                     adapter = self.layout.adapter(parts[part])
                     adapter_writer.write_diffusers(unfinished / folder, adapter)
                     self._check_written(unfinished / folder / adapters.DIFFUSERS_FILE, adapter)
-            write_manifest(unfinished, {name: digest_of(content) for name, content in contents.items()})
+            write_manifest(unfinished, digests)
             if damage := find_damage(unfinished):
                 raise OSError(0, f"what was written reads otherwise: {damage}")
             if path.exists():

@@ -21,7 +21,7 @@ from rasengan import miniature, world
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "rasengan_colab.ipynb"
-STEPS, PICTURES = 60, 40
+STEPS, PICTURES = 40, 40
 PROMPTS = ['a wizard\'s "hat" for $5', "two red stars at the left on a white background"]
 # What Colab brings: it writes down what it was asked for.
 COLAB = """

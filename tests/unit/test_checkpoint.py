@@ -1,6 +1,7 @@
 import json
 import logging
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -422,3 +423,10 @@ def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(run, tmp_p
     writer.save(1, WHERE)
     writer.wait()
     assert checkpoint.find_damage(path) is None
+
+
+def test_a_file_for_which_there_is_no_room_says_so_at_its_end_and_not_inside_of_torch_save():
+    file = checkpoint.HashedFile(Path("/dev/full"))
+    torch.save({"state": torch.zeros(10**6)}, file)
+    with pytest.raises(OSError, match="No space left on device"):
+        file.close()
