@@ -18,10 +18,11 @@ $(READY): setup.cfg constraints.txt
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(DEMO)
 
-# One thread, and no GPU: these tests compare bit for bit. A process for each core, and a file's tests in one.
+# One thread, and no GPU: these tests compare bit for bit. A process for each core, and a file's tests in one; the files
+# in the order given, the long ones first, so that no core waits for the last.
 test: $(READY)
-	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile \
-	  tests/unit tests/integration tests/notebook
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  tests/notebook tests/integration tests/unit
 
 test_gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
