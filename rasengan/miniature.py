@@ -190,15 +190,25 @@ def to_pixels(images: list[Image.Image]) -> torch.Tensor:
     return flat.view(-1, SIDE_PX, SIDE_PX, 3).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-@torch.no_grad()
 def judge_pictures(judge: Judge, images: list[Image.Image]) -> list[dict[str, object]]:
-    """Return the judge's answers for each picture, by question, beside `style_score`, the probability of the style."""
-    answers = judge(to_pixels(images))
+    """Return the judge's answers for each picture, as `judge_pixels` does."""
+    return judge_pixels(judge, to_pixels(images))
+
+
+@torch.no_grad()
+def judge_pixels(judge: Judge, pixel_values: torch.Tensor) -> list[dict[str, object]]:
+    """Return the judge's answers for each picture, by question, beside `style_score`, the probability of the style.
+
+    Args:
+        judge: on the pixels' device.
+        pixel_values: (B, 3, 128, 128), in [-1, 1].
+    """
+    answers = judge(pixel_values)
     best = {name: scores.argmax(dim=1).tolist() for name, scores in answers.items()}
     style = answers["style"].softmax(dim=1)[:, QUESTIONS["style"].index(world.STYLE)].tolist()
     return [
         {name: QUESTIONS[name][choices[row]] for name, choices in best.items()} | {"style_score": style[row]}
-        for row in range(len(images))
+        for row in range(len(style))
     ]
 
 

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from rasengan import components, drawing, graphs, miniature, objective, scores, sdxl, sheets, world
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.endings import in_one_line
-from rasengan.miniature import ASKED, QUESTIONS, SIDE_PX
+from rasengan.miniature import QUESTIONS, SIDE_PX
 
 
 STYLE_SHARES = {"photo": 0.5, "cutout": 0.25, "sketch": 0.25}
@@ -234,12 +234,9 @@ def train_vae(
     vae.register_to_config(scaling_factor=round(float((means + stds * torch.randn_like(stds)).std() ** -1), 5))
     with torch.no_grad():
         decoded = torch.cat([vae.decode(part).sample for part in means.split(64)]).clamp(-1, 1)
-        answers = judge(decoded)
     error = (decoded - to_float(pictures.pixels[rows])).square().mean()
-    right = [
-        all(QUESTIONS[name][answers[name][row].argmax()] == getattr(pictures.scenes[place], name) for name in ASKED)
-        for row, place in enumerate(rows.tolist())
-    ]
+    answers = miniature.judge_pixels(judge, decoded)
+    right = [miniature.shows(a, pictures.scenes[place]) for a, place in zip(answers, rows.tolist(), strict=True)]
     return found | {"psnr_db": round(float(10 * torch.log10(4 / error)), 2), "right": sum(right) / len(right)}
 
 
