@@ -1,6 +1,6 @@
 """What does each setting of the recipe buy? Style and content that the miniature learns with other ones.
 
-    python benchmarks/ablation.py [--jobs 8] [--plot benchmarks/results/ablation.png]
+    python benchmarks/ablation.py [--jobs 16] [--plot benchmarks/results/ablation.png]
     python benchmarks/ablation.py --show benchmarks/results/ablation_gpu.json [--plot ablation.png]
 
 The miniature SDXL is trained on its style set by train_lora_sdxl.py, and scored by evaluate.py, with one setting of
@@ -11,6 +11,7 @@ is printed as Markdown.
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -56,10 +57,12 @@ def cases() -> list[tuple[str, str, list[str]]]:
     return found + [("technique", name, words) for name, words in techniques.items()]
 
 
-def measure(made: Path, work: Path, logs: Path, name: str, words: list[str], seed: int, pictures: int) -> dict:
+def measure(
+    made: Path, work: Path, logs: Path, name: str, words: list[str], seed: int, pictures: int, gpu: str
+) -> dict:
     """Train and evaluate once, with the scripts' output in `logs`; return `FIGURES`.
 
-    That a run diverges, and stops, is a result too: no picture has style or content then.
+    That a run diverges, and stops, is a result too: no picture has style or content then. The runs see the one GPU.
 
     Raises:
         UserError: a script failed otherwise.
@@ -74,7 +77,8 @@ def measure(made: Path, work: Path, logs: Path, name: str, words: list[str], see
         evaluate += ["--picture_seeds", str(seed), "--guidance_scale", "3"]
         for script, *rest in (train, evaluate):
             log = logs / f"{name}-{Path(script).stem}.txt"
-            found = run([sys.executable, str(ROOT / "scripts" / script), *rest], log)
+            command = [sys.executable, str(ROOT / "scripts" / script), *rest]
+            found = run(command, log, environment={"CUDA_VISIBLE_DEVICES": gpu})
             if found["exit_code"] and "finite" in found["error"]:
                 return dict.fromkeys(FIGURES) | {"style": 0.0, "content": 0.0, "error": found["error"]}
             if found["exit_code"]:
@@ -89,6 +93,13 @@ def measure(made: Path, work: Path, logs: Path, name: str, words: list[str], see
         "content_of_base": of_base["content"],
         "loss_change": loss["change"],
     }
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES takes for each GPU of this command; where there is none, what hides them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    return found[: torch.cuda.device_count()] or [""]
 
 
 def grouped(runs: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
@@ -167,7 +178,7 @@ def main() -> None:
     settings = ["recipe", *OTHERS, "technique"]
     what = f"of {', '.join(settings)} [all]"
     add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
-    add("--jobs", type=int, default=1, help="runs side by side [%(default)s]")
+    add("--jobs", type=int, default=1, help="runs side by side, over all GPUs [%(default)s]")
     add("--plot", type=Path, help="a PNG or SVG file to draw")
     add("--show", type=Path, metavar="FILE", help="only the table, and the plot, of what is in such a file")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json", help="added to [%(default)s]")
@@ -183,14 +194,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
-        wanted = [case for case in cases() if case[0] in args.only]
+        wanted, gpus = [case for case in cases() if case[0] in args.only], visible_gpus()
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
         waiting: dict[Future, dict] = {}
         for seed in args.seeds:
             for setting, value, words in wanted:
                 name = f"{setting}-{value}-{seed}".replace(" ", "_")
                 made, logs = args.miniature.resolve(), args.logs or work
-                future = pool.submit(measure, made, work, logs, name, words, seed, args.pictures)
+                gpu = gpus[len(waiting) % len(gpus)]
+                future = pool.submit(measure, made, work, logs, name, words, seed, args.pictures, gpu)
                 waiting[future] = {"setting": setting, "value": value, "seed": seed}
         try:
             for future in as_completed(waiting):
