@@ -39,12 +39,12 @@ def make_optimizer(
         # The fused one reads the gradient scaler's verdict on the card, so that an update needs no wait for the host.
         return torch.optim.AdamW([flat], fused=flat.device.type == "cuda", **options)
     try:
-        import bitsandbytes
+        from rasengan.adamw_8bit import AdamW8bit
     except ImportError as error:
         raise ImportError(
             "--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or give --no-use_8bit_adam."
         ) from error
-    return bitsandbytes.optim.AdamW8bit([flat], **options)
+    return AdamW8bit(flat, **options)
 
 
 def expected_update_bytes(parameters: int, name: str, use_8bit_adam: bool, use_ema: bool) -> int:
@@ -52,8 +52,12 @@ def expected_update_bytes(parameters: int, name: str, use_8bit_adam: bool, use_e
     average = 4 * parameters if use_ema else 0
     if name == "prodigy":  # two moments, the sum of the gradients, where it began; and one more while it works
         return 5 * 4 * parameters + average
-    # 8-bit state has an fp32 scale for each block of 256.
-    return parameters * 2 * (1 if use_8bit_adam else 4) + (parameters * 2 * 4 // 256 if use_8bit_adam else 0) + average
+    if not use_8bit_adam:
+        return 2 * 4 * parameters + average
+    from rasengan.adamw_8bit import PART
+
+    # An fp32 scale for each block of 256; and copies of weights and state of a part.
+    return 2 * parameters + 2 * 4 * parameters // 256 + (4 + 2) * min(parameters, PART) + average
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -80,11 +84,15 @@ def step_if_finite(optimizer, grad_norm: torch.Tensor, scaler: torch.amp.GradSca
     """Update, but where the gradient is not finite.
 
     Args:
-        optimizer: that accelerate prepared.
+        optimizer: that accelerate prepared. One that takes a verdict on the card needs no wait for the host.
         grad_norm: of the gradient, which is finite if and only if all of it is.
-        scaler: the gradient's, which makes that sure by itself; without one the host waits for the norm.
+        scaler: the gradient's, which makes that sure by itself.
     """
-    if scaler is not None or torch.isfinite(grad_norm):
+    if scaler is None and getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
+        optimizer.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+        optimizer.step()
+        del optimizer.optimizer.found_inf
+    elif scaler is not None or torch.isfinite(grad_norm):
         optimizer.step()
 
 

@@ -1,9 +1,11 @@
+import bitsandbytes
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
 from prodigyopt import Prodigy
 
-from rasengan import optim
+from rasengan import adamw_8bit, optim
 
 
 LORA_ELEMENTS = 23_224_320  # of the recipe: r=16 on the attention of SDXL's UNet
@@ -33,7 +35,8 @@ def test_the_state_of_8_bit_adamw_takes_a_quarter_of_the_bytes_at_the_size_of_th
         sizes[use_8bit_adam] = bytes_of_all_tensors(optimizer)
         tables = 2 * 256 * 4 if use_8bit_adam else 0  # dynamic quantization, shared by all parameters
         assert optim.state_bytes(optimizer) == sizes[use_8bit_adam] - tables
-        expected = optim.expected_update_bytes(LORA_ELEMENTS, "adamw", use_8bit_adam, use_ema=False)
+        room = 6 * adamw_8bit.PART if use_8bit_adam else 0
+        expected = optim.expected_update_bytes(LORA_ELEMENTS, "adamw", use_8bit_adam, use_ema=False) - room
         assert expected == pytest.approx(optim.state_bytes(optimizer), rel=1e-3)
     assert sizes[False] == 2 * 4 * LORA_ELEMENTS + 4
     assert 0.25 < sizes[True] / sizes[False] <= 0.27
@@ -73,6 +76,59 @@ def test_8_bit_adamw_moves_the_weights_as_adamw_does_within_two_percent():
     exact, quantized = (train(parameter_of(start), use_8bit_adam, grads) - start for use_8bit_adam in (False, True))
     assert not torch.equal(exact, quantized)
     assert (quantized - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [1000, 4096, 10_000])  # under 4,096 bitsandbytes keeps its state in fp32
+def test_8_bit_adamw_that_decides_on_the_card_is_bitsandbytes_own_that_is_asked_first(size, monkeypatch):
+    monkeypatch.setattr(adamw_8bit, "PART", 2048)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = parameter_of(start), parameter_of(start)
+    options = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-6}
+    deciding, asked = adamw_8bit.AdamW8bit(ours, **options), bitsandbytes.optim.AdamW8bit([theirs], **options)
+    for step, grad in enumerate(gradients(12, size)):
+        is_finite = step not in (0, 1, 5, 11)
+        grad[size // 2] = grad[size // 2] if is_finite else float("nan")
+        ours.grad.copy_(grad)
+        theirs.grad.copy_(grad)
+        deciding.found_inf = torch.tensor(0.0 if is_finite else 1.0)
+        deciding.step()
+        if is_finite:
+            asked.step()
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, start)
+    found, expected = deciding.state_dict()["state"][0], asked.state_dict()["state"][0]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_a_resumed_8_bit_adamw_counts_no_update_that_was_left_out():
+    flat = parameter_of(torch.zeros(5000))
+    optimizer = adamw_8bit.AdamW8bit(flat)
+    flat.grad.fill_(1e-3)
+    for found_inf in (1.0, 0.0, 1.0):
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    resumed = adamw_8bit.AdamW8bit(flat)
+    resumed.found_inf = torch.tensor(1.0)
+    resumed.step()
+    resumed.load_state_dict(saved)
+    assert [o.state_dict()["state"][0]["step"] for o in (optimizer, resumed)] == [1, 1]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_without_a_scaler():
+    for options in (ADAM | {"use_8bit_adam": True}, ADAM | {"use_8bit_adam": False}, PRODIGY):
+        flat = parameter_of(torch.ones(5000))
+        optimizer = Accelerator(cpu=True).prepare(optim.make_optimizer(flat, **options))
+        flat.grad.fill_(1e-3)
+        flat.grad[17] = torch.inf
+        optim.step_if_finite(optimizer, flat.grad.norm(), scaler=None)
+        assert torch.equal(flat, torch.ones(5000))
+        flat.grad[17] = 1e-3
+        optim.step_if_finite(optimizer, flat.grad.norm(), scaler=None)
+        assert not torch.equal(flat, torch.ones(5000))
+        optimizer.step()  # nothing of the verdict is left behind
 
 
 PRODIGY = ADAM | {"name": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True}
