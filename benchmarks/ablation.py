@@ -33,7 +33,7 @@ SETTINGS = yaml.safe_load(RECIPE.read_text())
 OTHERS = {
     "rank": ("2", "4", "8", "32", "64"),
     "lora_alpha": ("4", "8", "16", "64"),
-    "learning_rate": ("5e-4", "1e-3", "2e-3", "6e-3"),
+    "learning_rate": ("5e-4", "1e-3", "3e-3", "6e-3"),
     "max_train_steps": ("100", "225", "450", "1800"),
 }
 TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}  # in the recipe's precision: fp16 on a GPU

@@ -3,8 +3,8 @@
     python benchmarks/optimizers.py
 
 The full-size architecture, 512 px, batch 1, fp16, r = 16: the graph of forward and backward alone, and followed by the
-finite check, the clipping and the update of each optimizer, through accelerate as in training. Prodigy takes no overflow
-flag, so that the host waits for it once a step; that wait is part of its figure.
+finite check, the clipping and the update of each optimizer, through accelerate as in training. Prodigy takes no
+overflow flag, so that the host waits for it once a step; that wait is part of its figure.
 """
 
 import argparse

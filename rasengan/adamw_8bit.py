@@ -12,8 +12,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """AdamW over one flat parameter, as bitsandbytes computes it; the card can be told to leave an update out.
 
     bitsandbytes takes no overflow flag, so that a gradient scaler waits for its own before each update, and it waits
-    for the card after each: then the card has nothing to do while the host prepares the next step. Here every update is
-    computed on copies, and taken where `found_inf` is zero. Only the number of updates done, on which the bias
+    for the card after each: then the card has nothing to do while the host prepares the next step. Here every update
+    is computed on copies, and taken where `found_inf` is zero. Only the number of updates done, on which the bias
     correction hangs, is the host's: it reads one flag, that of the update before, while the card is busy with the step
     after it.
     """

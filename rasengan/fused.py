@@ -6,6 +6,7 @@ The same arithmetic as theirs, but for the order of rounding, in a third of the 
 - projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
   the timestep's in all residual blocks of a width;
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;
+- what the up blocks concatenate is read where it is;
 - nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
 - any number of blocks can be recomputed in the backward pass rather than kept.
 
@@ -22,6 +23,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -100,11 +102,11 @@ class FusedUNet:
         self.time_projections = _stack_time_projections(unet)
         unet.to(memory_format=torch.channels_last)
         forwards = {ResnetBlock2D: self._resnet, Transformer2DModel: self._transformer}
-        forwards |= {nn.Conv2d: _conv, Upsample2D: _upsample}
+        forwards |= {CrossAttnUpBlock2D: _up_block, UpBlock2D: _up_block, nn.Conv2d: _conv, Upsample2D: _upsample}
         for module in unet.modules():
             if type(module) in forwards:
                 self._replace(module, forwards[type(module)])
-        self._replace(unet.conv_norm_out, lambda norm, x: _group_norm(x, norm, silu=True)[1])
+        self._replace(unet.conv_norm_out, lambda norm, x: _group_norm(x, norm, silu=True)[2])
         self._replace(unet.conv_act, lambda activation, x: x)  # conv_norm_out has done it
         self._replace(unet, self._forward)
         if flat is None:
@@ -231,9 +233,9 @@ class FusedUNet:
             self.text[id(block)] = tuple(projected[id(layer)].transpose(1, 2) for layer in (attn.to_k, attn.to_v))
 
     def _transformer(self, module, hidden_states, encoder_hidden_states=None, return_dict=True, **_):
-        pictures, channels, height, width = hidden_states.shape
-        residual, y = _group_norm(hidden_states, module.norm, silu=False)
-        x = self._linear(module.proj_in, y.permute(0, 2, 3, 1).reshape(-1, channels))
+        pictures = len(hidden_states)
+        residual, _, y = _group_norm(hidden_states, module.norm, silu=False)
+        x = self._linear(module.proj_in, nodes.as_rows(y))
         delta = None  # what the last block adds, which the next one's norm does
         for block in module.transformer_blocks:
             keys_values = self.text[id(block)]
@@ -242,7 +244,7 @@ class FusedUNet:
             else:
                 x, delta = self._block(block, x, delta, *keys_values, pictures)
         y = self._linear(module.proj_out, x if delta is None else x + delta)
-        output = y.view(pictures, height, width, channels).permute(0, 3, 1, 2) + residual
+        output = nodes.as_pictures(y, residual) + residual
         return (output,) if not return_dict else types.SimpleNamespace(sample=output)
 
     def _block(self, block, x, delta, text_keys, text_values, pictures):
@@ -281,13 +283,13 @@ class FusedUNet:
             layer(rows) if type(layer) is nn.Linear else nodes.QuantizedProduct.apply(rows, layer.weight, layer.bias)
         )
 
-    def _resnet(self, module, input_tensor, temb):
+    def _resnet(self, module, input_tensor, temb, skip=None):
         if not self.shifts:
             rows = F.silu(temb)
             for blocks, weight, bias in self.time_projections:
                 shifts = torch.baddbmm(bias, rows.expand(len(blocks), -1, -1), weight.transpose(1, 2))
                 self.shifts |= zip(blocks, shifts, strict=True)
-        return self._checkpointed(_resnet, module, input_tensor, self.shifts[id(module)])
+        return self._checkpointed(_resnet, module, input_tensor, skip, self.shifts[id(module)])
 
 
 @torch.no_grad()
@@ -347,8 +349,8 @@ def _add_layer_norm(x, delta, norm: nn.LayerNorm):
     return nodes.AddLayerNorm.apply(x, delta, norm.weight, norm.bias, norm.eps)
 
 
-def _group_norm(x, norm: nn.GroupNorm, silu: bool, shift=None):
-    return nodes.GroupNormSilu.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+def _group_norm(x, norm: nn.GroupNorm, silu: bool, skip=None, shift=None):
+    return nodes.GroupNormSilu.apply(x, skip, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
 def _conv(layer: nn.Conv2d, x, with_bias: bool = True):
@@ -363,13 +365,29 @@ def _upsample(module, x, output_size=None, *_, **__):
     return module.conv(y) if module.use_conv else y
 
 
-def _resnet(module, x, shift):
+def _up_block(
+    block, hidden_states, res_hidden_states_tuple, temb=None, encoder_hidden_states=None, upsample_size=None, **_
+):
+    x, skips = hidden_states, reversed(res_hidden_states_tuple)
+    for number, (resnet, skip) in enumerate(zip(block.resnets, skips, strict=True)):
+        x = resnet(x, temb, skip)
+        if isinstance(block, CrossAttnUpBlock2D):
+            x = block.attentions[number](x, encoder_hidden_states, return_dict=False)[0]
+    for upsampler in block.upsamplers or []:
+        x = upsampler(x, upsample_size)
+    return x
+
+
+def _resnet(module, x, skip, shift):
     # The biases of the convolutions are added where a pass is made anyway: the first one's is in the shift.
-    x, y = _group_norm(x, module.norm1, silu=True)
+    x, skip, y = _group_norm(x, module.norm1, silu=True, skip=skip)
     y = _conv(module.conv1, y, with_bias=False)
-    _, y = _group_norm(y, module.norm2, silu=True, shift=shift)
+    _, _, y = _group_norm(y, module.norm2, silu=True, shift=shift)
     y = _conv(module.conv2, y, with_bias=False)
-    bias = module.conv2.bias
-    if module.conv_shortcut is not None:
-        x, bias = _conv(module.conv_shortcut, x, with_bias=False), bias + module.conv_shortcut.bias
+    bias, shortcut = module.conv2.bias, module.conv_shortcut
+    if shortcut is not None:
+        bias = bias + shortcut.bias
+        x = _conv(shortcut, x, with_bias=False) if skip is None else nodes.PixelProduct.apply(x, skip, shortcut.weight)
+    elif skip is not None:
+        x = torch.cat([x, skip], dim=1)
     return nodes.AddWithBias.apply(x, y, bias)

@@ -195,19 +195,39 @@ LAYER_NORM(8)  // up to 2048
 
 // --- GroupNorm and SiLU in channels_last: y = silu(norm(x + shift)); shift is (N, C) or null, silu is optional ---
 //
+// x may lie in two tensors, x of the first `split` channels and skip of the others; else skip is null, and split all.
+//
 // A block is (C / 8, some rows) threads and takes `rows_per_block` pixels of picture blockIdx.y. The first pass of each
 // direction sums two numbers over every group, the second uses them.
 
+// A thread's 8 channels of the block's picture, in whichever tensor they are; null where that one is.
+template <class Word>
+struct Part {
+  Word* start;
+  long long size;  // channels of a pixel there
+  __device__ Word* at(int pixel) const { return start + pixel * size; }
+};
+
 struct Slice {
-  int channel, first, end;      // this thread's first channel; the block's pixels
-  long long picture, size;      // where the picture starts; channels of a pixel
+  int channel, first, end;  // this thread's first channel; the block's pixels
+  int pixels, channels;
   __device__ Slice(int pixels, int channels, int rows_per_block)
       : channel(threadIdx.x * 8),
         first(blockIdx.x * rows_per_block),
         end(min(pixels, (int)(blockIdx.x + 1) * rows_per_block)),
-        picture((long long)blockIdx.y * pixels * channels),
-        size(channels) {}
-  __device__ long long at(int pixel) const { return picture + pixel * size + channel; }
+        pixels(pixels),
+        channels(channels) {}
+  template <class Word>
+  __device__ Part<Word> of(Word* x, Word* skip, int split) const {
+    bool is_skip = channel >= split;
+    Word* tensor = is_skip ? skip : x;
+    long long size = is_skip ? channels - split : split;
+    return {tensor ? tensor + blockIdx.y * pixels * size + channel - (is_skip ? split : 0) : nullptr, size};
+  }
+  template <class Word>
+  __device__ Part<Word> of(Word* x) const {
+    return of<Word>(x, nullptr, channels);
+  }
 };
 
 __device__ void load_shift(float (&shift)[8], const word* from, int channels, int channel) {
@@ -266,15 +286,16 @@ __device__ bool sum_over_groups(const float (&a)[8], const float (&b)[8], float*
 }
 
 // statistics (N, groups, 2): mean and 1 / standard deviation.
-extern "C" __global__ void group_norm_statistics(const word* x, const word* shift_from, float* partial,
-                                                 unsigned* counters, float* statistics, int pixels, int channels,
-                                                 int groups, int rows_per_block, float eps) {
+extern "C" __global__ void group_norm_statistics(const word* x, const word* skip, int split, const word* shift_from,
+                                                 float* partial, unsigned* counters, float* statistics, int pixels,
+                                                 int channels, int groups, int rows_per_block, float eps) {
   extern __shared__ float shared[];
   Slice slice(pixels, channels, rows_per_block);
+  Part<const word> from = slice.of(x, skip, split);
   float shift[8], sums[8] = {}, squares[8] = {};
   load_shift(shift, shift_from, channels, slice.channel);
   for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(x + slice.at(pixel));
+    Pack pack = load(from.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float value = widen(pack.at[i]) + shift[i];
@@ -322,33 +343,37 @@ struct Channels {
   }
 };
 
-extern "C" __global__ void group_norm_forward(const word* x, const word* shift, const float* statistics,
-                                              const word* weight, const word* bias, word* y, int pixels, int channels,
-                                              int groups, int rows_per_block, int silu) {
+extern "C" __global__ void group_norm_forward(const word* x, const word* skip, int split, const word* shift,
+                                              const float* statistics, const word* weight, const word* bias, word* y,
+                                              int pixels, int channels, int groups, int rows_per_block, int silu) {
   Slice slice(pixels, channels, rows_per_block);
+  Part<const word> from = slice.of(x, skip, split);
+  Part<word> to = slice.of(y);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
   for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(x + slice.at(pixel));
+    Pack pack = load(from.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float z = of.normalized(i, pack.at[i]) * of.weight[i] + of.bias[i];
       pack.at[i] = narrow(silu ? z * sigmoid(z) : z);
     }
-    store(y + slice.at(pixel), pack);
+    store(to.at(pixel), pack);
   }
 }
 
 // means (N, groups, 2): of the gradient, and of its product with the normalized values.
-extern "C" __global__ void group_norm_backward_means(const word* x, const word* shift, const float* statistics,
-                                                     const word* weight, const word* bias, const word* grad_y,
-                                                     float* partial, unsigned* counters, float* means, int pixels,
-                                                     int channels, int groups, int rows_per_block, int silu) {
+extern "C" __global__ void group_norm_backward_means(const word* x, const word* skip, int split, const word* shift,
+                                                     const float* statistics, const word* weight, const word* bias,
+                                                     const word* grad_y, float* partial, unsigned* counters,
+                                                     float* means, int pixels, int channels, int groups,
+                                                     int rows_per_block, int silu) {
   extern __shared__ float shared[];
   Slice slice(pixels, channels, rows_per_block);
+  Part<const word> from = slice.of(x, skip, split), from_grad = slice.of(grad_y);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
   float sums[8] = {}, products[8] = {};
   for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(x + slice.at(pixel)), grad = load(grad_y + slice.at(pixel));
+    Pack pack = load(from.at(pixel)), grad = load(from_grad.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float value = of.normalized(i, pack.at[i]), g = of.grad(i, value, grad.at[i], silu);
@@ -364,12 +389,16 @@ extern "C" __global__ void group_norm_backward_means(const word* x, const word* 
     means[(long long)blockIdx.y * groups * 2 + number] = (float)(totals[number] / count);
 }
 
-// grad_past, the gradient that reaches x past the norm, may be null.
-extern "C" __global__ void group_norm_backward(const word* x, const word* shift, const float* statistics,
-                                               const word* weight, const word* bias, const word* grad_y,
-                                               const float* means, const word* grad_past, word* grad_x, int pixels,
+// What reaches x and skip past the norm, past_x and past_skip, may be null.
+extern "C" __global__ void group_norm_backward(const word* x, const word* skip, int split, const word* shift,
+                                               const float* statistics, const word* weight, const word* bias,
+                                               const word* grad_y, const float* means, const word* past_x,
+                                               const word* past_skip, word* grad_x, word* grad_skip, int pixels,
                                                int channels, int groups, int rows_per_block, int silu) {
   Slice slice(pixels, channels, rows_per_block);
+  Part<const word> from = slice.of(x, skip, split), from_grad = slice.of(grad_y);
+  Part<const word> past = slice.of(past_x, past_skip, split);
+  Part<word> to = slice.of(grad_x, grad_skip, split);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
   float mean_grad[8], mean_product[8];
 #pragma unroll
@@ -379,15 +408,15 @@ extern "C" __global__ void group_norm_backward(const word* x, const word* shift,
     mean_product[i] = mean[1];
   }
   for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(x + slice.at(pixel)), grad = load(grad_y + slice.at(pixel)), past;
-    if (grad_past) past = load(grad_past + slice.at(pixel));
+    Pack pack = load(from.at(pixel)), grad = load(from_grad.at(pixel)), more;
+    if (past.start) more = load(past.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float value = of.normalized(i, pack.at[i]), g = of.grad(i, value, grad.at[i], silu);
       g = of.rstd[i] * (g - mean_grad[i] - value * mean_product[i]);
-      pack.at[i] = narrow(grad_past ? g + widen(past.at[i]) : g);
+      pack.at[i] = narrow(past.start ? g + widen(more.at[i]) : g);
     }
-    store(grad_x + slice.at(pixel), pack);
+    store(to.at(pixel), pack);
   }
 }
 

@@ -152,12 +152,6 @@ def _kernels_for(x: torch.Tensor, width: int, widest: int) -> _Kernels | None:
     return _load(x.dtype, x.device) if fits else None
 
 
-def _kernels_for_pictures(x: torch.Tensor) -> _Kernels | None:
-    """Return the kernels for pictures (N, C, H, W) that are in channels_last already, or None."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last)
-    return _kernels_for(x, x.shape[1], 4096) if is_last else None
-
-
 def prepare(dtype: torch.dtype, device: torch.device) -> bool:
     """Load the kernels now rather than in the first step, and say whether the kernels can be used."""
     if device.type != "cuda" or dtype not in MACROS:
@@ -250,12 +244,31 @@ def layer_norm_backward(
 # --- GroupNorm and SiLU ---
 
 
-def _slices(x: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+def _slices(x: torch.Tensor, channels: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
     """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes."""
-    pictures, channels, height, width = x.shape
+    pictures, _, height, width = x.shape
     pixels, rows = height * width, max(1, 512 // (channels // 8))
     each = max(rows, -(-pixels * pictures // BLOCKS))
     return (-(-pixels // each), pictures), (channels // 8, rows), each, 2 * rows * channels * 4
+
+
+def _channels_of(x: torch.Tensor, skip: torch.Tensor | None) -> int:
+    return x.shape[1] + (0 if skip is None else skip.shape[1])
+
+
+def _kernels_for_norm(x: torch.Tensor, skip: torch.Tensor | None) -> _Kernels | None:
+    fits = skip is None or x.shape[1] % 8 == 0
+    return _kernels_for(x, _channels_of(x, skip), 4096) if fits else None
+
+
+def _shifted(x: torch.Tensor, skip: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """Return what is normalized as one tensor."""
+    x = x if skip is None else torch.cat([x, skip], dim=1)
+    return x if shift is None else x + shift[:, :, None, None]
+
+
+def _channels_last(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(
@@ -266,6 +279,7 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
+    skip: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return silu(GroupNorm(x + shift)) (N, C, H, W), and statistics (N, groups, 2) for the backward pass.
 
@@ -277,32 +291,36 @@ def group_norm(
         groups: that the channels are normalized in.
         eps: added to the variance.
         silu: False leaves the SiLU out.
+        skip: pictures with the channels that follow those of x; None where x has all.
     """
-    pictures, channels, height, width = x.shape
-    kernels = _kernels_for(x, channels, 4096)
-    if kernels is None:
-        shifted = (x if shift is None else x + shift[:, :, None, None]).contiguous()
-        sizes = (pictures, channels, height * width, groups)
+    pictures, _, height, width = x.shape
+    if _kernels_for_norm(x, skip) is None:
+        shifted = _shifted(x, skip, shift).contiguous()
+        sizes = (pictures, shifted.shape[1], height * width, groups)
         y, mean, rstd = torch.native_group_norm(shifted, weight, bias, *sizes, eps)
         return F.silu(y) if silu else y, torch.stack([mean, rstd], dim=-1)
-    x = x.contiguous(memory_format=torch.channels_last)
-    statistics = group_norm_statistics(x, shift, groups, eps)
-    return group_norm_forward(x, shift, statistics, weight, bias, groups, silu), statistics
+    x, skip = _channels_last(x), _channels_last(skip)
+    statistics = group_norm_statistics(x, shift, groups, eps, skip)
+    return group_norm_forward(x, shift, statistics, weight, bias, groups, silu, skip), statistics
 
 
-def group_norm_statistics(x: torch.Tensor, shift: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
+def group_norm_statistics(
+    x: torch.Tensor, shift: torch.Tensor | None, groups: int, eps: float, skip: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return mean and 1 / standard deviation (N, groups, 2) of the groups of x + shift, as `group_norm` takes them."""
-    pictures, channels, height, width = x.shape
-    kernels = _kernels_for_pictures(x)
-    if kernels is None:
-        shifted = x if shift is None else x + shift[:, :, None, None]
-        variance, mean = torch.var_mean(shifted.reshape(pictures, groups, -1), dim=-1, correction=0)
+    pictures, _, height, width = x.shape
+    kernels = _kernels_for_norm(x, skip)
+    if kernels is None or not x.is_contiguous(memory_format=torch.channels_last):
+        grouped = _shifted(x, skip, shift).reshape(pictures, groups, -1)
+        variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
         return torch.stack([mean, (variance + eps).rsqrt()], dim=-1)
-    grid, block, each, shared_bytes = _slices(x)
+    channels = _channels_of(x, skip)
+    grid, block, each, shared_bytes = _slices(x, channels)
     statistics = x.new_empty(pictures, groups, 2, dtype=torch.float32)
     partial = x.new_empty(pictures, grid[0], groups, 2, dtype=torch.float32)
-    arguments = (x, shift, partial, kernels.counters, statistics, height * width, channels, groups, each, eps)
-    kernels.launch("group_norm_statistics", grid, block, *arguments, shared_bytes=shared_bytes)
+    arguments = (x, skip, x.shape[1], shift, partial, kernels.counters, statistics)
+    sizes = (height * width, channels, groups, each, eps)
+    kernels.launch("group_norm_statistics", grid, block, *arguments, *sizes, shared_bytes=shared_bytes)
     return statistics
 
 
@@ -314,20 +332,21 @@ def group_norm_forward(
     bias: torch.Tensor,
     groups: int,
     silu: bool,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return silu(GroupNorm(x + shift)) (N, C, H, W) by statistics (N, groups, 2) that may be of more than x."""
-    _, channels, height, width = x.shape
-    kernels = _kernels_for_pictures(x)
-    if kernels is None:
-        shifted = x if shift is None else x + shift[:, :, None, None]
+    pictures, _, height, width = x.shape
+    kernels, channels = _kernels_for_norm(x, skip), _channels_of(x, skip)
+    if kernels is None or not x.is_contiguous(memory_format=torch.channels_last):
         mean, rstd = statistics.repeat_interleave(channels // groups, dim=1).unbind(-1)  # each (N, C)
         scale, offset = rstd * weight, bias - mean * rstd * weight
-        y = torch.addcmul(offset[:, :, None, None], shifted, scale[:, :, None, None])
+        y = torch.addcmul(offset[:, :, None, None], _shifted(x, skip, shift), scale[:, :, None, None])
         return F.silu(y, inplace=True) if silu else y
-    y = torch.empty_like(x)
-    grid, block, each, _ = _slices(x)
-    sizes = (height * width, channels, groups, each)
-    kernels.launch("group_norm_forward", grid, block, x, shift, statistics, weight, bias, y, *sizes, int(silu))
+    sizes = (pictures, channels, height, width)
+    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grid, block, each, _ = _slices(x, channels)
+    of = (x, skip, x.shape[1], shift, statistics, weight, bias)
+    kernels.launch("group_norm_forward", grid, block, *of, y, height * width, channels, groups, each, int(silu))
     return y
 
 
@@ -342,12 +361,14 @@ def group_norm_backward(
     statistics: torch.Tensor,
     grad_y: torch.Tensor,
     grad_past: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the gradient of `group_norm` with respect to x, plus `grad_past`, what reached x past the norm."""
-    pictures, channels, height, width = x.shape
-    kernels = _kernels_for(x, channels, 4096)
+    skip: torch.Tensor | None = None,
+    grad_past_skip: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of `group_norm` with respect to x and skip, plus what reached each past the norm."""
+    pictures, _, height, width = x.shape
+    kernels, channels = _kernels_for_norm(x, skip), _channels_of(x, skip)
     if kernels is None:
-        shifted = (x if shift is None else x + shift[:, :, None, None]).contiguous()
+        shifted = _shifted(x, skip, shift).contiguous()
         sizes, (mean, rstd) = (pictures, channels, height * width, groups), statistics.unbind(-1)
         if silu:
             y, _, _ = torch.native_group_norm(shifted, weight, bias, *sizes, eps)
@@ -355,18 +376,20 @@ def group_norm_backward(
         grad, _, _ = torch.ops.aten.native_group_norm_backward(
             grad_y.contiguous(), shifted, mean.contiguous(), rstd.contiguous(), weight, *sizes, [True, False, False]
         )
-        return grad if grad_past is None else grad + grad_past
-    x, grad_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_y))
-    grad_past = None if grad_past is None else grad_past.contiguous(memory_format=torch.channels_last)
-    grad = torch.empty_like(x)
-    grid, block, each, shared_bytes = _slices(x)
+        grad_x, grad_skip = grad[:, : x.shape[1]], None if skip is None else grad[:, x.shape[1] :]
+        grad_x = grad_x if grad_past is None else grad_x + grad_past
+        return grad_x, grad_skip if grad_past_skip is None else grad_skip + grad_past_skip
+    x, skip, grad_y, *past = map(_channels_last, (x, skip, grad_y, grad_past, grad_past_skip))
+    grad_x, grad_skip = torch.empty_like(x), None if skip is None else torch.empty_like(skip)
+    grid, block, each, shared_bytes = _slices(x, channels)
     sizes = (height * width, channels, groups, each)
     means, partial = torch.empty_like(statistics), statistics.new_empty(pictures, grid[0], groups, 2)
-    of = (x, shift, statistics, weight, bias, grad_y)
+    of = (x, skip, x.shape[1], shift, statistics, weight, bias, grad_y)
     arguments = (*of, partial, kernels.counters, means, *sizes, int(silu))
     kernels.launch("group_norm_backward_means", grid, block, *arguments, shared_bytes=shared_bytes)
-    kernels.launch("group_norm_backward", grid, block, *of, means, grad_past, grad, *sizes, int(silu))
-    return grad
+    arguments = (*of, means, *past, grad_x, grad_skip, *sizes, int(silu))
+    kernels.launch("group_norm_backward", grid, block, *arguments)
+    return grad_x, grad_skip
 
 
 # --- the end of a residual block ---

@@ -111,31 +111,36 @@ class AddLayerNorm(torch.autograd.Function):
 
 
 class GroupNormSilu(torch.autograd.Function):
-    """(x, shift) -> (x, silu(GroupNorm(x + shift))), pictures; keeps x and the statistics.
+    """(x, skip, shift) -> (x, skip, silu(GroupNorm([x, skip] + shift))), pictures; keeps x, skip and the statistics.
 
-    x is handed on, so that the gradient that comes past the norm is added by the norm's own backward pass. shift is
-    (N, C) or None, and has a gradient where a text encoder is trained: pooled text is in it. silu may be left out.
+    x and skip are handed on, so that the gradient that comes past the norm is added by the norm's own backward pass.
+    skip has the channels that follow those of x, or is None. shift is (N, C) or None, and has a gradient where a text
+    encoder is trained: pooled text is in it. silu may be left out.
     """
 
     @staticmethod
-    def forward(ctx, x, shift, weight, bias, groups, eps, silu):
-        y, statistics = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
-        ctx.save_for_backward(x, shift, statistics)
+    def forward(ctx, x, skip, shift, weight, bias, groups, eps, silu):
+        y, statistics = kernels.group_norm(x, shift, weight, bias, groups, eps, silu, skip)
+        ctx.save_for_backward(x, skip, shift, statistics)
         ctx.options = (weight, bias, groups, eps, silu)
         ctx.set_materialize_grads(False)
-        return x.view_as(x), y
+        return x.view_as(x), None if skip is None else skip.view_as(skip), y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_x, grad_y):
-        x, shift, statistics = ctx.saved_tensors
+    def backward(ctx, grad_x, grad_skip, grad_y):
+        x, skip, shift, statistics = ctx.saved_tensors
         grad_shift = None
-        if grad_y is not None and ctx.needs_input_grad[1]:
-            grad = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, None)
-            grad_shift, grad_x = grad.sum(dim=(2, 3)), grad if grad_x is None else grad + grad_x
+        if grad_y is not None and ctx.needs_input_grad[2]:
+            parts = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, None, skip)
+            grad_shift = torch.cat([part.sum(dim=(2, 3)) for part in parts if part is not None], dim=1)
+            grad_x, grad_skip = (
+                part if past is None else part + past for part, past in zip(parts, (grad_x, grad_skip), strict=True)
+            )
         elif grad_y is not None:
-            grad_x = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, grad_x)
-        return grad_x, grad_shift, None, None, None, None, None
+            past = grad_x, skip, grad_skip
+            grad_x, grad_skip = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, *past)
+        return grad_x, grad_skip, grad_shift, None, None, None, None, None
 
 
 class Geglu(torch.autograd.Function):
@@ -170,6 +175,36 @@ class FrozenConv(torch.autograd.Function):
         kernel, stride, padding, out = ctx.weight.shape[2:], ctx.stride, ctx.padding, grad_y.shape[2:]
         rest = [ctx.size[i] - (out[i] - 1) * stride[i] + 2 * padding[i] - kernel[i] for i in range(2)]
         return F.conv_transpose2d(grad_y, ctx.weight, None, stride, padding, rest), None, None, None, None
+
+
+class PixelProduct(torch.autograd.Function):
+    """A convolution of single pixels with a frozen weight (E, C, 1, 1), of pictures whose channels x and skip share.
+
+    Keeps nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, skip, weight):
+        ctx.weights = weight.flatten(1).split([x.shape[1], skip.shape[1]], dim=1)  # views (E, C of each)
+        y = as_rows(x) @ ctx.weights[0].t()
+        return as_pictures(y.addmm_(as_rows(skip), ctx.weights[1].t()), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        rows = as_rows(grad_y)
+        found = zip(ctx.weights, ctx.needs_input_grad, strict=False)
+        return *(as_pictures(rows @ weight, grad_y) if is_needed else None for weight, is_needed in found), None
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return pictures as the rows of their pixels' channels (T, C), without a copy where they are in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def as_pictures(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return rows (T, C) as pictures (N, C, H, W) of another's sizes, in channels_last and without a copy."""
+    return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 class Upsample(torch.autograd.Function):

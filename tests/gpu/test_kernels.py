@@ -66,24 +66,38 @@ def test_add_layer_norm(dtype, rows, width, has_delta):
 )
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("has_shift", [True, False])
-def test_group_norm(dtype, pictures, channels, side, groups, silu, has_shift):
-    x = random(pictures, channels, side, side, dtype=dtype, shift=2).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("has_skip", [True, False])  # then a group lies in both
+def test_group_norm(dtype, pictures, channels, side, groups, silu, has_shift, has_skip):
+    x = random(pictures, channels, side, side, dtype=dtype, shift=2)
+    split = 8 * (channels // 24) if has_skip else channels
+
+    def parts(tensor):
+        """Return a part, or None, for x and for skip."""
+        if tensor is None:
+            return None, None
+        of = (
+            part.contiguous(memory_format=torch.channels_last) for part in tensor.split([split, channels - split], 1)
+        )
+        return tuple(of) if has_skip else (next(of), None)
+
+    x, skip = parts(x)
     shift = random(pictures, channels, dtype=dtype) if has_shift else None
     weight, bias = random(channels, dtype=dtype), random(channels, dtype=dtype)
     options = (groups, 1e-5, silu)
-    y, statistics = kernels.group_norm(*on_gpu(x, shift, weight, bias), *options)
-    expected, exact_statistics = kernels.group_norm(*exact(x, shift, weight, bias), *options)
+    y, statistics = kernels.group_norm(*on_gpu(x, shift, weight, bias), *options, *on_gpu(skip))
+    expected, exact_statistics = kernels.group_norm(*exact(x, shift, weight, bias), *options, *exact(skip))
     assert_close(y, expected, dtype)
     assert_close(statistics, exact_statistics, torch.float32)
-    grad_y, past = (random(*x.shape, dtype=dtype, like=like) for like in (1, 0.3))
+    grad_y, past = (random(pictures, channels, side, side, dtype=dtype, like=like) for like in (1, 0.3))
     for grad_past in (past, None):
-        found = kernels.group_norm_backward(
-            *on_gpu(x, shift, weight, bias), *options, statistics, *on_gpu(grad_y, grad_past)
-        )
-        expected = kernels.group_norm_backward(
-            *exact(x, shift, weight, bias), *options, exact_statistics, *exact(grad_y, grad_past)
-        )
-        assert_close(found, expected, dtype)
+        past_x, past_skip = parts(grad_past)
+        of = grad_y, past_x, skip, past_skip
+        found = kernels.group_norm_backward(*on_gpu(x, shift, weight, bias), *options, statistics, *on_gpu(*of))
+        expected = kernels.group_norm_backward(*exact(x, shift, weight, bias), *options, exact_statistics, *exact(*of))
+        for part, exact_part in zip(found, expected, strict=True):
+            assert (part is None) == (exact_part is None)
+            if part is not None:
+                assert_close(part, exact_part, dtype)
 
 
 def test_a_norm_is_the_same_bits_every_time(dtype):

@@ -79,16 +79,38 @@ def test_a_norm_of_which_one_output_is_used_has_the_gradient_of_that_one(used):
 
 
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("has_shift", [True, False])
-def test_group_norm_silu(silu, has_shift):
-    x = random(2, 8, 3, 3, grad=True)
-    shift, weight, bias = random(2, 8) if has_shift else None, random(8), random(8)
-    assert gradcheck(nodes.GroupNormSilu.apply, (x, shift, weight, bias, 4, 1e-5, silu))
-    past, y = nodes.GroupNormSilu.apply(x, shift, weight, bias, 4, 1e-5, silu)
-    shifted = x + shift[:, :, None, None] if has_shift else x
+@pytest.mark.parametrize("shift", [None, "frozen", "trained"])
+@pytest.mark.parametrize("skipped", [0, 3])  # the second of 4 groups lies in both
+def test_group_norm_silu(silu, shift, skipped):
+    x = random(2, 8 - skipped, 3, 3, grad=True)
+    skip = random(2, skipped, 3, 3, grad=True) if skipped else None
+    shift = random(2, 8, grad=shift == "trained") if shift else None
+    weight, bias = random(8), random(8)
+
+    def outputs(*inputs):
+        return tuple(output for output in nodes.GroupNormSilu.apply(*inputs) if output is not None)
+
+    assert gradcheck(outputs, (x, skip, shift, weight, bias, 4, 1e-5, silu))
+    past, past_skip, y = nodes.GroupNormSilu.apply(x, skip, shift, weight, bias, 4, 1e-5, silu)
+    whole = torch.cat([x, skip], dim=1) if skipped else x
+    shifted = whole if shift is None else whole + shift[:, :, None, None]
     expected = torch.nn.functional.group_norm(shifted, 4, weight, bias)
     torch.testing.assert_close(y, torch.nn.functional.silu(expected) if silu else expected)
     assert torch.equal(past, x)
+    assert torch.equal(past_skip, skip) if skipped else past_skip is None
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_product_of_pixels_is_the_convolution_of_what_is_concatenated(is_last):
+    x, skip, weight = random(2, 5, 3, 4, grad=True), random(2, 3, 3, 4, grad=True), random(6, 8, 1, 1)
+    if is_last:
+        x, skip = (t.detach().to(memory_format=torch.channels_last).requires_grad_() for t in (x, skip))
+    assert gradcheck(nodes.PixelProduct.apply, (x, skip, weight))
+    assert gradcheck(nodes.PixelProduct.apply, (x, skip.detach(), weight))
+    y = nodes.PixelProduct.apply(x, skip, weight)
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(torch.cat([x, skip], dim=1), weight))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert kept_bytes(lambda: nodes.PixelProduct.apply(x, skip, weight)) == 0
 
 
 def test_geglu():
@@ -128,5 +150,5 @@ def test_a_norm_keeps_its_input_alone():
     x, weight, bias = random(64, 128, grad=True), random(128), random(128)
     assert kept_bytes(lambda: nodes.AddLayerNorm.apply(x, x * 2, weight, bias, 1e-5)) == x.nbytes
     picture, weight, bias = random(1, 32, 16, 16, grad=True), random(32), random(32)
-    kept = kept_bytes(lambda: nodes.GroupNormSilu.apply(picture, None, weight, bias, 4, 1e-5, True))
+    kept = kept_bytes(lambda: nodes.GroupNormSilu.apply(picture, None, None, weight, bias, 4, 1e-5, True))
     assert kept <= picture.nbytes + 128
