@@ -29,12 +29,12 @@ from rasengan import UserError, miniature, world
 
 RECIPE = miniature.ASSETS / "recipe.yaml"  # of scripts/demo.sh too
 SETTINGS = yaml.safe_load(RECIPE.read_text())
-# Other values of one setting; alpha stays twice the rank where the rank is another.
-OTHERS = {
-    "rank": ("2", "4", "8", "32", "64"),
-    "lora_alpha": ("4", "8", "16", "64"),
-    "learning_rate": ("5e-4", "1e-3", "3e-3", "6e-3"),
-    "max_train_steps": ("100", "225", "450", "1800"),
+# Values of one setting, the recipe's own among them; alpha stays twice the rank where the rank is another.
+VALUES = {
+    "rank": ("2", "4", "8", "16", "32", "64"),
+    "lora_alpha": ("4", "8", "16", "32", "64"),
+    "learning_rate": ("5e-4", "1e-3", "2e-3", "3e-3", "6e-3"),
+    "max_train_steps": ("100", "225", "450", "900", "1800"),
 }
 TECHNIQUES = {"AdamW in 32 bits": ["--no-use_8bit_adam"]}  # in the recipe's precision: fp16 on a GPU
 ON_A_GPU = {
@@ -46,15 +46,17 @@ ON_A_GPU = {
 FIGURES = ("style", "content", "style_of_base", "content_of_base", "loss_change")
 
 
-def cases() -> list[tuple[str, str, list[str]]]:
-    """Return each case's setting, its value, and its flags."""
-    found = [("recipe", "recipe", [])]
-    for name, values in OTHERS.items():
+def cases(learning_rate: str) -> list[tuple[str, str, list[str]]]:
+    """Return each case's setting, its value, and its flags; the learning rate is that of all that have no other."""
+    settings, rate = SETTINGS | {"learning_rate": learning_rate}, ["--learning_rate", learning_rate]
+    found = [("recipe", "recipe", rate)]
+    for name, values in VALUES.items():
         for value in values:
-            alpha = ["--lora_alpha", str(2 * int(value))] if name == "rank" else []
-            found.append((name, value, [f"--{name}", value, *alpha]))
+            if float(value) != float(settings[name]):
+                alpha = ["--lora_alpha", str(2 * int(value))] if name == "rank" else []
+                found.append((name, value, [*rate, f"--{name}", value, *alpha]))
     techniques = TECHNIQUES | (ON_A_GPU if torch.cuda.is_available() else {})
-    return found + [("technique", name, words) for name, words in techniques.items()]
+    return found + [("technique", name, [*rate, *words]) for name, words in techniques.items()]
 
 
 def measure(
@@ -117,11 +119,11 @@ def grouped(runs: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
 def table(runs: list[dict]) -> str:
     """Return a row for each case: the base, the recipe, then each setting's other values, and the techniques."""
     found, rows = grouped(runs), []
-    order = [("recipe", "recipe"), *((name, value) for name, values in OTHERS.items() for value in values)]
+    order = [("recipe", "recipe"), *((name, value) for name, values in VALUES.items() for value in values)]
     order += [("technique", name) for name in TECHNIQUES | ON_A_GPU]
     for setting, value in sorted(found, key=order.index):
         of = found[setting, value]
-        name = f"`--{setting} {value}`" if setting in OTHERS else value
+        name = f"`--{setting} {value}`" if setting in VALUES else value
         shares = [f"{100 * of[key]:.1f} %" for key in ("style", "content")]
         change = "diverged" if math.isnan(of["loss_change"]) else f"{100 * of['loss_change']:+.1f} %"
         rows.append([name, *shares, change])
@@ -133,13 +135,13 @@ def table(runs: list[dict]) -> str:
     return markdown(head, rows)
 
 
-def plot(runs: list[dict], file: Path) -> None:
+def plot(runs: list[dict], learning_rate: str, file: Path) -> None:
     """Draw style and content over each setting, as PNG or SVG."""
     pyplot = load_pyplot()
-    found = grouped(runs)
-    figure, axes = pyplot.subplots(1, len(OTHERS), figsize=(11, 2.8), sharey=True, layout="constrained")
-    for axis, name in zip(axes, OTHERS, strict=True):
-        ours = float(SETTINGS[name])
+    found, settings = grouped(runs), SETTINGS | {"learning_rate": learning_rate}
+    figure, axes = pyplot.subplots(1, len(VALUES), figsize=(11, 2.8), sharey=True, layout="constrained")
+    for axis, name in zip(axes, VALUES, strict=True):
+        ours = float(settings[name])
         points = {float(value): of for (setting, value), of in found.items() if setting == name}
         points |= {ours: found["recipe", "recipe"]} if ("recipe", "recipe") in found else {}
         x = sorted(points)
@@ -157,11 +159,11 @@ def plot(runs: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def show(runs: list[dict], file: Path | None) -> None:
+def show(runs: list[dict], learning_rate: str, file: Path | None) -> None:
     """Print the table, and draw the plot where a file for it is given."""
     print(f"\n{table(runs)}")
     if file:
-        plot(runs, file)
+        plot(runs, learning_rate, file)
 
 
 def main() -> None:
@@ -175,7 +177,9 @@ def main() -> None:
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the pictures [0, 1 and 2]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
-    settings = ["recipe", *OTHERS, "technique"]
+    rate = SETTINGS["learning_rate"]
+    add("--learning_rate", default=rate, help="of all that have no other [the recipe's, %(default)s]")
+    settings = ["recipe", *VALUES, "technique"]
     what = f"of {', '.join(settings)} [all]"
     add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
     add("--jobs", type=int, default=1, help="runs side by side, over all GPUs [%(default)s]")
@@ -188,13 +192,13 @@ def main() -> None:
     if args.plot:
         load_pyplot()  # hours before it is needed
     if args.show:
-        show(json.loads(args.show.read_text())["runs"], args.plot)
+        show(json.loads(args.show.read_text())["runs"], args.learning_rate, args.plot)
         return
     results = Results(args.out, args.commit, {})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
-        wanted, gpus = [case for case in cases() if case[0] in args.only], visible_gpus()
+        wanted, gpus = [case for case in cases(args.learning_rate) if case[0] in args.only], visible_gpus()
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
         waiting: dict[Future, dict] = {}
         for seed in args.seeds:
@@ -210,7 +214,7 @@ def main() -> None:
                 print(*waiting[future].values(), future.result(), flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    show(results.data["runs"], args.plot)
+    show(results.data["runs"], args.learning_rate, args.plot)
 
 
 if __name__ == "__main__":
