@@ -160,7 +160,8 @@ def plot(runs: list[dict], learning_rate: str, file: Path) -> None:
 
 
 def show(runs: list[dict], learning_rate: str, file: Path | None) -> None:
-    """Print the table, and draw the plot where a file for it is given."""
+    """Print the table of the runs around a learning rate, and draw the plot where a file for it is given."""
+    runs = [run for run in runs if run.get("learning_rate", learning_rate) == learning_rate]  # old runs do not say
     print(f"\n{table(runs)}")
     if file:
         plot(runs, learning_rate, file)
@@ -177,8 +178,11 @@ def main() -> None:
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the pictures [0, 1 and 2]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
-    rate = SETTINGS["learning_rate"]
-    add("--learning_rate", default=rate, help="of all that have no other [the recipe's, %(default)s]")
+    add(
+        "--learning_rate",
+        default=SETTINGS["learning_rate"],
+        help="of all that have no other [the recipe's, %(default)s]",
+    )
     settings = ["recipe", *VALUES, "technique"]
     what = f"of {', '.join(settings)} [all]"
     add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
@@ -198,7 +202,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
-        wanted, gpus = [case for case in cases(args.learning_rate) if case[0] in args.only], visible_gpus()
+        rate = args.learning_rate
+        wanted, gpus = [case for case in cases(rate) if case[0] in args.only], visible_gpus()
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
         waiting: dict[Future, dict] = {}
         for seed in args.seeds:
@@ -207,7 +212,7 @@ def main() -> None:
                 made, logs = args.miniature.resolve(), args.logs or work
                 gpu = gpus[len(waiting) % len(gpus)]
                 future = pool.submit(measure, made, work, logs, name, words, seed, args.pictures, gpu)
-                waiting[future] = {"setting": setting, "value": value, "seed": seed}
+                waiting[future] = {"setting": setting, "value": value, "seed": seed, "learning_rate": rate}
         try:
             for future in as_completed(waiting):
                 results.keep(waiting[future], future.result())

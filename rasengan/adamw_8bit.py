@@ -12,8 +12,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """AdamW over one flat parameter, as bitsandbytes computes it; the card can be told to leave an update out.
 
     bitsandbytes takes no overflow flag, so that a gradient scaler waits for its own before each update, and it waits
-    for the card after each: then the card has nothing to do while the host prepares the next step. Here every update
-    is computed on copies, and taken where `found_inf` is zero. Only the number of updates done, on which the bias
+    for the card after each: then the card has nothing to do while the host prepares the next step. Here an update that
+    has a flag, `found_inf`, is computed on copies, and taken where the flag is zero. Only the number of updates done, on which the bias
     correction hangs, is the host's: it reads one flag, that of the update before, while the card is busy with the step
     after it.
     """
@@ -27,7 +27,13 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update from the gradient, which is unscaled; where `found_inf` is there and not zero, change nothing."""
+        """Update from the gradient; where `found_inf` is there and not zero, change nothing.
+
+        Raises:
+            RuntimeError: the gradient is still scaled.
+        """
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("The gradient is still scaled: call the scaler's unscale_ before its step.")
         (group,) = self.param_groups
         (flat,) = group["params"]
         self.settle()

@@ -261,6 +261,13 @@ def _kernels_for_norm(x: torch.Tensor, skip: torch.Tensor | None) -> _Kernels | 
     return _kernels_for(x, _channels_of(x, skip), 4096) if fits else None
 
 
+def _kernels_for_layout(x: torch.Tensor, skip: torch.Tensor | None) -> _Kernels | None:
+    """Return the kernels for pictures that are in channels_last already, or None."""
+    parts = (x,) if skip is None else (x, skip)
+    are_last = all(part.is_contiguous(memory_format=torch.channels_last) for part in parts)
+    return _kernels_for_norm(x, skip) if are_last else None
+
+
 def _shifted(x: torch.Tensor, skip: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
     """Return what is normalized as one tensor."""
     x = x if skip is None else torch.cat([x, skip], dim=1)
@@ -309,8 +316,8 @@ def group_norm_statistics(
 ) -> torch.Tensor:
     """Return mean and 1 / standard deviation (N, groups, 2) of the groups of x + shift, as `group_norm` takes them."""
     pictures, _, height, width = x.shape
-    kernels = _kernels_for_norm(x, skip)
-    if kernels is None or not x.is_contiguous(memory_format=torch.channels_last):
+    kernels = _kernels_for_layout(x, skip)
+    if kernels is None:
         grouped = _shifted(x, skip, shift).reshape(pictures, groups, -1)
         variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
         return torch.stack([mean, (variance + eps).rsqrt()], dim=-1)
@@ -336,8 +343,8 @@ def group_norm_forward(
 ) -> torch.Tensor:
     """Return silu(GroupNorm(x + shift)) (N, C, H, W) by statistics (N, groups, 2) that may be of more than x."""
     pictures, _, height, width = x.shape
-    kernels, channels = _kernels_for_norm(x, skip), _channels_of(x, skip)
-    if kernels is None or not x.is_contiguous(memory_format=torch.channels_last):
+    kernels, channels = _kernels_for_layout(x, skip), _channels_of(x, skip)
+    if kernels is None:
         mean, rstd = statistics.repeat_interleave(channels // groups, dim=1).unbind(-1)  # each (N, C)
         scale, offset = rstd * weight, bias - mean * rstd * weight
         y = torch.addcmul(offset[:, :, None, None], _shifted(x, skip, shift), scale[:, :, None, None])

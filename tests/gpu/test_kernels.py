@@ -66,7 +66,7 @@ def test_add_layer_norm(dtype, rows, width, has_delta):
 )
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("has_shift", [True, False])
-@pytest.mark.parametrize("has_skip", [True, False])  # then a group lies in both
+@pytest.mark.parametrize("has_skip", [True, False])  # of channels so wide that a group lies in both, but for 32
 def test_group_norm(dtype, pictures, channels, side, groups, silu, has_shift, has_skip):
     x = random(pictures, channels, side, side, dtype=dtype, shift=2)
     split = 8 * (channels // 24) if has_skip else channels

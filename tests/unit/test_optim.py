@@ -128,7 +128,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing_without_a_scaler():
         flat.grad[17] = 1e-3
         optim.step_if_finite(optimizer, flat.grad.norm(), scaler=None)
         assert not torch.equal(flat, torch.ones(5000))
-        optimizer.step()  # nothing of the verdict is left behind
+        assert not hasattr(optimizer.optimizer, "found_inf")
+
+
+def test_8_bit_adamw_refuses_a_gradient_that_is_still_scaled():
+    flat, scaler = parameter_of(torch.zeros(5000)), torch.amp.GradScaler("cpu")
+    optimizer = optim.make_optimizer(flat, use_8bit_adam=True, **ADAM)
+    scaler.scale(torch.ones(()))
+    flat.grad.fill_(1e-3)
+    with pytest.raises(RuntimeError, match="unscale_"):
+        scaler.step(optimizer)
 
 
 PRODIGY = ADAM | {"name": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True}
