@@ -13,9 +13,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     bitsandbytes takes no overflow flag, so that a gradient scaler waits for its own before each update, and it waits
     for the card after each: then the card has nothing to do while the host prepares the next step. Here an update that
-    has a flag, `found_inf`, is computed on copies, and taken where the flag is zero. Only the number of updates done, on which the bias
-    correction hangs, is the host's: it reads one flag, that of the update before, while the card is busy with the step
-    after it.
+    has a flag, `found_inf`, is computed on copies, and taken where the flag is zero. Only the number of updates done,
+    on which the bias correction hangs, is the host's: it reads one flag, that of the update before, while the card is
+    busy with the step after it.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler sets `found_inf` then, and waits for nothing

@@ -1,0 +1,145 @@
+"""kernels.cu itself, compiled for the CPU in fp32 (cuda_on_cpu.h), against PyTorch's operators in float64.
+
+What is left out needs tensor cores: the gradients of the LoRA. tests/gpu/test_kernels.py has all, on a card.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from rasengan import kernels
+
+
+HERE = Path(__file__).parent
+SOURCE = Path(kernels.__file__).with_name("kernels.cu")
+
+
+class Launcher:
+    """Stands for a card's kernels: launches those of the compiled file, with the very arguments of a launch."""
+
+    def __init__(self, library):
+        self.library, self.counters = library, torch.zeros(4096, dtype=torch.int32)
+        self.launched = []
+
+    def launch(self, name, grid, block, *arguments, shared_bytes=0):
+        assert shared_bytes <= 48 * 1024  # what every card gives without being asked
+        assert block[0] * block[1] <= 1024
+        values = [kernels._as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        getattr(self.library, f"run_{name}")((ctypes.c_int * 2)(*grid), (ctypes.c_int * 2)(*block), pointers)
+        self.launched.append(name)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ here")
+    folder = tmp_path_factory.mktemp("kernels")
+    text = SOURCE.read_text().split("// --- gradients of the LoRA's matrices")[0]
+    names = re.findall(r'extern "C" __global__ void ([a-z]\w+)\(', text)
+    names += [f"{name}_{packs}" for name in ("add_layer_norm", "layer_norm_backward") for packs in (3, 5, 8)]
+    runs = "\n".join(f"RUN({name})" for name in names)
+    (folder / "kernels.cpp").write_text(f'#include "{HERE}/cuda_on_cpu.h"\n#include "{SOURCE}"\n{runs}\n')
+    options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", folder / "kernels.so"]
+    subprocess.run(["g++", *options, folder / "kernels.cpp"], check=True, timeout=300)
+    return ctypes.CDLL(folder / "kernels.so")
+
+
+@pytest.fixture
+def launcher(library, monkeypatch):
+    """The kernels, which take all fp32 tensors from here on, and PyTorch's operators those of float64."""
+    launcher = Launcher(library)
+
+    def kernels_for(x, width, widest):
+        return launcher if x.dtype == torch.float32 and width % 8 == 0 and width <= widest else None
+
+    monkeypatch.setattr(kernels, "_kernels_for", kernels_for)
+    return launcher
+
+
+def random(*shape, like=1.0, shift=0.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))) * like + shift
+
+
+def pictures(*shape, **how):
+    return random(*shape, **how).contiguous(memory_format=torch.channels_last)
+
+
+def exact(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def assert_close(found, expected):
+    assert found.dtype == torch.float32
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 2e-6, f"relative error {error:.2e}"
+
+
+def test_geglu(launcher):
+    h, grad = random(77, 2 * 136, like=2), random(77, 136)
+    assert_close(kernels.geglu(h), kernels.geglu(*exact(h)))
+    assert_close(kernels.geglu_backward(h, grad), kernels.geglu_backward(*exact(h, grad)))
+    assert launcher.launched == ["geglu_forward", "geglu_backward"]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 640), (6, 1280), (3, 2048)])
+@pytest.mark.parametrize("has_delta", [True, False])
+def test_add_layer_norm(launcher, rows, width, has_delta):
+    x, weight, bias = random(rows, width, shift=3), random(width), random(width, like=2)
+    delta = random(rows, width, like=0.5) if has_delta else None
+    total, y = kernels.add_layer_norm(x, delta, weight, bias, 1e-5)
+    exact_total, expected = kernels.add_layer_norm(*exact(x, delta, weight, bias), 1e-5)
+    assert_close(total, exact_total)
+    assert_close(y, expected)
+    grad_y, past = random(rows, width, like=2), random(rows, width)
+    for grad_total in (past, None):
+        found = kernels.layer_norm_backward(total, weight, bias, 1e-5, grad_y, grad_total)
+        assert_close(found, kernels.layer_norm_backward(*exact(total, weight, bias), 1e-5, *exact(grad_y, grad_total)))
+    assert len(launcher.launched) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "channels", "side", "groups", "split"),
+    [(2, 320, 7, 32, 320), (2, 320, 7, 32, 104), (1, 32, 5, 4, 8), (3, 640, 17, 32, 320), (1, 2560, 3, 32, 1280)],
+)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("has_shift", [True, False])
+def test_group_norm(launcher, count, channels, side, groups, split, silu, has_shift):
+    def parts(tensor):
+        """Return a part, or None, for x and for skip."""
+        of = [
+            part.contiguous(memory_format=torch.channels_last) for part in tensor.split([split, channels - split], 1)
+        ]
+        return of[0], of[1] if split < channels else None
+
+    x, skip = parts(random(count, channels, side, side, shift=2))
+    shift = random(count, channels) if has_shift else None
+    weight, bias = random(channels), random(channels, like=2)
+    options = (groups, 1e-5, silu)
+    y, statistics = kernels.group_norm(x, shift, weight, bias, *options, skip)
+    expected, exact_statistics = kernels.group_norm(*exact(x, shift, weight, bias), *options, *exact(skip))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, expected)
+    assert_close(statistics, exact_statistics)
+    grad_y = random(count, channels, side, side)
+    for past in (parts(random(count, channels, side, side, like=0.3)), (None, None)):
+        of = grad_y, past[0], skip, past[1]
+        found = kernels.group_norm_backward(x, shift, weight, bias, *options, statistics, *of)
+        expected = kernels.group_norm_backward(*exact(x, shift, weight, bias), *options, exact_statistics, *exact(*of))
+        for part, exact_part in zip(found, expected, strict=True):
+            assert (part is None) == (exact_part is None)
+            if part is not None:
+                assert_close(part, exact_part)
+    assert not launcher.counters.any()  # ready for the next launch
+    assert len(launcher.launched) == 6
+
+
+def test_add_with_bias(launcher):
+    x, h, bias = pictures(3, 40, 5, 5), pictures(3, 40, 5, 5, like=2), random(40)
+    assert_close(kernels.add_with_bias(x, h, bias), kernels.add_with_bias(*exact(x, h, bias)))
+    assert launcher.launched == ["add_with_bias"]
