@@ -244,7 +244,7 @@ class FusedUNet:
             else:
                 x, delta = self._block(block, x, delta, *keys_values, pictures)
         y = self._linear(module.proj_out, x if delta is None else x + delta)
-        output = nodes.as_pictures(y, residual) + residual
+        output = nodes.as_pictures(y + nodes.as_rows(residual), residual)
         return (output,) if not return_dict else types.SimpleNamespace(sample=output)
 
     def _block(self, block, x, delta, text_keys, text_values, pictures):
@@ -358,8 +358,7 @@ def _conv(layer: nn.Conv2d, x, with_bias: bool = True):
 
 
 def _upsample(module, x, output_size=None, *_, **__):
-    # Beyond these sizes PyTorch's kernel for channels_last fails: diffusers issue 984, PyTorch issue 141831.
-    y = nodes.Upsample.apply(x.contiguous() if len(x) >= 64 or 2 * x.numel() > 2**31 else x)
+    y = nodes.Upsample.apply(x)
     if output_size is not None:  # an odd number of pixels: the same, but for the last row or column
         y = y[:, :, : output_size[0], : output_size[1]]
     return module.conv(y) if module.use_conv else y

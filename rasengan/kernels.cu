@@ -315,31 +315,32 @@ extern "C" __global__ void group_norm_statistics(const word* x, const word* skip
   }
 }
 
-// Loads what a thread needs of its 8 channels: mean, 1 / deviation, weight and bias.
+// What a thread needs of its 8 channels. A pass uses few of these numbers: with 64 registers or fewer, as the forward one
+// has, a multiprocessor takes two blocks.
 struct Channels {
-  float mean[8], rstd[8], weight[8], bias[8], shift[8];
+  float scale[8], offset[8];  // the norm's output is x * scale + offset
+  float center[8];            // of x: the mean less the shift
+  float rstd[8], weight[8];
   __device__ Channels(const float* statistics, const word* weights, const word* biases, const word* shift_from,
                       int channels, int groups, int channel) {
-    Pack gain = load(weights + channel), offset = load(biases + channel);
+    Pack gain = load(weights + channel), bias = load(biases + channel);
+    float shift[8];
     load_shift(shift, shift_from, channels, channel);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* of = statistics + ((long long)blockIdx.y * groups + (channel + i) / (channels / groups)) * 2;
-      mean[i] = of[0];
+      center[i] = of[0] - shift[i];
       rstd[i] = of[1];
       weight[i] = widen(gain.at[i]);
-      bias[i] = widen(offset.at[i]);
+      scale[i] = rstd[i] * weight[i];
+      offset[i] = widen(bias.at[i]) - center[i] * scale[i];
     }
   }
-  __device__ float normalized(int i, word x) const { return (widen(x) + shift[i] - mean[i]) * rstd[i]; }
-  // The gradient of the norm's output without its affine part, given that of the whole.
-  __device__ float grad(int i, float normalized, word grad_y, int silu) const {
-    float g = widen(grad_y);
-    if (silu) {
-      float z = normalized * weight[i] + bias[i], s = sigmoid(z);
-      g *= s * (1.f + z * (1.f - s));
-    }
-    return g * weight[i];
+  __device__ float output(int i, word x) const { return widen(x) * scale[i] + offset[i]; }
+  // The gradient of the norm's output, given that of what the SiLU, if there is one, makes of it.
+  __device__ float output_grad(int i, word x, word grad_y, int silu) const {
+    float z = output(i, x), s = sigmoid(z);
+    return widen(grad_y) * (silu ? s * (1.f + z * (1.f - s)) : 1.f);
   }
 };
 
@@ -350,18 +351,11 @@ extern "C" __global__ void group_norm_forward(const word* x, const word* skip, i
   Part<const word> from = slice.of(x, skip, split);
   Part<word> to = slice.of(y);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
-  // Two numbers for each channel in place of five: with 64 registers or fewer a multiprocessor takes two blocks.
-  float scale[8], offset[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    scale[i] = of.rstd[i] * of.weight[i];
-    offset[i] = of.bias[i] + (of.shift[i] - of.mean[i]) * scale[i];
-  }
   for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
     Pack pack = load(from.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float z = widen(pack.at[i]) * scale[i] + offset[i];
+      float z = of.output(i, pack.at[i]);
       pack.at[i] = narrow(silu ? z * sigmoid(z) : z);
     }
     store(to.at(pixel), pack);
@@ -383,10 +377,15 @@ extern "C" __global__ void group_norm_backward_means(const word* x, const word* 
     Pack pack = load(from.at(pixel)), grad = load(from_grad.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float value = of.normalized(i, pack.at[i]), g = of.grad(i, value, grad.at[i], silu);
+      float g = of.output_grad(i, pack.at[i], grad.at[i], silu);
       sums[i] += g;
-      products[i] += g * value;
+      products[i] += g * (widen(pack.at[i]) - of.center[i]);
     }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sums[i] *= of.weight[i];
+    products[i] *= of.scale[i];
   }
   float* totals;
   if (!sum_over_groups(sums, products, partial, counters, shared, channels, groups, totals)) return;
@@ -407,20 +406,20 @@ extern "C" __global__ void group_norm_backward(const word* x, const word* skip, 
   Part<const word> past = slice.of(past_x, past_skip, split);
   Part<word> to = slice.of(grad_x, grad_skip, split);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
-  float mean_grad[8], mean_product[8];
+  float constant[8], slope[8];  // of what the means take off, as a line over x
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float* mean = means + ((long long)blockIdx.y * groups + (slice.channel + i) / (channels / groups)) * 2;
-    mean_grad[i] = mean[0];
-    mean_product[i] = mean[1];
+    slope[i] = of.rstd[i] * of.rstd[i] * mean[1];
+    constant[i] = of.rstd[i] * mean[0] - of.center[i] * slope[i];
   }
   for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
     Pack pack = load(from.at(pixel)), grad = load(from_grad.at(pixel)), more;
     if (past.start) more = load(past.at(pixel));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float value = of.normalized(i, pack.at[i]), g = of.grad(i, value, grad.at[i], silu);
-      g = of.rstd[i] * (g - mean_grad[i] - value * mean_product[i]);
+      float g = of.output_grad(i, pack.at[i], grad.at[i], silu) * of.scale[i];
+      g -= constant[i] + slope[i] * widen(pack.at[i]);
       pack.at[i] = narrow(past.start ? g + widen(more.at[i]) : g);
     }
     store(to.at(pixel), pack);
@@ -438,6 +437,46 @@ extern "C" __global__ void add_with_bias(const word* x, const word* h, const wor
   for (int i = 0; i < 8; ++i)
     left.at[i] = narrow(widen(left.at[i]) + widen(right.at[i]) + widen(offset.at[i]));
   store(y + pack * 8, left);
+}
+
+// --- twice as many pixels each way: x (N, height, width, C), y (N, 2 height, 2 width, C); a pack of x for each thread ---
+
+struct Fourfold {
+  long long first;   // of the four pixels that a pixel becomes, the upper left one's pack
+  long long row;     // packs of a row of y
+  int pixel;         // packs of a pixel
+  __device__ Fourfold(long long pack, int width, int channels) : row(2LL * width * (channels / 8)), pixel(channels / 8) {
+    long long from = pack / pixel;  // rows of all pictures follow one another, in x as in y
+    first = from / width * 2 * row + from % width * 2 * pixel + pack % pixel;
+  }
+  __device__ long long at(int i) const { return (first + i / 2 * row + i % 2 * pixel) * 8; }
+};
+
+extern "C" __global__ void upsample_forward(const word* x, word* y, long long packs, int width, int channels) {
+  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (pack >= packs) return;
+  Fourfold to(pack, width, channels);
+  Pack value = load(x + pack * 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) store(y + to.at(i), value);
+}
+
+extern "C" __global__ void upsample_backward(const word* grad_y, word* grad_x, long long packs, int width,
+                                             int channels) {
+  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (pack >= packs) return;
+  Fourfold from(pack, width, channels);
+  float sums[8] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Pack grad = load(grad_y + from.at(i));
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sums[k] += widen(grad.at[k]);
+  }
+  Pack out;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) out.at[k] = narrow(sums[k]);
+  store(grad_x + pack * 8, out);
 }
 
 // --- gradients of the LoRA's matrices: grad_A += grad_h^T x and grad_B += scale * grad_y^T h ---

@@ -414,6 +414,37 @@ def add_with_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch
     return y
 
 
+# --- twice as many pixels each way ---
+
+
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """Return pictures (N, C, H, W) with each pixel four times, (N, C, 2 H, 2 W)."""
+    count, channels, height, width = x.shape
+    kernels = _kernels_for_layout(x, None)
+    if kernels is None:
+        # Beyond these sizes PyTorch's kernel for channels_last fails: diffusers issue 984, PyTorch issue 141831.
+        x = x.contiguous() if count >= 64 or 2 * x.numel() > 2**31 else x
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    sizes = (count, channels, 2 * height, 2 * width)
+    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grid, block, packs = _packs(x.numel())
+    kernels.launch("upsample_forward", grid, block, x, y, packs, width, channels)
+    return y
+
+
+def upsample_backward(grad_y: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `upsample` with respect to x: the sum of each pixel's four."""
+    count, channels, height, width = grad_y.shape
+    kernels = _kernels_for_norm(grad_y, None)
+    if kernels is None:
+        return F.avg_pool2d(grad_y, 2, divisor_override=1)
+    sizes = (count, channels, height // 2, width // 2)
+    grad_x = torch.empty(sizes, dtype=grad_y.dtype, device=grad_y.device, memory_format=torch.channels_last)
+    grid, block, packs = _packs(grad_x.numel())
+    kernels.launch("upsample_backward", grid, block, _channels_last(grad_y), grad_x, packs, width // 2, channels)
+    return grad_x
+
+
 # --- gradients of the LoRA's matrices ---
 
 

@@ -215,12 +215,12 @@ class Upsample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return kernels.upsample(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        return F.avg_pool2d(grad_y, 2, divisor_override=1)
+        return kernels.upsample_backward(grad_y)
 
 
 class AddWithBias(torch.autograd.Function):

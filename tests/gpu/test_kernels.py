@@ -109,6 +109,14 @@ def test_a_norm_is_the_same_bits_every_time(dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (3, 640, 31, 17), (8, 1280, 32, 32)])
+def test_upsample(dtype, shape):
+    x, grad = random(*shape, dtype=dtype), random(*shape[:2], 2 * shape[2], 2 * shape[3], dtype=dtype)
+    on_card = [t.to(DEVICE, memory_format=torch.channels_last) for t in (x, grad)]
+    assert torch.equal(kernels.upsample(on_card[0]).cpu(), kernels.upsample(x))
+    assert_close(kernels.upsample_backward(on_card[1]), kernels.upsample_backward(*exact(grad)), dtype)
+
+
 def test_add_with_bias(dtype):
     x, h = (random(3, 640, 9, 9, dtype=dtype, like=like) for like in (1, 2))
     bias = random(640, dtype=dtype)

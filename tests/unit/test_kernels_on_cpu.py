@@ -143,3 +143,13 @@ def test_add_with_bias(launcher):
     x, h, bias = pictures(3, 40, 5, 5), pictures(3, 40, 5, 5, like=2), random(40)
     assert_close(kernels.add_with_bias(x, h, bias), kernels.add_with_bias(*exact(x, h, bias)))
     assert launcher.launched == ["add_with_bias"]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (3, 40, 5, 7)])
+def test_upsample(launcher, shape):
+    x, grad = pictures(*shape), pictures(*shape[:2], 2 * shape[2], 2 * shape[3])
+    y = kernels.upsample(x)
+    assert torch.equal(y.double(), kernels.upsample(*exact(x)))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(kernels.upsample_backward(grad), kernels.upsample_backward(*exact(grad)))
+    assert launcher.launched == ["upsample_forward", "upsample_backward"]
