@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image
 
-from rasengan import components, decoding, drawing, fused, kernels, lora, memory, merging, sdxl
+from rasengan import components, decoding, drawing, fused, lora, memory, merging, nvrtc, sdxl
 from rasengan.adapters import Adapter
 
 
@@ -62,7 +62,7 @@ class Pipeline:
         self.used, self.change = [], None
         self.most_at_once = None  # pictures, once more were found not to fit
         for each in (dtype, torch.float32):  # the UNet's and the VAE's
-            kernels.begin_to_compile(each, device)
+            nvrtc.begin_to_compile(each, device)
 
     # --- the UNet ---
 

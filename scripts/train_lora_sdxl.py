@@ -59,10 +59,10 @@ from rasengan import (
     fused,
     held_out,
     hub,
-    kernels,
     locks,
     lora,
     memory,
+    nvrtc,
     objective,
     optim,
     processes,
@@ -499,7 +499,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the LoRA ---
     set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
-    kernels.begin_to_compile(weight_dtype, device)
+    nvrtc.begin_to_compile(weight_dtype, device)
     unet = components.load("unet", folders["unet"], weight_dtype, args.variant)
     make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
     with memory.must_fit(unet, can_quantize=args.base_quantization != "nf4"):
@@ -524,7 +524,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- the step: forward and backward ---
     slow_because = fused.why_not(unet)
     if slow_because is None:
-        kernels.prepare(weight_dtype, device)
+        nvrtc.prepare(weight_dtype, device)
         fused_unet = fused.FusedUNet(unet, flat, args.lora_alpha / args.rank)
         blocks, recompute_blocks = len(fused_unet.units()), fused_unet.recompute
     else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rasengan import kernels
+from rasengan import kernels, nvrtc
 
 
 DTYPES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
@@ -12,7 +12,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
-    assert kernels.prepare(request.param, DEVICE), "the kernels do not compile here"
+    assert nvrtc.prepare(request.param, DEVICE), "the kernels do not compile here"
     return request.param
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rasengan import kernels
+from rasengan import kernels, nvrtc
 
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ class Launcher:
     def launch(self, name, grid, block, *arguments, shared_bytes=0):
         assert shared_bytes <= 48 * 1024  # what every card gives without being asked
         assert block[0] * block[1] <= 1024
-        values = [kernels._as_c(argument) for argument in arguments]
+        values = [nvrtc.as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         getattr(self.library, f"run_{name}")((ctypes.c_int * 2)(*grid), (ctypes.c_int * 2)(*block), pointers)
         self.launched.append(name)

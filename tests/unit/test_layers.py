@@ -16,6 +16,7 @@ FLOORS = [
         "files",
         "naming",
         "near_duplicates",
+        "nvrtc",
         "stopping",
     }
     | {"tensor_files", "world"},
