@@ -126,7 +126,7 @@ def as_c(argument):
 
 @cache
 def load(dtype: torch.dtype, device: torch.device) -> Kernels | None:
-    """Return the kernels for a dtype on a device that has an index; None, and a warning, where NVRTC cannot be used."""
+    """Return the kernels for a dtype on a device with an index; None, and a warning, where NVRTC cannot be used."""
     try:
         return Kernels(dtype, device)
     except (OSError, RuntimeError, AttributeError) as error:
