@@ -129,6 +129,15 @@ def wait_for_everyone() -> None:
             torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
 
 
+def leave() -> None:
+    """Part with the other processes, where an error ends this one: Gloo's threads would be left while Python ends.
+
+    That once in many times ended it by a signal, past its exit code. NCCL's end is not waited for.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
 def gather(objects: list[T]) -> list[T]:
     """Return the objects of all processes, in their order."""
     with _told_of_an_end():

@@ -831,6 +831,7 @@ def main(args: argparse.Namespace) -> int:
     validate_args(args)
     only_run = locks.only_run(Path(args.output_dir), is_first=os.environ.get("RANK", "0") == "0")
     with only_run, contextlib.ExitStack() as at_end:
+        at_end.callback(processes.leave)
         return train_in_what_fits(args, began_s, at_end)
 
 
