@@ -6,11 +6,12 @@ accelerate's own barrier takes the process's number on its machine for a GPU's, 
 import contextlib
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -129,13 +130,16 @@ def wait_for_everyone() -> None:
             torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
 
 
-def leave() -> None:
-    """Part with the other processes, where an error ends this one: Gloo's threads would be left while Python ends.
+def end(code: int) -> NoReturn:
+    """End this process; one that an error ends among others, without what Python does then.
 
-    That once in many times ended it by a signal, past its exit code. NCCL's end is not waited for.
+    Gloo's threads are still there, and once in many times one of them aborts the process, past its exit code.
     """
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def gather(objects: list[T]) -> list[T]:

@@ -831,7 +831,6 @@ def main(args: argparse.Namespace) -> int:
     validate_args(args)
     only_run = locks.only_run(Path(args.output_dir), is_first=os.environ.get("RANK", "0") == "0")
     with only_run, contextlib.ExitStack() as at_end:
-        at_end.callback(processes.leave)
         return train_in_what_fits(args, began_s, at_end)
 
 
@@ -843,4 +842,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    processes.end(run())
