@@ -28,42 +28,63 @@ struct alignas(16) Pack { word at[8]; };
 __device__ Pack load(const word* from) { return *reinterpret_cast<const Pack*>(from); }
 __device__ void store(word* to, const Pack& pack) { *reinterpret_cast<Pack*>(to) = pack; }
 
-__device__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
-__device__ float normal_cdf(float x) { return 0.5f * (1.f + erff(x * 0.70710678118654752f)); }
+// With the fast instructions, of a relative error near 1e-6: exact division and expf, and CUDA's erff besides, take longer
+// than the tensors take over the bus.
+__device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+
+// The standard normal distribution: its density at x, and the share of it that lies below x.
+// Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.17, whose error is below 7.5e-8.
+struct Normal {
+  float density, below;
+  __device__ explicit Normal(float x) : density(0.39894228040143268f * __expf(-0.5f * x * x)) {
+    float t = __fdividef(1.f, 1.f + 0.2316419f * fabsf(x));
+    float sum = 1.330274429f * t - 1.821255978f;
+    sum = ((sum * t + 1.781477937f) * t - 0.356563782f) * t + 0.319381530f;
+    float tail = density * sum * t;
+    below = x < 0.f ? tail : 1.f - tail;
+  }
+};
+
+// A thread's pack of a tensor of rows of `width`, and where in it the pack is. Indexes of packs fit 32 bits, which
+// divide in a third of the time that 64 take.
+struct Place {
+  unsigned pack, row, column;
+  __device__ explicit Place(int width) : pack(blockIdx.x * blockDim.x + threadIdx.x) {
+    unsigned packs = width / 8;
+    row = pack / packs;
+    column = (pack - row * packs) * 8;
+  }
+};
 
 // --- GEGLU: y = value * gelu(gate), where h holds (value, gate) side by side, each `width` wide ---
 
-extern "C" __global__ void geglu_forward(const word* h, word* y, long long packs, int width) {
-  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
-  long long row = pack / (width / 8);
-  int column = (pack % (width / 8)) * 8;
-  Pack value = load(h + row * 2 * width + column), gate = load(h + row * 2 * width + width + column), out;
+extern "C" __global__ void geglu_forward(const word* h, word* y, unsigned packs, int width) {
+  Place place(width);
+  if (place.pack >= packs) return;
+  const word* from = h + (long long)place.row * 2 * width + place.column;
+  Pack value = load(from), gate = load(from + width);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float x = widen(gate.at[i]);
-    out.at[i] = narrow(widen(value.at[i]) * x * normal_cdf(x));
+    value.at[i] = narrow(widen(value.at[i]) * x * Normal(x).below);
   }
-  store(y + row * width + column, out);
+  store(y + (long long)place.pack * 8, value);
 }
 
-extern "C" __global__ void geglu_backward(const word* h, const word* grad_y, word* grad_h, long long packs, int width) {
-  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
-  long long row = pack / (width / 8);
-  int column = (pack % (width / 8)) * 8;
-  const word* from = h + row * 2 * width + column;
-  Pack value = load(from), gate = load(from + width), grad = load(grad_y + row * width + column), out_value, out_gate;
+extern "C" __global__ void geglu_backward(const word* h, const word* grad_y, word* grad_h, unsigned packs, int width) {
+  Place place(width);
+  if (place.pack >= packs) return;
+  long long start = (long long)place.row * 2 * width + place.column;
+  Pack value = load(h + start), gate = load(h + start + width), grad = load(grad_y + (long long)place.pack * 8);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float x = widen(gate.at[i]), g = widen(grad.at[i]), cdf = normal_cdf(x);
-    float pdf = 0.39894228040143268f * expf(-0.5f * x * x);
-    out_value.at[i] = narrow(g * x * cdf);
-    out_gate.at[i] = narrow(g * widen(value.at[i]) * (cdf + x * pdf));
+    float x = widen(gate.at[i]), g = widen(grad.at[i]);
+    Normal normal(x);
+    gate.at[i] = narrow(g * widen(value.at[i]) * (normal.below + x * normal.density));
+    value.at[i] = narrow(g * x * normal.below);
   }
-  word* to = grad_h + row * 2 * width + column;
-  store(to, out_value);
-  store(to + width, out_gate);
+  store(grad_h + start, value);
+  store(grad_h + start + width, gate);
 }
 
 // --- residual add and LayerNorm: sum = x + delta, y = norm(sum); a warp for each row ---
@@ -76,10 +97,11 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// A lane's share of a row: up to PACKS packs, LANES apart. Few packs leave registers for more warps.
+// A lane's share of a row: up to PACKS packs, LANES apart, kept as they are stored: as floats they would take twice the
+// registers, and so leave room for half the warps.
 template <int PACKS>
 struct Row {
-  float at[PACKS][8];
+  Pack at[PACKS];
   int lane, width;
 
   template <class F>
@@ -93,12 +115,15 @@ struct Row {
     float total = 0.f, squares = 0.f;
     each_pack([&](int k, int) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) total += at[k][i];
+      for (int i = 0; i < 8; ++i) total += widen(at[k].at[i]);
     });
     float mean = warp_sum(total) / width;
     each_pack([&](int k, int) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) squares += (at[k][i] - mean) * (at[k][i] - mean);
+      for (int i = 0; i < 8; ++i) {
+        float centered = widen(at[k].at[i]) - mean;
+        squares += centered * centered;
+      }
     });
     return make_float2(mean, rsqrtf(warp_sum(squares) / width + eps));
   }
@@ -115,22 +140,20 @@ __device__ void add_layer_norm(const word* x, const word* delta, const word* wei
   values.lane = threadIdx.x;
   values.width = width;
   values.each_pack([&](int k, int column) {
-    Pack pack = load(x + start + column);
-    if (delta) {
-      Pack more = load(delta + start + column);
+    Pack& pack = values.at[k];
+    pack = load(x + start + column);
+    if (!delta) return;
+    Pack more = load(delta + start + column);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) pack.at[i] = narrow(widen(pack.at[i]) + widen(more.at[i]));
-      store(sum + start + column, pack);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values.at[k][i] = widen(pack.at[i]);
+    for (int i = 0; i < 8; ++i) pack.at[i] = narrow(widen(pack.at[i]) + widen(more.at[i]));
+    store(sum + start + column, pack);
   });
   float2 of = values.statistics(eps);
   values.each_pack([&](int k, int column) {
     Pack gain = load(weight + column), offset = load(bias + column), out;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      out.at[i] = narrow((values.at[k][i] - of.x) * of.y * widen(gain.at[i]) + widen(offset.at[i]));
+      out.at[i] = narrow((widen(values.at[k].at[i]) - of.x) * of.y * widen(gain.at[i]) + widen(offset.at[i]));
     store(y + start + column, out);
   });
 }
@@ -146,31 +169,29 @@ __device__ void layer_norm_grad(const word* sum, const word* weight, const word*
   values.lane = threadIdx.x;
   values.width = width;
   values.each_pack([&](int k, int column) {
-    Pack pack = load(sum + start + column), gain = load(weight + column), grad = load(grad_y + start + column);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      values.at[k][i] = widen(pack.at[i]);
-      grads.at[k][i] = widen(grad.at[i]) * widen(gain.at[i]);
-    }
+    values.at[k] = load(sum + start + column);
+    grads.at[k] = load(grad_y + start + column);
   });
   float2 of = values.statistics(eps);
   float mean_grad = 0.f, mean_product = 0.f;
-  values.each_pack([&](int k, int) {
+  values.each_pack([&](int k, int column) {
+    Pack gain = load(weight + column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      values.at[k][i] = (values.at[k][i] - of.x) * of.y;
-      mean_grad += grads.at[k][i];
-      mean_product += grads.at[k][i] * values.at[k][i];
+      float grad = widen(grads.at[k].at[i]) * widen(gain.at[i]);
+      mean_grad += grad;
+      mean_product += grad * ((widen(values.at[k].at[i]) - of.x) * of.y);
     }
   });
   mean_grad = warp_sum(mean_grad) / width;
   mean_product = warp_sum(mean_product) / width;
   values.each_pack([&](int k, int column) {
-    Pack past, out;
+    Pack gain = load(weight + column), past, out;
     if (grad_sum) past = load(grad_sum + start + column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float grad = of.y * (grads.at[k][i] - mean_grad - values.at[k][i] * mean_product);
+      float value = (widen(values.at[k].at[i]) - of.x) * of.y;
+      float grad = of.y * (widen(grads.at[k].at[i]) * widen(gain.at[i]) - mean_grad - value * mean_product);
       out.at[i] = narrow(grad_sum ? grad + widen(past.at[i]) : grad);
     }
     store(grad_x + start + column, out);
@@ -227,6 +248,20 @@ struct Slice {
   template <class Word>
   __device__ Part<Word> of(Word* x) const {
     return of<Word>(x, nullptr, channels);
+  }
+  // Calls use(pixel, fetch(pixel)) for this thread's pixels, AHEAD of them fetched before the first is used: few warps fit
+  // next to each other, and would leave the bus waiting otherwise.
+  template <int AHEAD, class Fetch, class Use>
+  __device__ void each_pixel(Fetch fetch, Use use) const {
+    for (int start = first + threadIdx.y; start < end; start += AHEAD * blockDim.y) {
+      decltype(fetch(0)) fetched[AHEAD];
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k)
+        if (start + k * (int)blockDim.y < end) fetched[k] = fetch(start + k * blockDim.y);
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k)
+        if (start + k * (int)blockDim.y < end) use(start + k * blockDim.y, fetched[k]);
+    }
   }
 };
 
@@ -294,15 +329,15 @@ extern "C" __global__ void group_norm_statistics(const word* x, const word* skip
   Part<const word> from = slice.of(x, skip, split);
   float shift[8], sums[8] = {}, squares[8] = {};
   load_shift(shift, shift_from, channels, slice.channel);
-  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(from.at(pixel));
+  auto fetch = [&](int pixel) { return load(from.at(pixel)); };
+  slice.each_pixel<4>(fetch, [&](int, const Pack& pack) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float value = widen(pack.at[i]) + shift[i];
       sums[i] += value;
       squares[i] += value * value;
     }
-  }
+  });
   float* totals;
   if (!sum_over_groups(sums, squares, partial, counters, shared, channels, groups, totals)) return;
   int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -351,15 +386,15 @@ extern "C" __global__ void group_norm_forward(const word* x, const word* skip, i
   Part<const word> from = slice.of(x, skip, split);
   Part<word> to = slice.of(y);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
-  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(from.at(pixel));
+  auto fetch = [&](int pixel) { return load(from.at(pixel)); };
+  slice.each_pixel<2>(fetch, [&](int pixel, Pack& pack) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float z = of.output(i, pack.at[i]);
       pack.at[i] = narrow(silu ? z * sigmoid(z) : z);
     }
     store(to.at(pixel), pack);
-  }
+  });
 }
 
 // means (N, groups, 2): of the gradient, and of its product with the normalized values.
@@ -373,15 +408,16 @@ extern "C" __global__ void group_norm_backward_means(const word* x, const word* 
   Part<const word> from = slice.of(x, skip, split), from_grad = slice.of(grad_y);
   Channels of(statistics, weight, bias, shift, channels, groups, slice.channel);
   float sums[8] = {}, products[8] = {};
-  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(from.at(pixel)), grad = load(from_grad.at(pixel));
+  struct Fetched { Pack x, grad; };
+  auto fetch = [&](int pixel) { return Fetched{load(from.at(pixel)), load(from_grad.at(pixel))}; };
+  slice.each_pixel<2>(fetch, [&](int, const Fetched& fetched) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float g = of.output_grad(i, pack.at[i], grad.at[i], silu);
+      float g = of.output_grad(i, fetched.x.at[i], fetched.grad.at[i], silu);
       sums[i] += g;
-      products[i] += g * (widen(pack.at[i]) - of.center[i]);
+      products[i] += g * (widen(fetched.x.at[i]) - of.center[i]);
     }
-  }
+  });
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     sums[i] *= of.weight[i];
@@ -413,59 +449,64 @@ extern "C" __global__ void group_norm_backward(const word* x, const word* skip, 
     slope[i] = of.rstd[i] * of.rstd[i] * mean[1];
     constant[i] = of.rstd[i] * mean[0] - of.center[i] * slope[i];
   }
-  for (int pixel = slice.first + threadIdx.y; pixel < slice.end; pixel += blockDim.y) {
-    Pack pack = load(from.at(pixel)), grad = load(from_grad.at(pixel)), more;
-    if (past.start) more = load(past.at(pixel));
+  struct Fetched { Pack x, grad, past; };
+  auto fetch = [&](int pixel) {
+    return Fetched{load(from.at(pixel)), load(from_grad.at(pixel)), past.start ? load(past.at(pixel)) : Pack{}};
+  };
+  slice.each_pixel<2>(fetch, [&](int pixel, Fetched& fetched) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float g = of.output_grad(i, pack.at[i], grad.at[i], silu) * of.scale[i];
-      g -= constant[i] + slope[i] * widen(pack.at[i]);
-      pack.at[i] = narrow(past.start ? g + widen(more.at[i]) : g);
+      word x = fetched.x.at[i];
+      float g = of.output_grad(i, x, fetched.grad.at[i], silu) * of.scale[i];
+      g -= constant[i] + slope[i] * widen(x);
+      fetched.x.at[i] = narrow(past.start ? g + widen(fetched.past.at[i]) : g);
     }
-    store(to.at(pixel), pack);
-  }
+    store(to.at(pixel), fetched.x);
+  });
 }
 
-// --- the end of a residual block: y = x + h + bias, over (rows, width) ---
+// --- the end of a residual block: y = x + h + bias, over (rows, width); x may be null, and y may be h ---
 
-extern "C" __global__ void add_with_bias(const word* x, const word* h, const word* bias, word* y, long long packs,
+extern "C" __global__ void add_with_bias(const word* x, const word* h, const word* bias, word* y, unsigned packs,
                                          int width) {
-  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
-  Pack left = load(x + pack * 8), right = load(h + pack * 8), offset = load(bias + (pack % (width / 8)) * 8);
+  Place place(width);
+  if (place.pack >= packs) return;
+  long long start = (long long)place.pack * 8;
+  Pack left, right = load(h + start), offset = load(bias + place.column);
+  if (x) left = load(x + start);
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    left.at[i] = narrow(widen(left.at[i]) + widen(right.at[i]) + widen(offset.at[i]));
-  store(y + pack * 8, left);
+  for (int i = 0; i < 8; ++i) {
+    float sum = widen(right.at[i]) + widen(offset.at[i]);
+    right.at[i] = narrow(x ? widen(left.at[i]) + sum : sum);
+  }
+  store(y + start, right);
 }
 
 // --- twice as many pixels each way: x (N, height, width, C), y (N, 2 height, 2 width, C); a pack of x for each thread ---
 
 struct Fourfold {
-  long long first;   // of the four pixels that a pixel becomes, the upper left one's pack
-  long long row;     // packs of a row of y
-  int pixel;         // packs of a pixel
-  __device__ Fourfold(long long pack, int width, int channels) : row(2LL * width * (channels / 8)), pixel(channels / 8) {
-    long long from = pack / pixel;  // rows of all pictures follow one another, in x as in y
-    first = from / width * 2 * row + from % width * 2 * pixel + pack % pixel;
+  Place place;        // in x
+  long long first;    // of the four pixels of y that a pixel of x becomes, where the upper left one's channels begin
+  long long row;      // words of a row of y
+  int channels;
+  __device__ Fourfold(int width, int channels) : place(channels), row(2LL * width * channels), channels(channels) {
+    unsigned from = place.row / width;  // rows of all pictures follow one another, in x as in y
+    first = from * 2 * row + (place.row - from * width) * 2LL * channels + place.column;
   }
-  __device__ long long at(int i) const { return (first + i / 2 * row + i % 2 * pixel) * 8; }
+  __device__ long long at(int i) const { return first + i / 2 * row + i % 2 * channels; }
 };
 
-extern "C" __global__ void upsample_forward(const word* x, word* y, long long packs, int width, int channels) {
-  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
-  Fourfold to(pack, width, channels);
-  Pack value = load(x + pack * 8);
+extern "C" __global__ void upsample_forward(const word* x, word* y, unsigned packs, int width, int channels) {
+  Fourfold to(width, channels);
+  if (to.place.pack >= packs) return;
+  Pack value = load(x + (long long)to.place.pack * 8);
 #pragma unroll
   for (int i = 0; i < 4; ++i) store(y + to.at(i), value);
 }
 
-extern "C" __global__ void upsample_backward(const word* grad_y, word* grad_x, long long packs, int width,
-                                             int channels) {
-  long long pack = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (pack >= packs) return;
-  Fourfold from(pack, width, channels);
+extern "C" __global__ void upsample_backward(const word* grad_y, word* grad_x, unsigned packs, int width, int channels) {
+  Fourfold from(width, channels);
+  if (from.place.pack >= packs) return;
   float sums[8] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -476,7 +517,7 @@ extern "C" __global__ void upsample_backward(const word* grad_y, word* grad_x, l
   Pack out;
 #pragma unroll
   for (int k = 0; k < 8; ++k) out.at[k] = narrow(sums[k]);
-  store(grad_x + pack * 8, out);
+  store(grad_x + (long long)from.place.pack * 8, out);
 }
 
 // --- gradients of the LoRA's matrices: grad_A += grad_h^T x and grad_B += scale * grad_y^T h ---

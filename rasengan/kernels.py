@@ -6,8 +6,6 @@ backward pass. Where NVRTC is missing (`nvrtc.py`), PyTorch's operators do the w
 Shapes: `rows` are (T, D); pictures are (N, C, H, W) in channels_last. All of fp16, bf16 or fp32; statistics are fp32.
 """
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 
@@ -24,13 +22,14 @@ MOST_SPLITS = 32
 
 def _kernels_for(x: torch.Tensor, width: int, widest: int) -> nvrtc.Kernels | None:
     """Return the kernels for a tensor whose channels they can take, or None."""
-    fits = x.device.type == "cuda" and x.dtype in nvrtc.MACROS and width % 8 == 0 and width <= widest
+    is_small = x.numel() < 2**34  # for 32-bit indexes of packs
+    fits = x.device.type == "cuda" and x.dtype in nvrtc.MACROS and width % 8 == 0 and width <= widest and is_small
     return nvrtc.load(x.dtype, x.device) if fits else None
 
 
-def _packs(elements: int) -> tuple[tuple[int, int], tuple[int, int], ctypes.c_longlong]:
+def _packs(elements: int) -> tuple[tuple[int, int], tuple[int, int], int]:
     packs = elements // 8
-    return ((packs + 255) // 256, 1), (256, 1), ctypes.c_longlong(packs)
+    return ((packs + 255) // 256, 1), (256, 1), packs
 
 
 # --- GEGLU ---
@@ -280,6 +279,16 @@ def add_with_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch
     grid, block, packs = _packs(x.numel())
     kernels.launch("add_with_bias", grid, block, x, h, bias, y, packs, x.shape[1])
     return y
+
+
+def add_bias_(h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Add bias (C,) to pictures (N, C, H, W) in place, and return them."""
+    kernels = _kernels_for_layout(h, None)
+    if kernels is None:
+        return h.add_(bias[:, None, None])
+    grid, block, packs = _packs(h.numel())
+    kernels.launch("add_with_bias", grid, block, None, h, bias, h, packs, h.shape[1])
+    return h
 
 
 # --- twice as many pixels each way ---

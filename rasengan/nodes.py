@@ -166,7 +166,8 @@ class FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
         ctx.weight, ctx.stride, ctx.padding, ctx.size = weight, stride, padding, x.shape[2:]
-        return F.conv2d(x, weight, bias, stride, padding)
+        y = F.conv2d(x, weight, None, stride, padding)
+        return y if bias is None else kernels.add_bias_(y, bias)  # PyTorch adds it after cuDNN, in single channels
 
     @staticmethod
     @once_differentiable

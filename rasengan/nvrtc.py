@@ -121,7 +121,7 @@ def as_c(argument):
         return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return argument if isinstance(argument, ctypes.c_longlong) else ctypes.c_int(argument)
+    return ctypes.c_int(argument)
 
 
 @cache

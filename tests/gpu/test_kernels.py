@@ -121,6 +121,9 @@ def test_add_with_bias(dtype):
     x, h = (random(3, 640, 9, 9, dtype=dtype, like=like) for like in (1, 2))
     bias = random(640, dtype=dtype)
     assert_close(kernels.add_with_bias(*on_gpu(x, h, bias)), kernels.add_with_bias(*exact(x, h, bias)), dtype)
+    on_card = h.to(DEVICE, memory_format=torch.channels_last)
+    assert kernels.add_bias_(on_card, bias.to(DEVICE)) is on_card
+    assert torch.equal(on_card.cpu(), kernels.add_bias_(h, bias))  # one addition, rounded once by both
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ static float __shfl_xor_sync(unsigned, float x, int offset) {
 
 static unsigned atomicAdd(unsigned* number, unsigned more) { return std::exchange(*number, *number + more); }
 static float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+#define __expf(x) std::exp(x)  // glibc has a function of CUDA's name
+#define __fdividef(x, y) ((x) / (y))
 
 #define RUN(name)                                                                       \
   extern "C" void run_##name(const int* grid, const int* block, void** pointers) {      \
