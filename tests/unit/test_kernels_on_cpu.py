@@ -88,7 +88,7 @@ def test_geglu(launcher):
 
 
 def test_geglu_far_from_zero(launcher):
-    """The gate's share is exact to 1.5e-7, as fine as fp16 keeps of a gelu, and what overflows does so as in PyTorch."""
+    """The gate's share is exact to 1.5e-7, as fine as fp16 keeps a gelu, and what overflows does so as in PyTorch."""
     gate = torch.cat([torch.linspace(-9, 9, 3611)[:3608], torch.tensor([0, 100, -100, -1e30, 1e30, torch.inf])])
     gate = torch.cat([gate, torch.tensor([-torch.inf, torch.nan])]).view(-1, 8)
     found = kernels.geglu(torch.cat([torch.ones_like(gate), gate], dim=1)).double()
