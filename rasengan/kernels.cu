@@ -28,27 +28,42 @@ struct alignas(16) Pack { word at[8]; };
 __device__ Pack load(const word* from) { return *reinterpret_cast<const Pack*>(from); }
 __device__ void store(word* to, const Pack& pack) { *reinterpret_cast<Pack*>(to) = pack; }
 
-// With the fast instructions, of a relative error near 1e-6: exact division and expf, and CUDA's erff besides, take longer
-// than the tensors take over the bus.
-__device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+// CUDA's exact expf, erff and division take longer than these passes wait for the bus, so tensors of 16 bits, which keep
+// three digits, are computed with the fast instructions. A test on a CPU asks for that with fp32.
+#if !defined(FP32)
+#define AS_16_BITS
+#endif
+#if defined(AS_16_BITS)
+__device__ float exponential(float x) { return __expf(x); }
+__device__ float quotient(float x, float y) { return __fdividef(x, y); }
+#else
+__device__ float exponential(float x) { return expf(x); }
+__device__ float quotient(float x, float y) { return x / y; }
+#endif
+
+__device__ float sigmoid(float x) { return quotient(1.f, 1.f + exponential(-x)); }
 
 // The standard normal distribution: its density at x, and the share of it that lies below x.
-// Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.17, whose error is below 7.5e-8.
 struct Normal {
   float density, below;
-  __device__ explicit Normal(float x) : density(0.39894228040143268f * __expf(-0.5f * x * x)) {
-    float t = __fdividef(1.f, 1.f + 0.2316419f * fabsf(x));
+  __device__ explicit Normal(float x) : density(0.39894228040143268f * exponential(-0.5f * x * x)) {
+#if defined(AS_16_BITS)
+    // To an absolute error of 7.5e-8. Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.17.
+    float t = quotient(1.f, 1.f + 0.2316419f * fabsf(x));
     float sum = 1.330274429f * t - 1.821255978f;
     sum = ((sum * t + 1.781477937f) * t - 0.356563782f) * t + 0.319381530f;
     float tail = density * sum * t;
     below = x < 0.f ? tail : 1.f - tail;
+#else
+    below = 0.5f * erfcf(-0.70710678118654752f * x);
+#endif
   }
 };
 
-// A thread's pack of a tensor of rows of `width`, and where in it the pack is. Indexes of packs fit 32 bits, which
-// divide in a third of the time that 64 take.
+// A thread's pack of a tensor of rows of `width`, and where in it the pack is. What launches this sees to it that 32 bits
+// count the packs: indexes of 64 take longer to divide than the rest of a pass takes.
 struct Place {
-  unsigned pack, row, column;
+  unsigned pack, row, column;  // column: of the pack's first number
   __device__ explicit Place(int width) : pack(blockIdx.x * blockDim.x + threadIdx.x) {
     unsigned packs = width / 8;
     row = pack / packs;
@@ -97,7 +112,7 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// A lane's share of a row: up to PACKS packs, LANES apart, kept as they are stored: as floats they would take twice the
+// A lane's share of a row: up to PACKS packs, LANES apart, kept as they are stored: 16 bits as floats would take twice the
 // registers, and so leave room for half the warps.
 template <int PACKS>
 struct Row {
@@ -218,8 +233,8 @@ LAYER_NORM(8)  // up to 2048
 //
 // x may lie in two tensors, x of the first `split` channels and skip of the others; else skip is null, and split all.
 //
-// A block is (C / 8, some rows) threads and takes `rows_per_block` pixels of picture blockIdx.y. The first pass of each
-// direction sums two numbers over every group, the second uses them.
+// A block is (C / 8, some rows) threads, 512 at most, and takes `rows_per_block` pixels of picture blockIdx.y. The first
+// pass of each direction sums two numbers over every group, the second uses them.
 
 // A thread's 8 channels of the block's picture, in whichever tensor they are; null where that one is.
 template <class Word>
@@ -249,10 +264,15 @@ struct Slice {
   __device__ Part<Word> of(Word* x) const {
     return of<Word>(x, nullptr, channels);
   }
-  // Calls use(pixel, fetch(pixel)) for this thread's pixels, AHEAD of them fetched before the first is used: few warps fit
-  // next to each other, and would leave the bus waiting otherwise.
-  template <int AHEAD, class Fetch, class Use>
+  // Calls use(pixel, fetch(pixel)) for this thread's pixels, some of them fetched before the first is used: few warps fit
+  // next to each other, and would leave the bus waiting otherwise. Half as many of 32 bits are as much.
+  template <int AHEAD_OF_16_BITS, class Fetch, class Use>
   __device__ void each_pixel(Fetch fetch, Use use) const {
+#if defined(AS_16_BITS)
+    constexpr int AHEAD = AHEAD_OF_16_BITS;
+#else
+    constexpr int AHEAD = AHEAD_OF_16_BITS / 2;
+#endif
     for (int start = first + threadIdx.y; start < end; start += AHEAD * blockDim.y) {
       decltype(fetch(0)) fetched[AHEAD];
 #pragma unroll
@@ -321,9 +341,9 @@ __device__ bool sum_over_groups(const float (&a)[8], const float (&b)[8], float*
 }
 
 // statistics (N, groups, 2): mean and 1 / standard deviation.
-extern "C" __global__ void group_norm_statistics(const word* x, const word* skip, int split, const word* shift_from,
-                                                 float* partial, unsigned* counters, float* statistics, int pixels,
-                                                 int channels, int groups, int rows_per_block, float eps) {
+extern "C" __global__ void __launch_bounds__(512) group_norm_statistics(
+    const word* x, const word* skip, int split, const word* shift_from, float* partial, unsigned* counters,
+    float* statistics, int pixels, int channels, int groups, int rows_per_block, float eps) {
   extern __shared__ float shared[];
   Slice slice(pixels, channels, rows_per_block);
   Part<const word> from = slice.of(x, skip, split);
@@ -379,9 +399,9 @@ struct Channels {
   }
 };
 
-extern "C" __global__ void group_norm_forward(const word* x, const word* skip, int split, const word* shift,
-                                              const float* statistics, const word* weight, const word* bias, word* y,
-                                              int pixels, int channels, int groups, int rows_per_block, int silu) {
+extern "C" __global__ void __launch_bounds__(512) group_norm_forward(
+    const word* x, const word* skip, int split, const word* shift, const float* statistics, const word* weight,
+    const word* bias, word* y, int pixels, int channels, int groups, int rows_per_block, int silu) {
   Slice slice(pixels, channels, rows_per_block);
   Part<const word> from = slice.of(x, skip, split);
   Part<word> to = slice.of(y);
@@ -398,11 +418,10 @@ extern "C" __global__ void group_norm_forward(const word* x, const word* skip, i
 }
 
 // means (N, groups, 2): of the gradient, and of its product with the normalized values.
-extern "C" __global__ void group_norm_backward_means(const word* x, const word* skip, int split, const word* shift,
-                                                     const float* statistics, const word* weight, const word* bias,
-                                                     const word* grad_y, float* partial, unsigned* counters,
-                                                     float* means, int pixels, int channels, int groups,
-                                                     int rows_per_block, int silu) {
+extern "C" __global__ void __launch_bounds__(512) group_norm_backward_means(
+    const word* x, const word* skip, int split, const word* shift, const float* statistics, const word* weight,
+    const word* bias, const word* grad_y, float* partial, unsigned* counters, float* means, int pixels, int channels,
+    int groups, int rows_per_block, int silu) {
   extern __shared__ float shared[];
   Slice slice(pixels, channels, rows_per_block);
   Part<const word> from = slice.of(x, skip, split), from_grad = slice.of(grad_y);
@@ -432,11 +451,10 @@ extern "C" __global__ void group_norm_backward_means(const word* x, const word* 
 }
 
 // What reaches x and skip past the norm, past_x and past_skip, may be null.
-extern "C" __global__ void group_norm_backward(const word* x, const word* skip, int split, const word* shift,
-                                               const float* statistics, const word* weight, const word* bias,
-                                               const word* grad_y, const float* means, const word* past_x,
-                                               const word* past_skip, word* grad_x, word* grad_skip, int pixels,
-                                               int channels, int groups, int rows_per_block, int silu) {
+extern "C" __global__ void __launch_bounds__(512) group_norm_backward(
+    const word* x, const word* skip, int split, const word* shift, const float* statistics, const word* weight,
+    const word* bias, const word* grad_y, const float* means, const word* past_x, const word* past_skip,
+    word* grad_x, word* grad_skip, int pixels, int channels, int groups, int rows_per_block, int silu) {
   Slice slice(pixels, channels, rows_per_block);
   Part<const word> from = slice.of(x, skip, split), from_grad = slice.of(grad_y);
   Part<const word> past = slice.of(past_x, past_skip, split);

@@ -22,9 +22,9 @@ MOST_SPLITS = 32
 
 def _kernels_for(x: torch.Tensor, width: int, widest: int) -> nvrtc.Kernels | None:
     """Return the kernels for a tensor whose channels they can take, or None."""
-    is_small = x.numel() < 2**34  # for 32-bit indexes of packs
-    fits = x.device.type == "cuda" and x.dtype in nvrtc.MACROS and width % 8 == 0 and width <= widest and is_small
-    return nvrtc.load(x.dtype, x.device) if fits else None
+    fits = x.device.type == "cuda" and x.dtype in nvrtc.MACROS and width % 8 == 0 and width <= widest
+    is_countable = x.numel() // 8 < 2**31  # packs, by the int of a launch
+    return nvrtc.load(x.dtype, x.device) if fits and is_countable else None
 
 
 def _packs(elements: int) -> tuple[tuple[int, int], tuple[int, int], int]:
@@ -124,15 +124,12 @@ def _channels_of(x: torch.Tensor, skip: torch.Tensor | None) -> int:
 
 
 def _kernels_for_norm(x: torch.Tensor, skip: torch.Tensor | None) -> nvrtc.Kernels | None:
-    fits = skip is None or x.shape[1] % 8 == 0
+    fits = (skip is None or x.shape[1] % 8 == 0) and len(x) <= nvrtc.MOST_PICTURES
     return _kernels_for(x, _channels_of(x, skip), 4096) if fits else None
 
 
-def _kernels_for_layout(x: torch.Tensor, skip: torch.Tensor | None) -> nvrtc.Kernels | None:
-    """Return the kernels for pictures that are in channels_last already, or None."""
-    parts = (x,) if skip is None else (x, skip)
-    are_last = all(part.is_contiguous(memory_format=torch.channels_last) for part in parts)
-    return _kernels_for_norm(x, skip) if are_last else None
+def _is_channels_last(*pictures: torch.Tensor | None) -> bool:
+    return all(part is None or part.is_contiguous(memory_format=torch.channels_last) for part in pictures)
 
 
 def _shifted(x: torch.Tensor, skip: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
@@ -183,7 +180,7 @@ def group_norm_statistics(
 ) -> torch.Tensor:
     """Return mean and 1 / standard deviation (N, groups, 2) of the groups of x + shift, as `group_norm` takes them."""
     pictures, _, height, width = x.shape
-    kernels = _kernels_for_layout(x, skip)
+    kernels = _kernels_for_norm(x, skip) if _is_channels_last(x, skip) else None
     if kernels is None:
         grouped = _shifted(x, skip, shift).reshape(pictures, groups, -1)
         variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
@@ -210,7 +207,8 @@ def group_norm_forward(
 ) -> torch.Tensor:
     """Return silu(GroupNorm(x + shift)) (N, C, H, W) by statistics (N, groups, 2) that may be of more than x."""
     pictures, _, height, width = x.shape
-    kernels, channels = _kernels_for_layout(x, skip), _channels_of(x, skip)
+    kernels = _kernels_for_norm(x, skip) if _is_channels_last(x, skip) else None
+    channels = _channels_of(x, skip)
     if kernels is None:
         mean, rstd = statistics.repeat_interleave(channels // groups, dim=1).unbind(-1)  # each (N, C)
         scale, offset = rstd * weight, bias - mean * rstd * weight
@@ -283,7 +281,8 @@ def add_with_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch
 
 def add_bias_(h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Add bias (C,) to pictures (N, C, H, W) in place, and return them."""
-    kernels = _kernels_for_layout(h, None)
+    fits = _is_channels_last(h) and bias.dtype == h.dtype
+    kernels = _kernels_for(h, h.shape[1], 2**20) if fits else None
     if kernels is None:
         return h.add_(bias[:, None, None])
     grid, block, packs = _packs(h.numel())
@@ -297,7 +296,7 @@ def add_bias_(h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 def upsample(x: torch.Tensor) -> torch.Tensor:
     """Return pictures (N, C, H, W) with each pixel four times, (N, C, 2 H, 2 W)."""
     count, channels, height, width = x.shape
-    kernels = _kernels_for_layout(x, None)
+    kernels = _kernels_for(x, channels, 2**20) if _is_channels_last(x) else None
     if kernels is None:
         # Beyond these sizes PyTorch's kernel for channels_last fails: diffusers issue 984, PyTorch issue 141831.
         x = x.contiguous() if count >= 64 or 2 * x.numel() > 2**31 else x
@@ -312,7 +311,7 @@ def upsample(x: torch.Tensor) -> torch.Tensor:
 def upsample_backward(grad_y: torch.Tensor) -> torch.Tensor:
     """Return the gradient of `upsample` with respect to x: the sum of each pixel's four."""
     count, channels, height, width = grad_y.shape
-    kernels = _kernels_for_norm(grad_y, None)
+    kernels = _kernels_for(grad_y, channels, 2**20)
     if kernels is None:
         return F.avg_pool2d(grad_y, 2, divisor_override=1)
     sizes = (count, channels, height // 2, width // 2)

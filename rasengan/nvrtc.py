@@ -17,6 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+MOST_PICTURES = 4096  # of a norm
 # Compute capability from which the tensor cores have the product that `lora_gradient_sums` is made of.
 LORA_GRADIENTS_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 
@@ -92,7 +93,7 @@ class Kernels:
         self.module, self.functions = ctypes.c_void_p(), {}
         _check(self.driver.cuModuleLoadData(ctypes.byref(self.module), code), "cuModuleLoadData")
         # Blocks that are done with a picture are counted here; each launch leaves it at zero.
-        self.counters = torch.zeros(4096, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(MOST_PICTURES, dtype=torch.int32, device=device)
 
     def bind(self) -> None:
         """Make the device's context this thread's; autograd's own threads may not have one yet."""
@@ -116,11 +117,17 @@ class Kernels:
 
 
 def as_c(argument):
-    """Return an argument of a launch as C has it: a tensor's address, null for None, a float or an int."""
+    """Return an argument of a launch as C has it: a tensor's address, null for None, a float or an int.
+
+    Raises:
+        OverflowError: a number that an int does not hold, which ctypes would cut.
+    """
     if argument is None or torch.is_tensor(argument):
         return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
+    if not -(2**31) <= argument < 2**31:
+        raise OverflowError(f"{argument} is no 32-bit integer")
     return ctypes.c_int(argument)
 
 

@@ -42,6 +42,21 @@ def test_geglu(dtype, rows, width):
     assert_close(kernels.geglu_backward(*on_gpu(h, grad)), kernels.geglu_backward(*exact(h, grad)), dtype)
 
 
+def test_gates_far_from_zero(dtype):
+    """The fast instructions of CUDA end where the numbers do, in GEGLU and in the SiLU of a norm that is its bias."""
+    gate = torch.tensor([-1e4, -100, -20, -4, -2, -1e-3, 0, 1e-3, 2, 4, 20, 100, 1e4, torch.inf, torch.nan, 1])
+    gate = gate.to(dtype)[None]
+    tolerance = {"rtol": 2 * DTYPES[dtype], "atol": 2e-7, "equal_nan": True}
+    found = kernels.geglu(*on_gpu(torch.cat([torch.ones_like(gate), gate], dim=1)))
+    expected = gate.double() * torch.special.erfc(-gate.double() / 2**0.5) / 2
+    torch.testing.assert_close(found.cpu().double(), expected, **tolerance)
+    x = random(1, 16, 2, 2, dtype=dtype).to(DEVICE, memory_format=torch.channels_last)
+    y, _ = kernels.group_norm(x, None, *on_gpu(torch.zeros(16, dtype=dtype), gate[0]), 2, 1e-5, True)
+    expected = torch.nn.functional.silu(gate[0].double())
+    for pixel in y.cpu().double().permute(0, 2, 3, 1).flatten(0, 2):
+        torch.testing.assert_close(pixel, expected, **tolerance)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (77, 640), (1025, 1280), (3, 2048)])
 @pytest.mark.parametrize("has_delta", [True, False])
 def test_add_layer_norm(dtype, rows, width, has_delta):

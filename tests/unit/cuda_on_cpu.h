@@ -18,7 +18,7 @@
 
 using std::min;
 
-struct Index { int x, y, z; };
+struct Index { unsigned x, y, z; };
 struct float2 { float x, y; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 

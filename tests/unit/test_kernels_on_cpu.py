@@ -4,10 +4,12 @@ What is left out needs tensor cores: the gradients of the LoRA. tests/gpu/test_k
 """
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,17 +37,20 @@ class Launcher:
         self.launched.append(name)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+@pytest.fixture(scope="module", params=["", "-DAS_16_BITS"], ids=["fp32", "as 16 bits"])
+def library(request, tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
     folder = tmp_path_factory.mktemp("kernels")
     text = SOURCE.read_text().split("// --- gradients of the LoRA's matrices")[0]
-    names = re.findall(r'extern "C" __global__ void ([a-z]\w+)\(', text)
+    names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(512\) )?([a-z]\w+)\(', text)
     names += [f"{name}_{packs}" for name in ("add_layer_norm", "layer_norm_backward") for packs in (3, 5, 8)]
     runs = "\n".join(f"RUN({name})" for name in names)
     (folder / "kernels.cpp").write_text(f'#include "{HERE}/cuda_on_cpu.h"\n#include "{SOURCE}"\n{runs}\n')
-    options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", folder / "kernels.so"]
+    options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *request.param.split(), "-o", folder / "kernels.so"]
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    if int(version.split(".")[0]) >= 12:
+        options.append("-ftrivial-auto-var-init=pattern")  # what was not written is no zero
     subprocess.run(["g++", *options, folder / "kernels.cpp"], check=True, timeout=300)
     return ctypes.CDLL(folder / "kernels.so")
 
@@ -101,6 +106,14 @@ def test_geglu_far_from_zero(launcher):
     assert torch.equal(found.isinf(), expected.isinf())
 
 
+def test_silu_far_from_zero(launcher):
+    """A norm with a weight of 0 is its bias."""
+    bias = torch.tensor([-1e30, -100, -20, -1e-3, 0, 100, 1e30, torch.inf])
+    y, _ = kernels.group_norm(pictures(1, 8, 2, 2), None, torch.zeros(8), bias, 1, 1e-5, True)
+    expected = torch.nn.functional.silu(bias.double()).expand(4, 8)
+    torch.testing.assert_close(y.permute(0, 2, 3, 1).flatten(0, 2).double(), expected, rtol=1e-6, atol=1e-30)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 640), (6, 1280), (3, 2048)])
 @pytest.mark.parametrize("has_delta", [True, False])
 def test_add_layer_norm(launcher, rows, width, has_delta):
@@ -121,9 +134,11 @@ def test_add_layer_norm(launcher, rows, width, has_delta):
     ("count", "channels", "side", "groups", "split"),
     [(2, 320, 7, 32, 320), (2, 320, 7, 32, 104), (1, 32, 5, 4, 8), (3, 640, 17, 32, 320), (1, 2560, 3, 32, 1280)],
 )
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("has_shift", [True, False])
-def test_group_norm(launcher, count, channels, side, groups, split, silu, has_shift):
+@pytest.mark.parametrize(("silu", "has_shift"), [(True, True), (False, False)])
+@pytest.mark.parametrize("blocks", [kernels.BLOCKS, 2], ids=["a pixel each", "many pixels each"])
+def test_group_norm(launcher, count, channels, side, groups, split, silu, has_shift, blocks, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCKS", blocks)
+
     def parts(tensor):
         """Return a part, or None, for x and for skip."""
         of = [
@@ -170,3 +185,24 @@ def test_upsample(launcher, shape):
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(kernels.upsample_backward(grad), kernels.upsample_backward(*exact(grad)))
     assert launcher.launched == ["upsample_forward", "upsample_backward"]
+
+
+def test_what_kernels_do_not_take_is_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(nvrtc, "load", lambda dtype, device: "kernels")
+
+    def stands_for(*shape, dtype=torch.float16):
+        return SimpleNamespace(
+            device=torch.device("cuda", 0), dtype=dtype, shape=shape, numel=lambda: math.prod(shape)
+        )
+
+    assert kernels._kernels_for(stands_for(5, 64), 64, 64) == "kernels"
+    for x, width in [(stands_for(5, 60), 60), (stands_for(5, 72), 72), (stands_for(5, 64, dtype=torch.float64), 64)]:
+        assert kernels._kernels_for(x, width, 64) is None
+    assert kernels._kernels_for(stands_for(2**28 - 1, 64), 64, 64) == "kernels"
+    assert kernels._kernels_for(stands_for(2**28, 64), 64, 64) is None  # its packs are 2**31
+
+
+def test_a_number_that_c_would_cut_is_not_launched():
+    assert nvrtc.as_c(2**31 - 1).value == 2**31 - 1
+    with pytest.raises(OverflowError, match="2147483648"):
+        nvrtc.as_c(2**31)

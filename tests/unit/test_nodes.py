@@ -127,6 +127,9 @@ def test_frozen_conv(stride, side, kernel):
     x, weight, bias = random(2, 3, side, side, grad=True), random(4, 3, kernel, kernel), random(4)
     padding = (kernel // 2, kernel // 2)
     assert gradcheck(nodes.FrozenConv.apply, (x, weight, bias, (stride, stride), padding))
+    for added in (bias, None):
+        y = nodes.FrozenConv.apply(x, weight, added, (stride, stride), padding)
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, added, stride, padding))
 
 
 def test_upsample():
