@@ -25,7 +25,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from rasengan import UserError, components, imaging, locks, memory, sdxl
-from rasengan.files import read_json_or_empty, write_atomically
+from rasengan.files import read_json_or_empty, room, write_atomically
 from rasengan.processes import gather, is_first, wait_for_everyone
 
 
@@ -83,9 +83,9 @@ class ShardedCache:
             try:
                 write_atomically(self._paths[number], content)
             except OSError as error:
+                needs = room(self.directory, len(content) * len(self.items) // len(items))
                 raise UserError(
-                    f"{self.directory} cannot be written: {error.strerror}. All {len(self._paths)} files of this "
-                    f"cache take {len(self._paths) * len(content) / 1024**2:,.0f} MiB. Make room, or give another "
+                    f"{self.directory} cannot be written: {error.strerror}. {needs}. Make room, or give another "
                     "--conditioning_cache_dir."
                 ) from error
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import pickle
@@ -151,6 +152,16 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path):
     built(tmp_path / "a")
     built(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_full_disk_says_what_the_cache_takes_and_what_is_free(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache, "write_atomically", full)
+    said = rf"{tmp_path} cannot be written: No space left on device\. It takes 9\.4 MiB, and .* MiB are free there\."
+    with pytest.raises(UserError, match=said):  # 150 rows of 64 KiB
+        make(tmp_path).build([2], lambda items: {"row": torch.zeros(len(items), 2**14)}, batch_size=10)
 
 
 def test_shares_of_two_processes_build_what_one_builds(tmp_path):
