@@ -46,17 +46,16 @@ ON_A_GPU = {
 FIGURES = ("style", "content", "style_of_base", "content_of_base", "loss_change")
 
 
-def cases(learning_rate: str) -> list[tuple[str, str, list[str]]]:
-    """Return each case's setting, its value, and its flags; the learning rate is that of all that have no other."""
-    settings, rate = SETTINGS | {"learning_rate": learning_rate}, ["--learning_rate", learning_rate]
-    found = [("recipe", "recipe", rate)]
+def cases() -> list[tuple[str, str, list[str]]]:
+    """Return each case's setting, its value, and the flags that the recipe does not have."""
+    found = [("recipe", "recipe", [])]
     for name, values in VALUES.items():
         for value in values:
-            if float(value) != float(settings[name]):
+            if float(value) != float(SETTINGS[name]):
                 alpha = ["--lora_alpha", str(2 * int(value))] if name == "rank" else []
-                found.append((name, value, [*rate, f"--{name}", value, *alpha]))
+                found.append((name, value, [f"--{name}", value, *alpha]))
     techniques = TECHNIQUES | (ON_A_GPU if torch.cuda.is_available() else {})
-    return found + [("technique", name, [*rate, *words]) for name, words in techniques.items()]
+    return found + [("technique", name, words) for name, words in techniques.items()]
 
 
 def measure(
@@ -135,13 +134,13 @@ def table(runs: list[dict]) -> str:
     return markdown(head, rows)
 
 
-def plot(runs: list[dict], learning_rate: str, file: Path) -> None:
+def plot(runs: list[dict], file: Path) -> None:
     """Draw style and content over each setting, as PNG or SVG."""
     pyplot = load_pyplot()
-    found, settings = grouped(runs), SETTINGS | {"learning_rate": learning_rate}
+    found = grouped(runs)
     figure, axes = pyplot.subplots(1, len(VALUES), figsize=(11, 2.8), sharey=True, layout="constrained")
     for axis, name in zip(axes, VALUES, strict=True):
-        ours = float(settings[name])
+        ours = float(SETTINGS[name])
         points = {float(value): of for (setting, value), of in found.items() if setting == name}
         points |= {ours: found["recipe", "recipe"]} if ("recipe", "recipe") in found else {}
         x = sorted(points)
@@ -159,12 +158,11 @@ def plot(runs: list[dict], learning_rate: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def show(runs: list[dict], learning_rate: str, file: Path | None) -> None:
-    """Print the table of the runs around a learning rate, and draw the plot where a file for it is given."""
-    runs = [run for run in runs if run.get("learning_rate", learning_rate) == learning_rate]  # old runs do not say
+def show(runs: list[dict], file: Path | None) -> None:
+    """Print the table of the runs, and draw the plot where a file for it is given."""
     print(f"\n{table(runs)}")
     if file:
-        plot(runs, learning_rate, file)
+        plot(runs, file)
 
 
 def main() -> None:
@@ -178,11 +176,6 @@ def main() -> None:
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the pictures [0, 1 and 2]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
-    add(
-        "--learning_rate",
-        default=SETTINGS["learning_rate"],
-        help="of all that have no other [the recipe's, %(default)s]",
-    )
     settings = ["recipe", *VALUES, "technique"]
     what = f"of {', '.join(settings)} [all]"
     add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
@@ -196,14 +189,13 @@ def main() -> None:
     if args.plot:
         load_pyplot()  # hours before it is needed
     if args.show:
-        show(json.loads(args.show.read_text())["runs"], args.learning_rate, args.plot)
+        show(json.loads(args.show.read_text())["runs"], args.plot)
         return
     results = Results(args.out, args.commit, {})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
-        rate = args.learning_rate
-        wanted, gpus = [case for case in cases(rate) if case[0] in args.only], visible_gpus()
+        wanted, gpus = [case for case in cases() if case[0] in args.only], visible_gpus()
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
         waiting: dict[Future, dict] = {}
         for seed in args.seeds:
@@ -212,14 +204,14 @@ def main() -> None:
                 made, logs = args.miniature.resolve(), args.logs or work
                 gpu = gpus[len(waiting) % len(gpus)]
                 future = pool.submit(measure, made, work, logs, name, words, seed, args.pictures, gpu)
-                waiting[future] = {"setting": setting, "value": value, "seed": seed, "learning_rate": rate}
+                waiting[future] = {"setting": setting, "value": value, "seed": seed}
         try:
             for future in as_completed(waiting):
                 results.keep(waiting[future], future.result())
                 print(*waiting[future].values(), future.result(), flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    show(results.data["runs"], args.learning_rate, args.plot)
+    show(results.data["runs"], args.plot)
 
 
 if __name__ == "__main__":

@@ -107,12 +107,16 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
             others.
     """
     checkpoints = list_checkpoints(output_dir)
-    foreign = [path.name for path in _numbered(output_dir) if path not in checkpoints]
-    if foreign:
+    others = [path for path in _numbered(output_dir) if path not in checkpoints]
+    empty = [path for path in others if path.is_dir() and not any(path.iterdir())]
+    if foreign := [path.name for path in others if path not in empty]:
         raise UserError(
-            f"--output_dir {output_dir} holds {foreign[0]}, which another program wrote, and which this run might "
-            "overwrite. Move it, or give another --output_dir."
+            f"--output_dir {output_dir} holds {foreign[0]}, which has neither {STATE_FILE} nor {MANIFEST_FILE}: "
+            "another program wrote it, or it lost them, and this run might overwrite it. Move it, or give another "
+            "--output_dir."
         )
+    for path in empty:
+        logger.warning("%s is left out, since it is empty", path)
     if name is None:
         if checkpoints:
             raise UserError(

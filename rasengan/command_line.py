@@ -93,8 +93,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _flag_of(word: str) -> str:
-    name = word.partition("=")[0]
+    name = _without_token(word.partition("=")[0])
     return name if name.isascii() else ascii(name)
+
+
+def _without_token(name: str) -> str:
+    """Return a name without what follows the token's flag, which is the token where a space or colon was forgotten."""
+    return re.sub(r"(hub[-_]?token).*", r"\1", name, flags=re.DOTALL | re.IGNORECASE)
 
 
 def _flag_before(words: list[str], end: int) -> str | None:
@@ -219,7 +224,7 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
     words = []
     for name, value in settings.items():
         if name not in flags:
-            raise UserError(f"--config {file}: {name!r} is no flag. --help lists them.")
+            raise UserError(f"--config {file}: {_without_token(str(name))!r} is no flag. --help lists them.")
         try:
             words += [] if value is None else _words(flags[name], value)
         except ValueError as expected:

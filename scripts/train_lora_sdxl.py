@@ -377,7 +377,7 @@ def note_validation_loss(args, accelerator, validation_loss, writer, global_step
 def tell(text: str) -> None:
     """Say something to the user, also from inside a signal's handler, and to nobody where the terminal is gone."""
     with contextlib.suppress(OSError):
-        os.write(1, f"\n{text}".encode())
+        os.write(1, f"\n{text}\n".encode())
 
 
 def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
@@ -782,8 +782,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if global_step < max_train_steps:
         accelerator.end_training()
         if is_main:
-            tell(f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}. Go on with:")
-            tell(f"  {resume_command}")
+            ended = f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}"
+            tell(f"{ended}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
     if rows.held_out:
         with validation.evaluating(adapted), averaged():

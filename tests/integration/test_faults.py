@@ -108,7 +108,7 @@ def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, 
     assert checkpoint.find_damage(saved) is None
     step = int(saved.name.split("-")[1])
     assert re.search(
-        rf"Ended after {step} of 100000 steps, since .*Go on with:\n  .*--resume_from_checkpoint latest", text()
+        rf"Ended after {step} of 100000 steps, since .*Go on with:\n  .*--resume_from_checkpoint latest\n", text()
     )
     if len(launch) > 1:
         assert re.search(r"\n  accelerate launch .*train_lora_sdxl\.py", text())

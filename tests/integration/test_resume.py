@@ -149,7 +149,7 @@ def test_a_fresh_run_into_the_folder_of_another_is_refused(train, trained, refus
 def test_checkpoints_of_other_programs_are_refused_and_stay(train, refused, tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-500" / "optimizer.bin").write_bytes(b"of diffusers' example")
-    refused("holds checkpoint-500, which another program wrote", train, output_dir=tmp_path)
+    refused("holds checkpoint-500, which has neither", train, output_dir=tmp_path)
     assert (tmp_path / "checkpoint-500" / "optimizer.bin").read_bytes() == b"of diffusers' example"
 
 

@@ -40,9 +40,20 @@ def test_the_checkpoints_of_other_programs_are_not_mixed_with(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-500" / "optimizer.bin").write_bytes(b"of diffusers' example")
     for name in (None, "latest", "checkpoint-500"):
-        with pytest.raises(UserError, match="holds checkpoint-500, which another program wrote.*Move it"):
+        with pytest.raises(
+            UserError, match="holds checkpoint-500, which has neither .*: another program wrote it.*Move"
+        ):
             checkpoint.find_checkpoint(tmp_path, name)
     assert checkpoint.last_name(tmp_path) == ""
+
+
+def test_an_empty_folder_of_a_checkpoint_is_left_out(saved, caplog):
+    (saved / "checkpoint-40").mkdir()  # of a mounted Drive that has the folder, and not yet what is in it
+    (saved / "checkpoint-1").mkdir()
+    assert checkpoint.find_checkpoint(saved, "latest") == saved / "checkpoint-10"
+    assert "checkpoint-40 is left out, since it is empty" in caplog.text
+    assert checkpoint.find_checkpoint(saved, "checkpoint-10") == saved / "checkpoint-10"
+    assert checkpoint.last_name(saved) == "checkpoint-10"
 
 
 def test_an_earlier_checkpoint_is_not_gone_on_with_beside_the_later_ones(saved, tmp_path_factory):
