@@ -27,3 +27,8 @@ TOKENS = re.compile(r"(?<=Bearer )[^'\"]*|hf_\w{20,}")
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message without tokens, or its class's name where it has none."""
     return TOKENS.sub("(a token)", (str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, and what no encoding takes, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

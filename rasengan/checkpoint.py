@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -281,6 +282,9 @@ def load_checkpoint(
         accelerator.load_state(str(path))  # weights only: nothing that it unpickles can run
     except torch.OutOfMemoryError:
         raise
+    except pickle.UnpicklingError as error:  # whose text advises to load it all the same
+        reason = "it holds more than numbers and tensors, or is cut off, and was not read"
+        raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {reason}") from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
         raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {first_line(error)}") from error
     for group, own in zip(optimizer.param_groups, options, strict=True):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from rasengan import pages, sheets
-from rasengan.data_report import Finding, Report, printable
+from rasengan import pages, printable, sheets
+from rasengan.data_report import Finding, Report
 
 
 MOST_LINES = 5  # of examples in the terminal; the page has more

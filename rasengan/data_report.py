@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from rasengan.data import LongCaption
+from rasengan import printable
+from rasengan.captions import LongCaption
 from rasengan.data_survey import Look, Usable
 from rasengan.imaging import Picture, Size, crop_size, resized_size
 from rasengan.near_duplicates import similar_groups
@@ -21,7 +22,7 @@ MOST_WORDS = 60  # an English caption with so many words and signs takes about t
 COMMON_WORDS = 20
 # Words that say nothing of a picture.
 FILL_WORDS = set("a an and are at by for from in into is it its of on or the to with".split())
-SIDES_PX = (256, 512, 768, 1024, 1536)
+SIDES_PX = (128, 256, 512, 768, 1024, 1536)
 ASPECTS = {"under 1:2": 0.5, "1:2 to 4:5": 0.8, "4:5 to 5:4": 1.25, "5:4 to 2:1": 2.0}
 
 
@@ -48,6 +49,7 @@ def make_report(
     usable: Usable,
     looks: list[Look],
     unlisted: list[str],
+    strays: list[str],
     long_captions: list[LongCaption] | None,
     *,
     directory: str | None,
@@ -62,6 +64,7 @@ def make_report(
         usable: of those.
         looks: at the usable ones.
         unlisted: files that no metadata names.
+        strays: .txt that stand beside no picture.
         long_captions: of the usable ones; None where tokens could not be counted.
         directory: what names are shortened by; None leaves them.
         sizes: `imaging.crop_sizes`.
@@ -73,7 +76,7 @@ def make_report(
     named = [(text, name(p.name)) for p, texts in zip(usable.pictures, usable.captions, strict=True) for text in texts]
     shown = [picture._replace(name=name(picture.name)) for picture in usable.pictures]
     found = [
-        *_unusable_findings(pictures, usable, unlisted, name),
+        *_unusable_findings(pictures, usable, unlisted, strays, name),
         *_size_findings(shown, sizes, center_crop),
         *_copy_findings(shown, looks),
         *_caption_findings(named, long_captions, name),
@@ -93,11 +96,6 @@ def short_name(name: str, directory: str | None) -> str:
     if directory is not None and Path(os.path.abspath(name)).is_relative_to(os.path.abspath(directory)):
         name = os.path.relpath(name, directory)
     return printable(name)
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters, and what no encoding takes, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def quoted(text: str, most: int = 80) -> str:
@@ -200,7 +198,9 @@ def _aspect_histogram(pictures: list[Picture]) -> dict[str, int]:
 # --- findings ---
 
 
-def _unusable_findings(pictures, usable: Usable, unlisted: list[str], name: Callable[[str], str]) -> list[Finding]:
+def _unusable_findings(
+    pictures, usable: Usable, unlisted: list[str], strays: list[str], name: Callable[[str], str]
+) -> list[Finding]:
     bad = [picture for picture in pictures if picture.error]
     missing = [picture for picture in bad if _is_missing(picture)]
     broken = [picture for picture in bad if not _is_missing(picture)]
@@ -220,15 +220,23 @@ def _unusable_findings(pictures, usable: Usable, unlisted: list[str], name: Call
         ),
         Finding(
             len(usable.bad_captions),
-            f"{total} captions are neither a text nor a list of texts",
-            "Correct the line in the metadata, or give another --caption_column.",
-            [f"{name(picture)}: {printable(value)}" for picture, value in usable.bad_captions],
+            f"{total} captions cannot be used",
+            "Write or correct them (a .txt may be empty), or give another --caption_column.",
+            [f"{name(picture)} {printable(fault)}" for picture, fault in usable.bad_captions],
         ),
         Finding(
             len(unlisted),
             f"picture file{'s' * (len(unlisted) != 1)} without a line in the metadata",
             "Left out. Write a line for each, or move them elsewhere.",
             [name(file) for file in unlisted],
+        ),
+        Finding(
+            len(strays),
+            "captions in a .txt that stands beside no picture"
+            if len(strays) != 1
+            else "caption in a .txt that stands beside no picture",
+            "Left out. Rename each as its picture, or move it elsewhere.",
+            [name(file) for file in strays],
         ),
     ]
 

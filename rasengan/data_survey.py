@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from PIL import ExifTags, Image
 
-from rasengan import UserError, data, first_line, imaging
+from rasengan import UserError, captions, data, first_line, imaging
 from rasengan.imaging import Picture
 from rasengan.near_duplicates import Fingerprint, fingerprint
 
@@ -35,39 +35,44 @@ class Usable(NamedTuple):
     rows: list[int]
     pictures: list[Picture]
     captions: list[list[str]]
-    bad_captions: list[tuple[str, str]]  # the picture's name, and what stands there
+    bad_captions: list[tuple[str, str]]  # the picture's name, and what is wrong
 
 
 def unlisted_pictures(directory: str, column: datasets.Column) -> list[str]:
     """Return the picture files of a folder that no line of its metadata names; `column` is undecoded."""
     named = {os.path.abspath(record["path"]) for record in column if record and record["path"]}
-    files = sorted(path for path in data.list_files(directory) if data.is_picture_name(path))
+    files = sorted(path for path in data.list_files(directory) if imaging.is_picture_name(path))
     return [str(path) for path in files if os.path.abspath(path) not in named]
+
+
+def stray_captions(directory: str) -> list[str]:
+    """Return the .txt of a folder that stand beside no picture, where captions stand so."""
+    beside = captions.find_beside(data.list_files(directory))
+    return [str(file) for file in beside.strays] if beside else []
 
 
 def refusal(dataset: datasets.Dataset, pictures: list[Picture], caption_column: str, skip: bool) -> str:
     """Return the line by which training refuses these pictures and captions; empty where it takes them."""
     try:
         dataset, pictures = data.leave_out_broken(dataset, pictures, skip)
-        data.read_captions(dataset[caption_column][:], pictures)
+        captions.read_captions(dataset, caption_column, pictures)
     except UserError as error:
         return re.sub(":$", ".", first_line(error))  # after the colon training lists the pictures
     return ""
 
 
-def usable_rows(captions: Collection, pictures: list[Picture]) -> Usable:
+def usable_rows(dataset: datasets.Dataset, caption_column: str, pictures: list[Picture]) -> Usable:
     """Return the rows whose picture can be decoded, and whose captions are texts."""
-    usable = Usable([], [], [], [])
-    for row, (value, picture) in enumerate(zip(captions, pictures, strict=True)):
+    usable, column = Usable([], [], [], []), dataset[caption_column][:]
+    for row, (fault, picture) in enumerate(zip(captions.faults(dataset, caption_column), pictures, strict=True)):
         if picture.error:
             continue
-        try:
-            usable.captions.append(data.read_captions([value], [picture])[0])
-        except UserError:
-            usable.bad_captions.append((picture.name, repr(value)))
+        if fault:
+            usable.bad_captions.append((picture.name, fault))
         else:
             usable.rows.append(row)
             usable.pictures.append(picture)
+            usable.captions.append(captions.texts_of(column[row]))
     return usable
 
 

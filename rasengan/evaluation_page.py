@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
 
-from rasengan import pages
-from rasengan.data_report import printable
+from rasengan import pages, printable
 from rasengan.evaluation import KINDS, Drawn, signed
 from rasengan.held_out import LOSS
 

@@ -57,6 +57,11 @@ class PictureChanged(UserError):
 # --- checking and decoding pictures ---
 
 
+def is_picture_name(file: Path) -> bool:
+    """Say whether a file's name ends as those of pictures that can be read."""
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN.keys() - {PROGRAM}
+
+
 def read_bytes(record: dict) -> bytes:
     """Return the file behind an undecoded entry of an image column."""
     return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
@@ -92,17 +97,30 @@ def decode(content: bytes) -> Image.Image:
         ValueError: it has more than `MOST_PIXELS`, or is longer than `MOST_ASPECT` times its width. Pillow's plugins
             raise others for a broken file.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with _open(content) as image:
         if image.format == PROGRAM:
             raise UnidentifiedImageError(f"a picture in {PROGRAM} is a program")
         if image.width * image.height > MOST_PIXELS:
-            megapixels = f"{image.width * image.height / 1e6:,.0f} megapixels, over the {MOST_PIXELS / 1e6:.0f}"
-            raise ValueError(f"it has {megapixels} that are read at most")
+            size = _megapixels(image.width * image.height)
+            raise ValueError(f"it has {size}, and {_megapixels(MOST_PIXELS)} are read at most")
         if max(image.size) > MOST_ASPECT * min(image.size):
             size = f"{image.width} x {image.height} px"
             raise ValueError(f"it has {size}, one side more than {MOST_ASPECT} times the other")
         image.load()
         return _plain(image)
+
+
+def _megapixels(pixels: int) -> str:
+    return f"{pixels / 1e6:,.0f} megapixels"
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError as error:  # from twice as many on, without saying how many in a way to rely on
+        raise ValueError(
+            f"it has over {_megapixels(2 * MOST_PIXELS)}, and {_megapixels(MOST_PIXELS)} are read at most"
+        ) from error
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -27,7 +27,7 @@ FREE_SETTINGS = {
     *("skip_bad_images", "max_train_steps", "num_train_epochs", "max_train_minutes"),
     *("train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing"),
     *("vram_budget_gib", "cuda_graph", "validation_prompt", "num_validation_images", "validation_epochs"),
-    *("validation_inference_steps", "validation_loss_steps", "save_best", "checkpointing_steps"),
+    *("num_processes", "validation_inference_steps", "validation_loss_steps", "save_best", "checkpointing_steps"),
     *("checkpointing_minutes", "checkpoints_total_limit", "logging_steps", "report_to", "debug_loss", "push_to_hub"),
     "hub_model_id",
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, data, data_page, data_report, data_survey, imaging
+from rasengan import UserError, captions, components, data, data_page, data_report, data_survey, imaging
 from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type
 from rasengan.endings import in_one_line
 from rasengan.files import check_writable, write_atomically
@@ -76,7 +76,7 @@ def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[imag
     return dataset, pictures, unlisted
 
 
-def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> list[data.LongCaption] | None:
+def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> list[captions.LongCaption] | None:
     """Return the captions of over 77 tokens; None where no base was given that would say how they are split."""
     overrides = {"tokenizer": args.pretrained_tokenizer_name_or_path}
     base = args.pretrained_model_name_or_path or overrides["tokenizer"]
@@ -84,14 +84,14 @@ def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> 
         return None
     sources = components.component_sources(base, overrides, args.revision, args.variant, args.cache_dir)
     tokenizer = components.load("tokenizer", components.fetch("tokenizer", sources["tokenizer"]))
-    return data.find_long_captions(usable.captions, usable.pictures, tokenizer) if usable.captions else []
+    return captions.find_long_captions(usable.captions, usable.pictures, tokenizer) if usable.captions else []
 
 
 def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data_page.Tile], int]:
     """Return what there is to say, the pictures to show, and of how many these are."""
     sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
     dataset, pictures, unlisted = find_pictures(args)
-    usable = data_survey.usable_rows(dataset[args.caption_column][:], pictures)
+    usable = data_survey.usable_rows(dataset, args.caption_column, pictures)
     long_captions = find_long_captions(args, usable)
     column = dataset.select(usable.rows)[args.image_column]
     shown = data_survey.spread(len(column), MOST_SHOWN)
@@ -104,6 +104,7 @@ def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data
         usable,
         looks,
         unlisted,
+        data_survey.stray_captions(directory) if directory else [],
         long_captions,
         directory=directory,
         sizes=sizes,

@@ -50,6 +50,7 @@ from rasengan import (
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter
+from rasengan.captions import read_captions
 from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type, share_or_count_type
 from rasengan.endings import in_one_line
 from rasengan.evaluation import KINDS, Drawn, Losses, Point
@@ -195,7 +196,7 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     with make_bar("Checking pictures", len(dataset)) as bar:
         pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
-    captions = data.read_captions(dataset[args.caption_column][:], pictures)
+    captions = read_captions(dataset, args.caption_column, pictures)
     rows = held_out.split(pictures, args.validation_split, args.seed)
     settings, notes, trained = args.run_settings, [], rows.trained
     if not args.run:

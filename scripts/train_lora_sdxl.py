@@ -72,6 +72,7 @@ from rasengan import (
     step,
     validation,
 )
+from rasengan.captions import read_captions, warn_of_long_captions
 from rasengan.command_line import (
     Parser,
     conditioning_cache_dir,
@@ -356,7 +357,7 @@ def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
         with progress_bar(accelerator, "Checking pictures", len(dataset)) as bar:
             pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
-    return dataset, pictures, data.read_captions(dataset[args.caption_column][:], pictures)
+    return dataset, pictures, read_captions(dataset, args.caption_column, pictures)
 
 
 def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
@@ -427,6 +428,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     processes.check_same("checkpoint in --output_dir", resume_from.name if resume_from else "none", remedy)
     device = processes.device_of(accelerator)
     args.mixed_precision = accelerator.mixed_precision
+    args.num_processes = accelerator.num_processes
     args.global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     weight_dtype = components.weight_dtype(args.mixed_precision, device)
     if args.seed is None:
@@ -464,7 +466,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    data.warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
+    warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
     if args.push_to_hub and is_main and not args.plan_only:
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
     scheduler = components.load("scheduler", folders["scheduler"])

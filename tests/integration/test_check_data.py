@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from rasengan import UserError, data, data_survey, demo, first_line, imaging
+from rasengan import UserError, captions, data, data_survey, demo, first_line, imaging
 from rasengan.samples import TrainingSamples
 
 
@@ -144,7 +144,7 @@ def test_every_number_is_that_of_the_folder(report):
         },
     }
     sides, aspects, words = report.histograms.values()
-    assert sides == {label: 10 * (label == "under 256 px") for label in sides}
+    assert sides == {label: {"under 128 px": 10}.get(label, 0) for label in sides}
     assert aspects == {"under 1:2": 0, "1:2 to 4:5": 1, "4:5 to 5:4": 6, "5:4 to 2:1": 1, "2:1 or more": 2}
     once = "amp b copied cropped grey one quoted recompressed two words наруто ナルト".split()
     assert words == {"fox": 2, "snow": 2, "word": 2} | dict.fromkeys(once, 1)
@@ -207,7 +207,7 @@ def test_the_crops_are_those_of_training(folder, tmp_path):
     samples = TrainingSamples(
         dataset["image"],
         pictures,
-        data.read_captions(dataset["text"][:]),
+        captions.read_captions(dataset, "text", pictures),
         None,
         None,
         seed=0,
@@ -327,6 +327,13 @@ def with_a_path_outside(folder):
     write_metadata(folder, {"../a.png": "a"})
 
 
+def with_captions_beside(folder):
+    for name, text in (("a", b"a fox"), ("b", b"caf\xe9"), ("c", None)):
+        smooth(ord(name), 64, 64).save(folder / f"{name}.png")
+        if text:
+            (folder / f"{name}.txt").write_bytes(text)
+
+
 REFUSED = {
     "nothing": (lambda folder: None, [], False),
     "no metadata": (without_metadata, [], False),
@@ -336,6 +343,7 @@ REFUSED = {
     "a broken picture": (broken, [], True),
     "all broken": (all_broken, ["--skip_bad_images"], True),
     "null for a caption": (captioned(None), [], True),
+    "captions beside some pictures": (with_captions_beside, [], True),
 }
 
 
@@ -361,10 +369,25 @@ def test_every_caption_that_is_none_is_named(check, tmp_path, capsys):
     captioned([])(tmp_path)
     write_metadata(tmp_path, {"a.png": None, "b.png": [], "c.png": ["a bear"]})
     smooth(2, 64, 64).save(tmp_path / "c.png")
-    with pytest.raises(UserError, match=r"Picture 0 \(.*a.png\) has None in the caption column"):
+    with pytest.raises(
+        UserError, match=r"2 of 3 captions cannot be used\. Write or correct them.*--caption_column\.$"
+    ):
         check(tmp_path)
     printed = capsys.readouterr().out
-    assert "2 of 3 captions are neither a text nor a list of texts\n  a.png: None\n  b.png: []\n" in printed
+    assert "2 of 3 captions cannot be used\n  a.png has None in the caption column, neither a text" in printed
+    assert "\n  b.png has [] in the caption column" in printed
+    assert "3, of which 1 can be trained on" in printed
+
+
+def test_captions_that_are_missing_or_no_text_are_findings_and_so_are_those_of_no_picture(check, tmp_path, capsys):
+    with_captions_beside(tmp_path)
+    (tmp_path / "d.txt").write_text("of no picture")
+    with pytest.raises(UserError, match=r"2 of 3 captions cannot be used\."):
+        check(tmp_path)
+    printed = capsys.readouterr().out
+    missing, unreadable = "c.png has no c.txt beside it", "b.png has a caption that is no text in UTF-8, in b.txt"
+    assert f"2 of 3 captions cannot be used\n  {unreadable}\n  {missing}\n" in printed
+    assert "1 caption in a .txt that stands beside no picture\n  d.txt\n" in printed
     assert "3, of which 1 can be trained on" in printed
 
 

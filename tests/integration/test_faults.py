@@ -298,7 +298,7 @@ def test_captions_that_are_too_long_are_counted_with_examples(train, caplog, tmp
     lines[1]["text"] = "red " * 90 + "the end of it"
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train("--train_data_dir", tmp_path, "--max_train_steps", 1, "--report_to", "none")
-    (message,) = [r.getMessage() for r in caplog.records if r.name == "rasengan.data"]
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "rasengan.captions"]
     assert message.startswith(
         f"1 of 4 captions are longer than the 77 tokens that the text encoders see: {lines[1]['file_name']}"
     )

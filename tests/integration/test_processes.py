@@ -113,8 +113,9 @@ def half(two):
     return start
 
 
-def test_one_process_goes_on_where_two_were(half, two, train, flags, tmp_path):
+def test_one_process_goes_on_where_two_were(half, two, train, flags, caplog, tmp_path):
     train(*flags, *half(tmp_path), "--train_batch_size", 32, output_dir=tmp_path)
+    assert "--num_processes was 2, and is 1; --train_batch_size was 16, and is 32" in caplog.text
     mine, expected = load_file(tmp_path / ADAPTER), load_file(two / ADAPTER)
     for key, tensor in mine.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from rasengan import UserError, components, data, imaging
+from rasengan import UserError, captions, components, data, imaging
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
 
 
@@ -57,7 +58,7 @@ def make_samples(dataset, pictures):
             "noise_offset": 0.0,
         }
         options |= {"random_flip": False, "scaling_factor": 0.5, "num_train_timesteps": 1000}
-        options |= {"latents": None, "prompts": None, "captions": data.read_captions(dataset["text"][:])} | changes
+        options |= {"latents": None, "prompts": None, "captions": [[text] for text in dataset["text"][:]]} | changes
         return TrainingSamples(dataset["image"], pictures, **options)
 
     return make
@@ -74,9 +75,9 @@ def equal(one, other):
 def test_a_long_caption_is_seen_to_the_last_token_before_the_end(tiny_base):
     tokenizer = components.load("tokenizer", tiny_base / "tokenizer")
     assert len(tokenizer("word word").input_ids) == 2 + 2 * 3  # begin and end, and three tokens a word
-    captions = [["word " * 30], ["short", "word " * 25, "word " * 40], ["word " * 26]]
+    texts = [["word " * 30], ["short", "word " * 25, "word " * 40], ["word " * 26]]
     pictures = [imaging.Picture(f"{number}.png", "", 8, 8, None) for number in range(3)]
-    found = data.find_long_captions(captions, pictures, tokenizer)
+    found = captions.find_long_captions(texts, pictures, tokenizer)
     assert [(one.name, one.token_count) for one in found] == [("1.png", 122), ("0.png", 92), ("2.png", 80)]
     for one, words in zip(found, (40, 30, 26), strict=True):
         assert one.seen.split() == ["word"] * 25
@@ -156,8 +157,8 @@ def test_postscript_is_no_picture_whatever_its_name():
     Image.new("RGB", (8, 8)).save(file, "EPS")
     with pytest.raises(UnidentifiedImageError):
         imaging.decode(file.getvalue())
-    assert not data.is_picture_name(Path("a.eps"))
-    assert data.is_picture_name(Path("a.JPG"))
+    assert not imaging.is_picture_name(Path("a.eps"))
+    assert imaging.is_picture_name(Path("a.JPG"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -257,16 +258,21 @@ def test_a_picture_that_a_drive_did_not_give_is_not_remembered_as_broken(dataset
 
 
 def test_captions_are_texts_or_lists_of_texts():
-    assert data.read_captions(["a", ["b", "c"]]) == [["a"], ["b", "c"]]
+    assert [captions.texts_of(value) for value in ("a", ["b", "c"])] == [["a"], ["b", "c"]]
+    assert [captions.fault_of(value) for value in ("", "a", ["b", "c"])] == [None] * 3
     for value in (None, 5, [], ["a", None], {"en": "a"}):
-        with pytest.raises(UserError, match="Picture 1 .*caption"):
-            data.read_captions(["a", value])
+        assert captions.fault_of(value).startswith(f"has {value!r} in the caption column")
 
 
-def test_a_wrong_caption_names_its_picture_and_its_place_in_the_data_set():
-    pictures = [imaging.Picture(f"{n}.jpg", str(n), 9, 9, None, position) for n, position in enumerate((7, 40))]
-    with pytest.raises(UserError, match=r"Picture 40 \(1.jpg\) has None in the caption column"):
-        data.read_captions(["a", None], pictures)
+def test_wrong_captions_are_named_with_their_place_in_the_data_set():
+    pictures = [imaging.Picture(f"{n}.jpg", str(n), 9, 9, None, position) for n, position in enumerate((7, 40, 2))]
+    dataset = datasets.Dataset.from_dict({"text": ["a", None, None]})
+    with pytest.raises(UserError, match="2 of 3 captions cannot be used") as error:
+        captions.read_captions(dataset, "text", pictures)
+    first, second = str(error.value).splitlines()[1:]
+    assert first.startswith("  picture 40, 1.jpg, has None in the caption column")
+    assert second.startswith("  picture 2, 2.jpg, has None in the caption column")
+    assert captions.read_captions(dataset.select([0]), "text", pictures[:1]) == [["a"]]
 
 
 def test_samples_are_drawn_as_the_datasets_library_shuffles(dataset):
@@ -415,7 +421,10 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
         ((tmp_path / "none",), "--train_data_dir .*none is no folder"),
         ((tmp_path / "empty",), "--train_data_dir .*empty holds no pictures"),
         ((tmp_path / "text",), "--train_data_dir .*text holds no pictures"),
-        ((tmp_path / "damaged",), "--train_data_dir .*damaged cannot be read: JSON"),
+        (
+            (tmp_path / "damaged",),
+            "--train_data_dir .*damaged cannot be read: .*metadata.jsonl, line 1: this is no JSON",
+        ),
         ((tmp_path / "plain",), r"--caption_column text .*columns are: image\..*metadata.jsonl"),
         ((folder, "picture"), "--image_column picture .*columns are: image, text"),
         ((folder, "image", "caption"), "--caption_column caption .*columns are: image, text"),
@@ -479,19 +488,61 @@ def test_a_full_disk_of_the_datasets_library_is_no_fault_of_the_pictures(tmp_pat
         load_folder(write_folder(tmp_path / "set"), tmp_path / "cache")
 
 
-def test_captions_beside_some_of_the_pictures_or_that_are_no_text_are_refused(tmp_path):
-    for name in ("one.png", "two.png"):
+def read(folder, cache_dir):
+    dataset = load_folder(folder, cache_dir)
+    pictures = imaging.inspect_pictures(dataset["image"], cache_dir)
+    dataset, pictures = data.leave_out_broken(dataset, pictures, skip=False)
+    return captions.read_captions(dataset, "text", pictures)
+
+
+def test_captions_beside_some_of_the_pictures_or_that_are_no_text_are_all_named(tmp_path, caplog):
+    for name in ("one.png", "two.png", "three.png"):
         noise_image(20, 30).save(tmp_path / name)
     (tmp_path / "one.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(
-        UserError, match=r"1 of 2 pictures have no \.txt of their name with a caption: two\.png\. Write"
-    ):
-        load_folder(tmp_path, tmp_path / "cache")
+    (tmp_path / "three.txt").write_text("fine")
+    (tmp_path / "four.txt").write_text("of no picture")
+    with pytest.raises(UserError, match="2 of 3 captions cannot be used") as error:
+        read(tmp_path, tmp_path / "cache")
+    one, two = str(error.value).splitlines()[1:]
+    assert one.endswith("one.png, has a caption that is no text in UTF-8, in one.txt")
+    assert two.endswith("two.png, has no two.txt beside it")
+    assert "1 .txt of" in caplog.text
+    assert "stand beside no picture of their name: four.txt" in caplog.text
+    (tmp_path / "two.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"two.png, has a caption that cannot be read, in two.txt: No such file"):
+        read(tmp_path, tmp_path / "cache")
+    (tmp_path / "two.txt").unlink()
     (tmp_path / "two.txt").write_text("")
-    with pytest.raises(UserError, match=r"one\.txt is no text in UTF-8\. Save it"):
-        load_folder(tmp_path, tmp_path / "cache")
-    (tmp_path / "one.txt").write_text("fine")
-    assert load_folder(tmp_path, tmp_path / "cache")["text"][:] == ["fine", ""]
+    (tmp_path / "one.txt").write_text("good")
+    assert read(tmp_path, tmp_path / "cache") == [["good"], ["fine"], [""]]
+
+
+@pytest.mark.parametrize("has_metadata", [True, False])
+def test_a_link_to_a_picture_that_is_gone_is_named(tmp_path, has_metadata):
+    folder = write_folder(tmp_path / "set")
+    if not has_metadata:
+        (folder / "metadata.jsonl").unlink()
+        [(folder / f"{number}.txt").write_text("a caption") for number in range(3)]
+    (folder / "1.png").unlink()
+    (folder / "1.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"1 of 3 pictures cannot be used.*\n.*1.png cannot be read: No such file"):
+        read(folder, tmp_path / "cache")
+
+
+def test_what_a_terminal_would_act_on_is_escaped_in_names_of_pictures_and_captions(tmp_path):
+    (tmp_path / "a\x1b[31m.png").write_bytes(b"no picture")
+    (tmp_path / "a\x1b[31m.txt").write_text("a caption")
+    with pytest.raises(UserError, match="1 of 1 pictures cannot be used") as error:
+        read(tmp_path, tmp_path / "cache")
+    assert str(error.value).splitlines()[1].endswith(r"a\x1b[31m.png is no picture of a known format")
+
+
+def test_a_picture_that_has_two_lines_is_told_of(tmp_path, caplog):
+    folder = write_folder(tmp_path / "set")
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "1.png", "text": "again"}\n')
+    assert len(load_folder(folder, tmp_path / "cache")) == 4
+    assert re.search("1 pictures of .*set have several lines, and count as often: 1.png", caplog.text)
 
 
 # --- order and randomness ---

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from rasengan import data_page, data_report, data_survey, imaging, sheets
-from rasengan.data import LongCaption
+from rasengan.captions import LongCaption
 from rasengan.data_report import Finding, Report
 from rasengan.data_survey import Look, Usable
 from rasengan.imaging import Picture
@@ -24,7 +24,7 @@ def report_of(sizes, captions=None, long_captions=(), *, kinds=None, sizes_of_cr
     usable = Usable(list(range(len(sizes))), pictures, captions, [])
     options = {"directory": None, "sizes": list(sizes_of_crops), "center_crop": center_crop, "refused": ""}
     long_captions = None if long_captions is None else list(long_captions)
-    return data_report.make_report(pictures, usable, looks, [], long_captions, **options)
+    return data_report.make_report(pictures, usable, looks, [], [], long_captions, **options)
 
 
 def found(report, words):
@@ -49,7 +49,8 @@ def test_a_good_set_has_no_findings_and_says_its_sizes():
         "cut off by the crop": "0.0% to 24.9%, median 22.5%",
     }
     assert report.histograms["Shorter side"] == {
-        "under 256 px": 0,
+        "under 128 px": 0,
+        "128 to 255 px": 0,
         "256 to 511 px": 0,
         "512 to 767 px": 2,
         "768 to 1,023 px": 1,
