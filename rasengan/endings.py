@@ -1,6 +1,7 @@
 """How a script ends: a user's error as one line and an exit code, whatever raised it."""
 
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -39,3 +40,18 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
         return INTERRUPTED
     sys.stderr.write(f"error{f' (process {process})' if process else ''}: {text}\n")
     return 2
+
+
+def hush_writers() -> None:
+    """Keep TensorBoard's thread from printing a traceback where its file cannot be written.
+
+    Its writer raises the same error again in the thread that gives it the next scalar.
+    """
+    show = threading.excepthook
+
+    def show_others(end: threading.ExceptHookArgs) -> None:
+        is_writer = type(end.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(end.exc_value, OSError)):
+            show(end)
+
+    threading.excepthook = show_others

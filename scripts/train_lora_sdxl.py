@@ -82,7 +82,7 @@ from rasengan.command_line import (
     token_type,
     words_of_file,
 )
-from rasengan.endings import in_one_line
+from rasengan.endings import hush_writers, in_one_line
 from rasengan.files import check_writable, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
@@ -652,6 +652,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if is_main:
         write_settings(args)
     settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
+    hush_writers()
     accelerator.init_trackers("text2image-fine-tune", config=settings)
     validation.log_settings(accelerator.trackers, settings)
     adapted = list(models.values())

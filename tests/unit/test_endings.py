@@ -1,9 +1,13 @@
 import errno
 import re
+import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from rasengan import UserError, endings
 
@@ -57,3 +61,24 @@ def test_an_error_of_ours_stays_one(error):
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
 def test_a_code_is_handed_on(returned, code):
     assert endings.in_one_line(lambda: returned, "--here") == code
+
+
+def test_a_tracker_whose_folder_vanished_raises_and_prints_nothing(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    endings.hush_writers()
+    writer = SummaryWriter(tmp_path / "logs", max_queue=1, flush_secs=1)
+    shutil.rmtree(tmp_path / "logs")
+
+    def log_on():
+        for step in range(200):
+            writer.add_scalar("loss", 1.0, step)
+            time.sleep(0.05)
+
+    with pytest.raises(FileNotFoundError):  # by the next scalar after its thread has seen it
+        log_on()
+    assert shown == []
+    other = threading.Thread(target=failing(OSError("of another thread")))
+    other.start()
+    other.join()
+    assert [str(end.exc_value) for end in shown] == ["of another thread"]
