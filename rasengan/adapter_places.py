@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rasengan import UserError, first_line
 from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from rasengan.components import BAD_TOKEN
 
 
 # What a repository's folder is looked through for. No patterns: theirs would reach into every folder below, and fetch
@@ -42,7 +43,7 @@ def fetch_adapter(place: str, cache_dir: str | None = None) -> Path:
         folder = _download(repository, known, cache_dir) / inside
         if any((folder / name).is_file() for name in KNOWN_FILES):
             return folder
-        inside = _only_file(repository, prefix)
+        inside = _only_file(repository, prefix, folder)
     file = _download(repository, [inside], cache_dir) / inside
     if not file.is_file():
         raise UserError(f"{repository} on the hub has no {inside}. Correct the name behind the repository's.")
@@ -64,6 +65,8 @@ def _download(repository: str, files: list[str], cache_dir: str | None) -> Path:
         return Path(snapshot_download(repository, cache_dir=cache_dir, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise _refused(repository, error) from error
+    except UnicodeEncodeError as error:
+        raise UserError(BAD_TOKEN) from error
     except OSError as error:
         raise UserError(
             f"{repository} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or give another "
@@ -71,12 +74,14 @@ def _download(repository: str, files: list[str], cache_dir: str | None) -> Path:
         ) from error
 
 
-def _only_file(repository: str, prefix: str) -> str:
-    """Return the name of the only .safetensors file of a repository's folder."""
+def _only_file(repository: str, prefix: str, folder: Path) -> str:
+    """Return the name of the only .safetensors file of a repository's folder, which is downloaded to `folder`."""
     try:
         names = HfApi().list_repo_files(repository)
-    except (HfHubHTTPError, OSError) as error:
-        raise _refused(repository, error) from error
+    except Exception as error:  # without a network, classes of the hub's client library, which has changed before
+        names = [prefix + file.name for file in folder.glob("*.safetensors")]
+        if not names:
+            raise _refused(repository, error) from error
     found = [name for name in names if name.endswith(".safetensors") and name.rpartition("/")[0] == prefix[:-1]]
     if len(found) != 1:
         raise UserError(

@@ -33,6 +33,11 @@ COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONE
 }
 
 
+BAD_TOKEN = (
+    "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
+)
+
+
 class Source(NamedTuple):
     """Where a component's files are: a local folder or a hub repository."""
 
@@ -158,10 +163,7 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
             "Correct the name, log in with `hf auth login` if it is private, or give a local folder."
         ) from error
     except UnicodeEncodeError as error:  # of the request's header
-        raise UserError(
-            "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy "
-            "it again."
-        ) from error
+        raise UserError(BAD_TOKEN) from error
     except OSError as error:
         raise UserError(
             f"The {component} of {name} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
@@ -203,9 +205,19 @@ def check_components(folders: dict[str, Path]) -> None:
             f"{folders['vae']} holds a VAE without a scaling_factor, as of Stable Diffusion 1.x; SDXL's is 0.13025. "
             f"Correct {COMPONENT_FLAGS['vae']}."
         )
+    if "vae" in configs and any(configs["vae"].get(name) is not None for name in ("latents_mean", "latents_std")):
+        raise UserError(
+            f"{folders['vae']} holds a VAE with latents_mean or latents_std, as Playground's is, by which SDXL's "
+            f"latents are not scaled. Correct {COMPONENT_FLAGS['vae']}."
+        )
     unet = configs.get("unet")
     if unet is None:
         return
+    if unet.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"{folders['unet']} holds a UNet that is told the guidance scale (time_cond_proj_dim), as a latent "
+            "consistency model's is, which SDXL's is not. Give the base that it was made from, and an LCM-LoRA."
+        )
     correct = f"Correct --pretrained_model_name_or_path or {COMPONENT_FLAGS['unet']}."
     width = _setting("unet", folders, "cross_attention_dim")
     if unet.get("addition_embed_type") != "text_time":

@@ -3,13 +3,12 @@
 import copy
 import math
 import re
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from rasengan import UserError, first_line
+from rasengan import UserError, first_line, locks
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
 from rasengan.adapters import WHOLE_LOKR, Adapter, by_module, kind_of, rank_of, strength_of
@@ -31,16 +30,14 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
         dtype: of the weights in the file.
 
     Raises:
-        UserError: the layout or the dtype cannot hold such an adapter, or the place cannot be written.
+        UserError: the layout or the dtype cannot hold such an adapter, or the place exists or cannot be written.
         RuntimeError: reading back gave another adapter.
     """
     adapter = _cast(adapter, dtype)
     adapter = without_rslora(adapter) if layout == "kohya" else adapter
     check_layout(adapter, layout)
     try:
-        # The name of this folder is dropped when all is in its place.
-        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=path.resolve().parent) as unfinished:
-            written = Path(unfinished) / path.name
+        with locks.only_writer(path, "--output") as written:
             if layout == "diffusers":
                 write_diffusers(written.parent, adapter, path.name)
             elif layout == "kohya":
@@ -51,7 +48,6 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
             for file in [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]:
                 give_default_mode(file)
                 sync(file)
-            written.rename(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
         raise UserError(f"{path} cannot be written: {reason}. Make room, or give another place.") from error
@@ -124,6 +120,12 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
             raise UserError(
                 f"The {name}'s {wrong} is not finite in {str(dtype).removeprefix('torch.')}: the adapter is damaged, "
                 "or its weights are too great for --dtype. Give fp32, or another adapter."
+            )
+        whole = adapter.weights[name]
+        if lost := next((key for key, tensor in part.items() if whole[key].any() and not tensor.any()), None):
+            raise UserError(
+                f"The {name}'s {lost} would be all zeros in {str(dtype).removeprefix('torch.')}: its weights are too "
+                "small for --dtype. Give fp32."
             )
     return Adapter(weights, adapter.configs)
 

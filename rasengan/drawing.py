@@ -90,13 +90,19 @@ class Denoiser:
             memory.give_back()
 
 
+def most_steps(scheduler: SchedulerMixin) -> int:
+    """Return the most denoising steps that a scheduler has timesteps for."""
+    # Of a latent consistency model's, those that it was distilled for.
+    return scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps
+
+
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Check that a scheduler has a timestep for each step.
 
     Raises:
         UserError: it has fewer.
     """
-    timesteps = scheduler.config.num_train_timesteps
+    timesteps = most_steps(scheduler)
     if num_inference_steps > timesteps:
         raise UserError(
             f"--num_inference_steps is {num_inference_steps}, but the scheduler has {timesteps} timesteps. "
@@ -114,6 +120,8 @@ def timesteps_of(scheduler: SchedulerMixin, num_inference_steps: int, strength: 
     """
     scheduler.set_timesteps(num_inference_steps)  # on the CPU: indexing by one on the card would wait for it
     done = num_inference_steps if strength is None else int(num_inference_steps * strength)
+    if not done:  # PNDM has a timestep more than steps
+        return scheduler.timesteps[:0]
     return scheduler.timesteps[(num_inference_steps - done) * scheduler.order :]
 
 

@@ -15,7 +15,9 @@ from rasengan import UserError
 # What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
 LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
 # What it says of one name: missing, not allowed, or a folder where a file should be, or the other way round.
-WRONG_NAMES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+WRONG_NAMES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+# What a name may have, so that a hidden one for what is not whole yet, longer by 34, is one of 255 at most.
+MOST_NAME_BYTES = 200
 # What a write that was killed leaves: `write_atomically` and the lock end their names so.
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}")
 
@@ -98,7 +100,8 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
     if error.errno not in LOST_PLACES and not (error.errno in WRONG_NAMES and error.filename):
         return None
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise
-    return f"{place} cannot be written or read: {error.strerror}. Make room, or mend it."
+    remedy = "Give a shorter name" if error.errno == errno.ENAMETOOLONG else "Make room, or mend it"
+    return f"{place} cannot be written or read: {error.strerror}. {remedy}."
 
 
 def room(folder: Path, needed_bytes: int) -> str:
@@ -108,6 +111,17 @@ def room(folder: Path, needed_bytes: int) -> str:
     except OSError:
         there = f"{folder} cannot be looked at"
     return f"It takes {needed_bytes / 1024**2:,.1f} MiB, and {there}"
+
+
+def check_name(path: Path, flag: str) -> None:
+    """Check that a name leaves room for that of an unfinished file beside it; `flag` is what named it.
+
+    Raises:
+        UserError: it does not.
+    """
+    size = len(os.fsencode(path.name))
+    if size > MOST_NAME_BYTES:
+        raise UserError(f"{flag}: the name {path.name} has {size} bytes. Give one of {MOST_NAME_BYTES} at most.")
 
 
 def check_writable(directory: Path, flag: str) -> None:

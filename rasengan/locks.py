@@ -213,6 +213,11 @@ def only_run(output_dir: Path, is_first: bool) -> Iterator[None]:
             lock.release()
 
 
+def _check_free(place: Path, flag: str) -> None:
+    if os.path.lexists(place):  # also a link that leads nowhere
+        raise UserError(f"{flag} {place} exists. Give a name that does not.")
+
+
 @contextmanager
 def only_writer(place: Path, flag: str) -> Iterator[Path]:
     """Give a path in a hidden folder to write to, and move what is written to its place once it is whole.
@@ -229,11 +234,11 @@ def only_writer(place: Path, flag: str) -> Iterator[Path]:
     folder = place.with_name(f".{place.name}.unfinished")
     lock = RunLock(folder, flag)
     try:
-        if place.exists():
-            raise UserError(f"{flag} {place} exists. Give a name that does not.")
+        _check_free(place, flag)
         remove_left_behind(folder, glob.escape(place.name))
         yield folder / place.name
         check_held(folder, flag)
+        _check_free(place, flag)  # a rename would replace what another program made meanwhile
         (folder / place.name).rename(place)
         sync_folder(place.parent)
     finally:

@@ -113,6 +113,10 @@ def extract_lora(
                     f"The {name}'s {key} is {tuple(new.shape)} in {tuned[name]}, but {tuple(old.shape)} in "
                     f"{base[name]}. Give the --base that the model was tuned from."
                 )
+            if not torch.isfinite(new - old).all():
+                raise UserError(
+                    f"The {name}'s {key} is not finite in {tuned[name]} or {base[name]}. Give models that draw."
+                )
             if torch.equal(new, old):
                 pass
             elif key in linear:

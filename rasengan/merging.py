@@ -3,7 +3,6 @@
 Weights are named as in `adapters`.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from rasengan import UserError
 from rasengan.adapters import (
+    KINDS,
     Adapter,
     Config,
     alpha_of,
@@ -31,6 +31,15 @@ from rasengan.families import guess_family
 
 Layer = torch.nn.Linear | torch.nn.Conv2d
 LAYER = (torch.nn.Linear, torch.nn.Conv2d)
+
+
+# What else than rank, alpha and modules a merge hangs on. How an adapter was begun (on the base as it is: the reader
+# refuses others), trained, or told which modules to leave out, no longer matters.
+MERGED_BY = {
+    "LORA": ("use_rslora", "use_dora"),
+    "LOHA": ("use_effective_conv2d",),
+    "LOKR": ("use_effective_conv2d", "decompose_both", "decompose_factor"),
+}
 
 
 class MergeReport(NamedTuple):
@@ -257,16 +266,10 @@ def _merged_weight(layer: Layer, weight: torch.Tensor, part: _Part, module: str)
 
 def _layer_config(config: Config, module: str, scale: float) -> PeftConfig:
     """Return the settings of one module alone, which is called layer."""
-    config = copy.copy(config)
-    alpha = alpha_of(config, module) * scale
-    setattr(config, "lora_alpha" if kind_of(config) == "LORA" else "alpha", alpha)
-    config.r = rank_of(config, module)
-    config.target_modules, config.rank_pattern, config.alpha_pattern = ["layer"], {}, {}
-    # What they left out in the training has no weights here; PEFT would leave out more.
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    # How it was begun (on the base as it is: the reader refuses others), or trained, no longer matters.
-    config.init_lora_weights, config.inference_mode = True, True
-    return config
+    kind = kind_of(config)
+    options = {name: getattr(config, name) for name in MERGED_BY[kind]}
+    options["lora_alpha" if kind == "LORA" else "alpha"] = alpha_of(config, module) * scale
+    return KINDS[kind](r=rank_of(config, module), target_modules=["layer"], inference_mode=True, **options)
 
 
 def _check_change(part: _Part, module: str, component: str, before: torch.Tensor, after: torch.Tensor) -> None:

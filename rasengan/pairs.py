@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from PIL import Image
 
-from rasengan import UserError, cache, components, memory, merging, sdxl
+from rasengan import UserError, cache, components, drawing, memory, merging, sdxl
 from rasengan.adapters import Adapter
 from rasengan.pipeline import Pipeline, SwitchableWeights
 
@@ -91,10 +91,15 @@ class PairDrawer:
     The text encoders stay beside the UNet where they fit, else on the CPU. Requests of several threads take turns.
     """
 
-    def __init__(self, pipeline: Pipeline):
-        """Take the pipeline to draw with; nothing is loaded before it is needed."""
+    def __init__(self, pipeline: Pipeline, prediction_type: str | None = None):
+        """Take the pipeline to draw with, and the training's prediction type where the base has another.
+
+        Nothing is loaded before it is needed.
+        """
         self.pipeline = pipeline
         self.scheduler = components.load("scheduler", pipeline.folders["scheduler"])
+        if prediction_type:
+            self.scheduler.register_to_config(prediction_type=prediction_type)
         self.tokenizers = [components.load(name, pipeline.folders[name]) for name in components.TOKENIZERS]
         self.text_encoders = {}  # the weights of each, by its name
         self.bases = OrderedDict()  # the last pictures of the base, by their settings
@@ -108,7 +113,7 @@ class PairDrawer:
     @property
     def most_steps(self) -> int:
         """The most denoising steps that can be taken."""
-        return min(MOST_STEPS, self.scheduler.config.num_train_timesteps)
+        return min(MOST_STEPS, drawing.most_steps(self.scheduler))
 
     def warnings(self, settings: Settings) -> list[str]:
         """Return a sentence for each text that SDXL's text encoders will not see to its end."""

@@ -1,14 +1,17 @@
 """Pictures beside each other for the eye: grids as PNG, contact sheets as HTML; and how a picture is saved."""
 
 import base64
-import functools
+import bisect
 import html
 import io
 import itertools
+import math
+import os
 import re
 import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -44,6 +47,7 @@ FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSansCJK-Regular.tt
 FONTS += ("Arial Unicode.ttf", "AppleSDGothicNeo.ttc", "segoeui.ttf", "YuGothM.ttc", "msyh.ttc", "malgun.ttf")
 MOST_PENDING = 8  # pictures that are not written yet
 GRID_ROWS = 8  # more rows go into further grids
+MOST_GRID_PIXELS = 64 * 2**20  # likewise, but for labels and margins
 
 
 # --- grids ---
@@ -108,17 +112,22 @@ def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
     """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer."""
-    lines, rest = [], _drawable(" ".join(text.split()), font)
+    # A letter is a pixel wide at least: of a prompt of thousands no more is looked at.
+    lines, rest = [], _drawable(" ".join(text.split())[: max_lines * math.ceil(width_px)], font)
     while rest and len(lines) < max_lines:
         ellipsis = " ..." if len(lines) == max_lines - 1 and font.getlength(rest) > width_px else ""
-        fits = len(rest)
-        while fits > 1 and font.getlength(rest[:fits] + ellipsis) > width_px:
-            fits -= 1
+        sizes = range(1, len(rest) + 1)
+        over = partial(_is_wider, rest, ellipsis, font, width_px)
+        fits = max(1, bisect.bisect_left(sizes, True, key=over))
         if fits < len(rest) and rest[fits] != " ":
             fits = rest.rfind(" ", 0, fits) if " " in rest[:fits] else fits  # a word longer than a line is cut
         lines.append(rest[:fits] + ellipsis)
         rest = rest[fits:].lstrip()
     return lines or [""]
+
+
+def _is_wider(text: str, ellipsis: str, font: ImageFont.FreeTypeFont, width_px: float, length: int) -> bool:
+    return font.getlength(text[:length] + ellipsis) > width_px
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
@@ -130,7 +139,7 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     return max(fonts, key=lambda font: sum(_has(font, letter) for letter in letters))
 
 
-@functools.lru_cache
+@lru_cache
 def _system_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
     try:
         return ImageFont.truetype(name, size)
@@ -225,9 +234,13 @@ def write_together(
     write_atomically(output_dir / "contact_sheet.html", page.encode())
     if len(columns) == 1:
         return
-    starts = range(0, len(rows), GRID_ROWS)
+    with Image.open(rows[0][1][0]) as first:
+        row_pixels = len(columns) * first.width * first.height
+    # Pillow takes a picture of too many pixels for an attack, also where an old grid is looked at.
+    step = max(1, min(GRID_ROWS, MOST_GRID_PIXELS // row_pixels))
+    starts = range(0, len(rows), step)
     for number, start in enumerate(starts, 1):
-        shown = rows[start : start + GRID_ROWS]
+        shown = rows[start : start + step]
         images = [[Image.open(file) for file in files] for _, files in shown]
         name = "grid.png" if len(starts) == 1 else f"grid-{number:03d}.png"
         grid = image_grid(images, [text for text, _ in shown], labels)
@@ -262,8 +275,9 @@ class PictureWriter:
 
 def picture_name(prompt: str, seed: int, kind: str) -> str:
     """Return a file name for a picture that tells it from others; what a prompt has besides letters is left out."""
-    prompt = re.sub(r"\W+", "-", prompt).strip("-")[:40]
-    return f"{seed}-{prompt}-{slug(kind)}.png"
+    prompt = os.fsencode(re.sub(r"\W+", "-", prompt).strip("-")[:40])[:80].decode(errors="ignore")
+    kind = os.fsencode(slug(kind))[-80:].decode(errors="ignore")  # the end, which has the scale
+    return f"{seed}-{prompt}-{kind}.png"
 
 
 def slug(kind: str) -> str:

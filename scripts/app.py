@@ -72,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_base_flags(components.COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
     add = parser.add_argument_group("page").add_argument
     what = "a run's --output_dir, or a folder of several; the page offers the adapters in it, and reads nothing else"
     add("--runs_dir", type=path_type, required=True, help=what)
@@ -238,12 +239,19 @@ def main(args: argparse.Namespace) -> None:
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     if device.type == "cuda":
         memory.limit(args.vram_budget_gib, device)
+    elif args.vram_budget_gib:
+        raise UserError("--vram_budget_gib is of a GPU's memory, and this draws on the CPU. Drop the flag.")
     base = args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path
     model = Path(base).resolve().name if Path(base).is_dir() else base  # where it is here is nobody else's business
     with tempfile.TemporaryDirectory(prefix="rasengan-") as pictures:
         # What Gradio serves is what lies in this folder: one of its own, and not that of all of Gradio's pages.
         os.environ["GRADIO_TEMP_DIR"] = pictures
-        page = Page(PairDrawer(Pipeline(folders, args.variant, device, dtype)), runs_dir, model, Path(pictures))
+        page = Page(
+            PairDrawer(Pipeline(folders, args.variant, device, dtype), args.prediction_type),
+            runs_dir,
+            model,
+            Path(pictures),
+        )
         blocks = build(page).queue(api_open=False, max_size=16)
         hues = {"primary_hue": "indigo", "secondary_hue": "indigo", "neutral_hue": "slate"}
         theme = gr.themes.Default(**hues, font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -10,7 +10,6 @@ The merge is checked: a key that fits nothing, half a pair, a lost alpha or weig
 import argparse
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from rasengan.command_line import (
     weighted_place_type,
 )
 from rasengan.endings import in_one_line
-from rasengan.files import check_writable
+from rasengan.files import check_name, check_writable
 from rasengan.pipeline import Pipeline
 
 
@@ -91,8 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_images_per_prompt", type=positive, default=1, help="drawn together [%(default)s]")
     add("--num_inference_steps", type=positive, default=30, help="[%(default)s]")
     add("--guidance_scale", type=number_type(kind=float), default=7.5, help="[%(default)s]")
-    add("--height", type=number_type(8), help="in px [the base's, 1024; that of --init_image]")
-    add("--width", type=number_type(8), help="in px [the base's, 1024; that of --init_image]")
+    add("--height", type=number_type(8), help="in px [the base's, 1024]")
+    add("--width", type=number_type(8), help="in px [the base's, 1024; of --init_image if neither is given]")
     add("--init_image", type=path_type, help="a picture to begin with, in place of noise")
     add("--strength", type=number_type(0, float, most=1), help="how much of --init_image is drawn anew [0.6]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
@@ -143,6 +142,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("Every --lora has the weight 0, which is the base. Give one another weight.")
     if args.save_merged and args.lora_scale == [0.0]:
         raise UserError("--save_merged at --lora_scale 0 would write the base. Give another scale.")
+    if args.save_merged:
+        check_name(Path(args.save_merged), "--save_merged")
     if args.save_merged and Path(args.save_merged).exists():
         raise UserError(f"--save_merged {args.save_merged} exists. Give a name that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
@@ -253,7 +254,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "init_image")
     shown += ("prediction_type", "mixed_precision", "lora_alpha")
     about = {"model": args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path}
-    about |= {name: getattr(args, name) for name in shown} | ({"strength": args.strength} if args.init_image else {})
+    places = [flag.removeprefix("--") for flag in components.COMPONENT_FLAGS.values()]
+    about |= {name: getattr(args, name) for name in (*shown, *places, "revision", "variant")} | (
+        {"strength": args.strength} if args.init_image else {}
+    )
     return {name: value for name, value in about.items() if value is not None}
 
 
@@ -364,4 +368,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_line(lambda: main(parse_args()), "--output_dir, --conditioning_cache_dir or --save_merged"))
+    places = "--output_dir, --conditioning_cache_dir or --save_merged"
+    processes.end(in_one_line(lambda: main(parse_args()), places, int(os.environ.get("RANK", 0))))

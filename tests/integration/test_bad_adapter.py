@@ -83,7 +83,7 @@ def test_an_adapter_without_alpha_loads_with_the_alpha_given(draw, trained, tmp_
     assert image.tobytes() == expected.tobytes()
 
 
-def test_an_adapter_that_is_missing_cut_or_untrained_is_refused(draw, train, refused, trained, tmp_path):
+def test_an_adapter_that_is_missing_cut_or_malformed_is_refused(draw, refused, trained, tmp_path):
     def start(path):
         draw("--lora_weights", path, "--prompt", "a star")
 

@@ -1,6 +1,7 @@
 """scripts/convert.py: an adapter in every layout, of another rank, or out of a tuned model."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -218,6 +219,29 @@ def test_weights_that_overflow_are_refused_by_their_name(convert, trained, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["great.safetensors"]
 
 
+def test_weights_that_would_become_zero_are_refused_by_their_name(convert, trained, tmp_path):
+    tensors = load_file(trained / adapters.DIFFUSERS_FILE)
+    small = {key: tensor * (1e-8 if "lora_B" in key or ".up." in key else 1) for key, tensor in tensors.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    options = ["--input", tmp_path / "small.safetensors", "--lora_alpha", 32, "--format", "kohya"]
+    with pytest.raises(UserError, match="The unet's .*lora_B.weight would be all zeros in float16.*Give fp32"):
+        convert(tmp_path / "a.safetensors", *options, "--dtype", "fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+    convert(tmp_path / "a.safetensors", *options)
+
+
+def test_a_model_that_is_not_finite_has_no_lora(convert, tuned, tiny_base, tmp_path):
+    shutil.copytree(tuned, tmp_path / "ruined")
+    (file,) = (tmp_path / "ruined" / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("to_q.weight"))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, file)
+    words = ["--extract_from", tmp_path / "ruined", "--base", tiny_base, "--rank", 4, "--format", "kohya"]
+    with pytest.raises(UserError, match=f"The unet's {key} is not finite in"):
+        convert(tmp_path / "a.safetensors", *words)
+
+
 def pair(module, in_size=64, lycoris=False):
     """A module of rank 4 in kohya's layout, with its alpha."""
     down, up = torch.ones(4, in_size), torch.ones(64, 4)
@@ -328,6 +352,21 @@ def test_what_is_there_is_never_overwritten(convert, trained, tmp_path):
     with pytest.raises(UserError, match="--output .* exists"):
         convert(tmp_path / "a.safetensors", "--input", trained, "--format", "kohya")
     assert (tmp_path / "a.safetensors").read_text() == "mine"
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="--output .* exists"):
+        convert(tmp_path / "link.safetensors", "--input", trained, "--format", "kohya")
+    assert (tmp_path / "link.safetensors").is_symlink()
+
+
+def test_what_appears_meanwhile_is_not_overwritten_either(convert, trained, tmp_path, monkeypatch):
+    def write_and_wait(file, adapter, write=conversion.write_kohya):
+        write(file, adapter)
+        (tmp_path / "a.safetensors").write_text("mine")
+
+    monkeypatch.setattr(conversion, "write_kohya", write_and_wait)
+    with pytest.raises(UserError, match="--output .* exists"):
+        convert(tmp_path / "a.safetensors", "--input", trained, "--format", "kohya")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.safetensors", "mine")]
 
 
 def test_a_damaged_write_leaves_nothing_under_the_final_name(convert, trained, tmp_path, monkeypatch):

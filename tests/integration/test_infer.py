@@ -1,7 +1,10 @@
 """Pictures of the base and of the tuned model, and the proof that the adapter is in them."""
 
+import json
+import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -176,9 +179,43 @@ def test_every_sampler_draws(name, compared, draw):
         assert same(image, compared[BASE]) == (name == "euler")  # the base's own
 
 
-def test_sizes_are_heights_and_widths_and_default_to_the_models(draw):
+def test_sizes_are_heights_and_widths_and_default_to_the_models(draw, infer_script, tiny_base, tmp_path):
     (image,) = draw("--prompt", PROMPT, "--height", 72, "--width", 40).values()
     assert image.size == (40, 72)
+    words = ["--pretrained_model_name_or_path", str(tiny_base), "--num_inference_steps", "1", "--prompt", PROMPT]
+    infer_script.main(infer_script.parse_args([*words, "--width", "40", "--output_dir", str(tmp_path)]))
+    side = 8 * json.loads((tiny_base / "unet" / "config.json").read_text())["sample_size"]
+    assert [Image.open(file).size for file in tmp_path.glob("*.png")] == [(40, side)]
+
+
+def test_a_picture_of_another_unet_keeps_its_file(infer_script, tiny_base, tmp_path):
+    shutil.copytree(tiny_base / "unet", tmp_path / "unet")
+    words = ["--pretrained_model_name_or_path", str(tiny_base), "--num_inference_steps", "1", "--prompt", PROMPT]
+    words += ["--height", "64", "--width", "64", "--output_dir", str(tmp_path / "out")]
+    for further in ([], ["--pretrained_unet_name_or_path", str(tmp_path / "unet")]):
+        infer_script.main(infer_script.parse_args([*words, *further]))
+    first, second = sorted((tmp_path / "out").glob("*.png"), key=lambda file: len(file.name))
+    assert "pretrained_unet_name_or_path" not in Image.open(first).text
+    assert Image.open(second).text["pretrained_unet_name_or_path"] == str(tmp_path / "unet")
+
+
+def test_a_name_too_long_for_a_file_is_refused_before_anything_is_loaded(draw, refused, trained, loaded, tmp_path):
+    words = ["--lora_weights", trained, "--prompt", PROMPT]
+    refused("--save_merged: the name x+ has 230 bytes", draw, *words, "--save_merged", tmp_path / ("x" * 230))
+    assert loaded == []
+
+
+def test_no_sampler_does_a_step_of_none(tiny_base):
+    scheduler = components.load("scheduler", tiny_base / "scheduler")
+    for name in sdxl.SAMPLERS:
+        assert len(drawing.timesteps_of(sdxl.make_sampler(scheduler, name), 10, 0.0)) == 0
+
+
+def test_a_distilled_scheduler_takes_no_more_steps_than_it_was_made_for(tiny_base):
+    scheduler = diffusers.LCMScheduler.from_config(components.load("scheduler", tiny_base / "scheduler").config)
+    drawing.check_steps(scheduler, 50)
+    with pytest.raises(UserError, match="--num_inference_steps is 60, but the scheduler has 50 timesteps"):
+        drawing.check_steps(scheduler, 60)
 
 
 def test_components_given_one_by_one_draw_the_same(compared, infer_script, tiny_base, trained, tmp_path):

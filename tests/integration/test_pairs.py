@@ -51,6 +51,14 @@ def test_a_pair_is_what_infer_draws(changes, flags, scale, drawer, adapter, draw
     assert pair.changes["unet"].modules == 136
 
 
+def test_the_prediction_type_of_the_training_is_drawn_with(drawer, adapter, draw, trained):
+    pair = PairDrawer(drawer.pipeline, "v_prediction").draw(SETTINGS, adapter, 1.0)
+    words = ["--lora_weights", trained, "--compare", "--prompt", SETTINGS.prompt, "--seed", 3]
+    drawn = draw(*words, "--prediction_type", "v_prediction")
+    assert same(pair.base, drawn[NAME.format("base")])
+    assert same(pair.tuned, drawn[NAME.format("tuned")])
+
+
 def test_scale_0_is_the_base_and_the_base_comes_back_after_any_adapter(drawer, adapter):
     first = drawer.draw(SETTINGS, adapter, 0.0)
     assert same(first.base, first.tuned)

@@ -91,8 +91,18 @@ def hub(adapter, tmp_path_factory):
             **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
         )
     assert finished.returncode == 0, finished.stderr
+    # Again, when the server is gone, and by a token that no request can hold.
+    again = {}
+    for how in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0"}, {"HF_TOKEN": "hf_\u00e4"}):
+        finished_again = subprocess.run(
+            [sys.executable, "-c", ASK, json.dumps(questions)],
+            env=environment | how,
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
+        )
+        assert finished_again.returncode == 0, finished_again.stderr
+        again[str(how)] = dict(zip(PLACES, json.loads(finished_again.stdout), strict=True))
     fetched = {request.rpartition("/")[2] for request in requests if "/resolve/" in request}
-    return dict(zip(PLACES, json.loads(finished.stdout), strict=True)), folder, fetched
+    return dict(zip(PLACES, json.loads(finished.stdout), strict=True)), folder, fetched, again
 
 
 @pytest.mark.parametrize("name", ["diffusers", "peft", "kohya", "file", "brackets", "folder"])
@@ -100,6 +110,20 @@ def test_an_adapter_on_the_hub_is_read_like_one_on_the_disk(hub, adapter, name):
     path = Path(hub[0][name])
     assert hub[1] / name in path.parents
     assert same_adapter(adapter_reader.read_adapter(path), adapter)
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_what_was_fetched_is_found_again_without_the_hub(hub, offline):
+    again = hub[3][str({"HF_HUB_OFFLINE": offline})]
+    for name in ("diffusers", "peft", "kohya", "file", "brackets", "folder"):
+        assert again[name] == hub[0][name]
+    assert again["no repository"].startswith("error: me/nothing is no path here, and the hub did not give it: ")
+
+
+def test_a_token_that_is_none_is_an_error_that_does_not_show_it(hub):
+    for answer in hub[3][str({"HF_TOKEN": "hf_\u00e4"})].values():
+        assert answer.startswith("error: The token of HF_TOKEN or `hf auth login` holds a letter that no token does")
+        assert "\u00e4" not in answer
 
 
 def test_only_safetensors_and_the_adapters_configuration_are_fetched(hub):

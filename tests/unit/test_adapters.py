@@ -748,3 +748,35 @@ def test_a_damaged_write_of_a_merged_folder_leaves_nothing_under_its_name(tiny_b
     with pytest.raises(RuntimeError, match="does not read back as it was written"):
         save_merged(tiny_base, live, tmp_path / "tuned")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pattern"),
+    [
+        ("use_qalora", True, "says use_qalora: the change of this variant is not the plain product"),
+        ("layer_replication", [[0, 1]], "says layer_replication"),
+        ("alora_invocation_tokens", [1, 2], "says alora_invocation_tokens"),
+        ("arrow_config", {"a": 1}, "says arrow_config"),
+        ("use_bdlora", True, "says use_bdlora"),
+        ("trainable_token_indices", [1], "says trainable_token_indices"),
+        ("use_rslora", "x", "use_rslora is 'x', not true or false"),
+    ],
+)
+def test_a_variant_whose_change_is_another_is_refused(live, tmp_path, name, value, pattern):
+    adapter_writer.write_peft_folders(tmp_path / "a", adapter_of(unet=live["LoRA"]))
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=pattern):
+        read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("task_type", "CAUSAL_LM"), ("lora_dropout", "x"), ("megatron_config", {"a": 1}), ("bias", 5)]
+)
+def test_what_a_merge_does_not_hang_on_may_be_anything(tiny_base, live, tmp_path, name, value):
+    adapter = adapter_of(unet=live["LoRA"])
+    adapter_writer.write_peft_folders(tmp_path / "a", adapter)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    found, expected = (merged(tiny_base, one).state_dict() for one in (read_adapter(tmp_path / "a"), adapter))
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

@@ -141,6 +141,9 @@ def test_another_class_is_refused_by_its_name(base, component):
         ("text_encoder", {"hidden_size": "absent"}, "text_encoder/config.json has no hidden_size"),
         ("vae", {"latent_channels": 16}, "VAE with 16 latent channels.*--pretrained_vae_model_name_or_path"),
         ("unet", {"_class_name": "absent"}, "not SDXL's unet"),
+        ("unet", {"time_cond_proj_dim": 256}, "told the guidance scale .time_cond_proj_dim.*Give the base"),
+        ("vae", {"latents_mean": [0.0] * 4}, "VAE with latents_mean.*--pretrained_vae_model_name_or_path"),
+        ("vae", {"latents_std": [1.0] * 4}, "VAE with latents_mean or latents_std"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component, changes, words):

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from rasengan import UserError
-from rasengan.files import check_writable, give_default_mode, lost_place, remove_left_behind, write_atomically
+from rasengan.files import (
+    MOST_NAME_BYTES,
+    check_name,
+    check_writable,
+    give_default_mode,
+    lost_place,
+    remove_left_behind,
+    write_atomically,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +149,13 @@ def test_a_name_that_is_too_long_is_refused_and_leaves_nothing_behind(tmp_path, 
     with pytest.raises(UserError, match="^--output_dir .* cannot be written: File name too long.*Give another"):
         check_writable(tmp_path / parent / ("x" * 300), "--output_dir")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_leaves_room_for_that_of_an_unfinished_file(tmp_path):
+    write_atomically(tmp_path / ("x" * MOST_NAME_BYTES), b"content")
+    check_name(tmp_path / ("x" * MOST_NAME_BYTES), "--save_merged")
+    with pytest.raises(UserError, match=r"^--save_merged: the name ナ+ has 201 bytes. Give one of 200 at most"):
+        check_name(tmp_path / ("ナ" * 67), "--save_merged")
 
 
 def test_a_check_whether_a_folder_can_be_written_survives_a_clearing_of_it(tmp_path):

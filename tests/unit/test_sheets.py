@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+import time
 import unicodedata
 
 import numpy as np
@@ -100,9 +101,22 @@ def test_a_long_label_is_wrapped_into_full_lines_and_cut_with_an_ellipsis():
 
 
 @pytest.mark.parametrize("letter", ["é", "ü", "ñ", "—"])
-def test_letters_outside_ascii_are_not_drawn_as_a_box(letter):
-    grids = [sheets.image_grid([[Image.new("RGB", (256, 256))]], [text], ["base"]) for text in (letter, "\ue000")]
-    assert np.any(pixels(grids[0]) != pixels(grids[1]))
+def test_letters_outside_ascii_are_not_drawn_as_a_box(letter, monkeypatch):
+    monkeypatch.setattr(sheets, "FONTS", ("no font has this name.ttf",))
+    font = sheets.font_for(letter, 28)
+    (line,) = sheets.wrap(letter, font, 500)
+    box = font.getmask("\uffff")  # which is no letter
+    assert bytes(font.getmask(letter)) == bytes(box)
+    assert bytes(font.getmask(line)) != bytes(box)
+
+
+def test_of_a_text_of_any_length_three_lines_are_found_soon():
+    font = sheets.font_for("a", 28)
+    began_s = time.process_time()
+    lines = sheets.wrap("word " * 100_000, font, 900)
+    assert time.process_time() - began_s < 2  # 0.02 s, where cutting letter after letter takes hours
+    assert [len(line.split()) for line in lines[:2]] == [len(lines[0].split())] * 2
+    assert lines[2].endswith("word ...")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +174,25 @@ def test_a_writer_writes_all_and_tells_of_what_it_could_not(tmp_path):
     assert {Image.open(file).text["seed"] for file in tmp_path.glob("*.png")} == {str(n) for n in range(20)}
     with pytest.raises(OSError), sheets.PictureWriter() as writer:
         writer.write(tmp_path / "0.png" / "a.png", Image.new("RGB", (8, 8)), {})
+
+
+@pytest.mark.parametrize("kind", ["n" * 300 + "-x-1", "ナ" * 200 + "-x-0.5"])
+def test_the_name_of_a_picture_can_be_written_however_long_what_it_is_of(kind, tmp_path):
+    name = f"000-{sheets.picture_name('忍者' * 200, 2**63 - 1, kind)}"
+    sheets.save_png(tmp_path / name, Image.new("RGB", (8, 8)))
+    assert name.endswith(f"{kind[-5:]}.png")
+    assert len(name.encode()) < 210
+
+
+def test_a_grid_has_no_more_rows_than_pillow_opens(tmp_path, monkeypatch):
+    monkeypatch.setattr(sheets, "MOST_GRID_PIXELS", 3 * 2 * 64**2)
+    files = [tmp_path / f"{number}.png" for number in range(10)]
+    for file in files:
+        sheets.save_png(file, Image.new("RGB", (64, 64)))
+    rows = [(f"row {n}", files[2 * n : 2 * n + 2]) for n in range(5)]
+    sheets.write_together(tmp_path, rows, [("base", ""), ("tuned", "")], {})
+    assert sorted(path.name for path in tmp_path.glob("grid*")) == ["grid-001.png", "grid-002.png"]
+    assert Image.open(tmp_path / "grid-001.png").height > Image.open(tmp_path / "grid-002.png").height
 
 
 def test_a_picture_takes_the_first_name_that_nothing_else_has(tmp_path):
