@@ -85,6 +85,8 @@ def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Ada
     if is_peft_folder(path):
         adapter, is_open = _read_peft_folder(path, allow_pickle), False
     else:
+        if (path / PEFT_FILE).is_file() and not (path / DIFFUSERS_FILE).is_file():
+            raise UserError(f"{path} holds {PEFT_FILE} without {PEFT_CONFIG}, which says its alpha. Copy both.")
         file = found_file(path / DIFFUSERS_FILE) if path.is_dir() else path
         adapter, is_open = _read_single_file(file, lora_alpha, allow_pickle)
     if not any(adapter.weights.values()):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, imaging, locks, memory, sdxl
+from rasengan import UserError, components, first_line, imaging, locks, memory, sdxl
 from rasengan.files import read_json_or_empty, room, write_atomically
 from rasengan.processes import gather, is_first, wait_for_everyone
 
@@ -36,7 +36,7 @@ ITEMS_PER_SHARD = 64
 class ShardedCache:
     """Rows of tensors on disk, looked up by item: a picture's digest, or a caption.
 
-    Rows are read through memory-mapped files, so host memory does not grow with the data set.
+    Rows are read one at a time, so host memory does not grow with the data set.
     """
 
     def __init__(self, directory: Path, settings: dict, items: Iterable[str]):
@@ -91,10 +91,17 @@ class ShardedCache:
 
     def __getitem__(self, item: str) -> dict[str, torch.Tensor]:
         number, row = divmod(self._positions[item], ITEMS_PER_SHARD)
-        if number not in self._open:
-            self._open[number] = safe_open(self._paths[number], framework="pt")
-        shard = self._open[number]
-        return {name: shard.get_slice(name)[row] for name in shard.keys()}
+        try:
+            if number not in self._open:
+                # Mapped into memory, a file that is cut off meanwhile would end the process without a word.
+                self._open[number] = safe_open(self._paths[number], framework="pt", backend="pread")
+            shard = self._open[number]
+            return {name: shard.get_slice(name)[row] for name in shard.keys()}
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+            raise imaging.PictureChanged(
+                f"{self._paths[number]} of the cache was changed while the run used it: {reason}."
+            ) from error
 
     def __getstate__(self) -> dict:
         # A data worker that is started afresh opens the files itself.

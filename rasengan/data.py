@@ -107,7 +107,7 @@ def load_pictures(
             "own: put the picture there, or use another data set."
         )
     if dataset_name is None:
-        _warn_of_odd_files(given, count, _paths(dataset, image_column).to_pylist(), beside)
+        _warn_of_odd_files(given, files, _paths(dataset, image_column).to_pylist(), beside)
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 
@@ -126,8 +126,12 @@ def _check_columns(dataset: datasets.Dataset, given: str, image_column: str, cap
         )
 
 
-def _warn_of_odd_files(given: str, file_count: int, paths: list[str | None], beside: captions.Beside | None) -> None:
-    lines = Counter(paths)
+def _warn_of_odd_files(given: str, files: list[Path], paths: list[str | None], beside: captions.Beside | None) -> None:
+    lines, file_count = Counter(paths), sum(map(is_picture_name, files))
+    without_metadata = captions.find_beside([file for file in files if file.name not in captions.METADATA])
+    if without_metadata and not beside:
+        texts = len(without_metadata.texts)
+        logger.warning("%d .txt beside pictures of %s are not read, since its metadata has the captions", texts, given)
     if file_count > len(lines):
         logger.warning(
             "%d pictures of %s have no line in its metadata, and are left out", file_count - len(lines), given

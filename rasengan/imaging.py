@@ -1,9 +1,12 @@
 """Picture files: look at them, decode them, and crop them to the sizes that are trained on."""
 
+import errno
 import hashlib
 import io
 import json
 import math
+import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,9 @@ from rasengan import UserError
 from rasengan.files import read_json_or_empty, write_atomically
 
 
+# Which a picture of too many pixels is refused for here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 Size = tuple[int, int]  # height and width, in px
 
 # torchvision's names, which diffusers' --image_interpolation_mode uses, for Pillow's filters.
@@ -35,6 +41,8 @@ INTERPOLATIONS = {
 # Where Pillow begins to warn of a decompression bomb: 9,400 px square.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS
 PROGRAM = "EPS"  # PostScript, under any file name, which Ghostscript would run where it is installed
+# Formats whose pictures of 16 bits Pillow opens as 32 bits.
+SIXTEEN_BITS = {"PPM", "PNG"}
 # A strip of a few bytes would be scaled to gigabytes, since it is made as wide as its crop before it is cropped.
 MOST_ASPECT = 100
 
@@ -63,8 +71,17 @@ def is_picture_name(file: Path) -> bool:
 
 
 def read_bytes(record: dict) -> bytes:
-    """Return the file behind an undecoded entry of an image column."""
-    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
+    """Return the file behind an undecoded entry of an image column.
+
+    Raises:
+        OSError: it cannot be read, or is none: a pipe or a device may give nothing, or no end.
+    """
+    if record["bytes"] is not None:
+        return record["bytes"]
+    path = record["path"]
+    if "\0" in path or (os.path.lexists(path) and not os.path.isfile(path) and os.path.exists(path)):
+        raise OSError(errno.EINVAL, "This is no file")
+    return Path(path).read_bytes()
 
 
 def digest_of(content: bytes) -> str:
@@ -94,39 +111,35 @@ def decode(content: bytes) -> Image.Image:
     Of an animated one that is the first picture.
 
     Raises:
-        ValueError: it has more than `MOST_PIXELS`, or is longer than `MOST_ASPECT` times its width. Pillow's plugins
-            raise others for a broken file.
+        ValueError: it has more than `MOST_PIXELS`, or is longer than `MOST_ASPECT` times its width, or has 32 bits a
+            channel. Pillow's plugins raise others for a broken file.
     """
     with _open(content) as image:
         if image.format == PROGRAM:
             raise UnidentifiedImageError(f"a picture in {PROGRAM} is a program")
         if image.width * image.height > MOST_PIXELS:
-            size = _megapixels(image.width * image.height)
-            raise ValueError(f"it has {size}, and {_megapixels(MOST_PIXELS)} are read at most")
+            raise ValueError(f"it has {image.width * image.height:,} pixels, and {MOST_PIXELS:,} are read at most")
         if max(image.size) > MOST_ASPECT * min(image.size):
             size = f"{image.width} x {image.height} px"
             raise ValueError(f"it has {size}, one side more than {MOST_ASPECT} times the other")
+        if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
+            raise ValueError("its numbers have 32 bits, of which none says what is white: save it with 8 or 16 bits")
         image.load()
         return _plain(image)
-
-
-def _megapixels(pixels: int) -> str:
-    return f"{pixels / 1e6:,.0f} megapixels"
 
 
 def _open(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content))
     except Image.DecompressionBombError as error:  # from twice as many on, without saying how many in a way to rely on
-        raise ValueError(
-            f"it has over {_megapixels(2 * MOST_PIXELS)}, and {_megapixels(MOST_PIXELS)} are read at most"
-        ) from error
+        raise ValueError(f"it has over {2 * MOST_PIXELS:,} pixels, and {MOST_PIXELS:,} are read at most") from error
 
 
 def _plain(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        levels, clear = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.where(levels == clear, 255, levels.clip(0, 65535) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -175,11 +188,15 @@ def _digest_picture(column: Sequence[dict], row: int, position: int) -> Picture:
     return Picture((record or {}).get("path") or f"picture {position}", digest, 0, 0, error, position)
 
 
+def _is_fact(fact) -> bool:
+    return isinstance(fact, list) and [type(part) for part in fact] in ([int, int, str], [int, int, type(None)])
+
+
 def _look_at(
     column: Sequence[dict], remembered: dict, on_picture: Callable[[], object], row: int, picture: Picture
 ) -> Picture:
     fact = [0, 0, picture.error] if picture.error else remembered.get(picture.digest)
-    if fact is None:
+    if not _is_fact(fact):
         try:
             content = read_bytes(column[row])
         except OSError as reason:  # a drive that went away says nothing of the content: no digest, no memory of it

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from rasengan import UserError
+from rasengan import UserError, single_file
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, infer_config, kind_of, strength_of
 from rasengan.components import component_files, skeleton
 
@@ -87,8 +88,9 @@ def extract_lora(
     are computed, by a seeded random projection. Alpha is the rank.
 
     Args:
-        tuned: the folder of each component, as `components.fetch` returns it.
-        base: likewise; the components of both that can be adapted are compared.
+        tuned: the folder of each component, as `components.fetch` returns it; or for each the same file that holds
+            them all in the original layout.
+        base: likewise, one of the two in folders; the components of both that can be adapted are compared.
         rank: of the LoRA; a layer smaller than it gets its own size.
         variant: of both models' weight files.
         device: where the decomposition runs.
@@ -99,15 +101,18 @@ def extract_lora(
     """
     weights, configs, kept = {}, {}, {}
     for name in ADAPTABLE:
-        files = {"tuned": _tensor_files(name, tuned[name], variant), "base": _tensor_files(name, base[name], variant)}
-        if files["tuned"].keys() != files["base"].keys():
-            stranger = sorted(files["tuned"].keys() ^ files["base"].keys())[0]
+        model = skeleton(name, tuned[name] if base[name].is_file() else base[name])
+        read_new, read_old = (_tensors(name, places[name], variant, model) for places in (tuned, base))
+        if read_new.keys() != read_old.keys():
+            stranger = sorted(read_new.keys() ^ read_old.keys())[0]
             raise UserError(f"The {name}s of {tuned[name]} and {base[name]} differ in what they hold, as {stranger}.")
-        layers = skeleton(name, base[name]).named_modules()
-        linear = {f"{key.removeprefix('text_model.')}.weight" for key, m in layers if isinstance(m, torch.nn.Linear)}
+        layers = [
+            key.removeprefix("text_model.") for key, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+        ]
+        linear = {f"{layer}.weight" for layer in layers}
         part, ranks, norms, left_out = {}, {}, [], 0
-        for key in files["base"]:
-            new, old = (_tensor(files[which], key).to(device).float() for which in ("tuned", "base"))
+        for key in read_old:
+            new, old = (read[key]().to(device).float() for read in (read_new, read_old))
             if new.shape != old.shape:
                 raise UserError(
                     f"The {name}'s {key} is {tuple(new.shape)} in {tuned[name]}, but {tuple(old.shape)} in "
@@ -153,17 +158,19 @@ def _nearest(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return a.cpu().contiguous(), b.cpu().contiguous(), values[:size].norm().item()
 
 
-def _tensor_files(component: str, folder: Path, variant: str | None) -> dict[str, tuple[Path, str]]:
-    """Return the file of each tensor, and its name there, by its name without text_model."""
+def _tensors(component: str, place: Path, variant: str | None, model: torch.nn.Module) -> dict[str, Callable]:
+    """Return what reads each tensor, by its name without text_model, of a folder or the file of a whole model."""
+    if place.is_file():
+        shapes = {name.removeprefix("text_model."): tensor.shape for name, tensor in model.state_dict().items()}
+        return {name: partial(single_file.read_tensor, place, component, name, shapes[name]) for name in shapes}
     found = {}
-    for file in component_files(component, folder, variant):
+    for file in component_files(component, place, variant):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:
-                found |= {key.removeprefix("text_model."): (file, key) for key in content.keys()}  # noqa: SIM118
+                found |= {key.removeprefix("text_model."): partial(_read, file, key) for key in content.keys()}  # noqa: SIM118
     return found
 
 
-def _tensor(files: dict[str, tuple[Path, str]], key: str) -> torch.Tensor:
-    file, name = files[key]
+def _read(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as content:
         return content.get_tensor(name)

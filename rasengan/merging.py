@@ -42,6 +42,9 @@ MERGED_BY = {
 }
 
 
+NOTHING_LEFT = 1e-4  # of the greatest change among several
+
+
 class MergeReport(NamedTuple):
     """What a merge changed: how many modules, and the norm of all changes over the norm of what they changed."""
 
@@ -194,7 +197,7 @@ def merge(
     parts = [_Part.of(adapter, scale, model, component) for adapter, scale in adapters if component in adapter.weights]
     parts = [part for part in parts if part.scale != 0]
     squared_change, squared_norm, changed = 0.0, 0.0, 0
-    acting = [False] * len(parts)
+    acting, squared_of_each = [False] * len(parts), [0.0] * len(parts)
     for name in dict.fromkeys(name for part in parts for name in part.modules):
         layer = model.get_submodule(name)
         old = layer.weight.detach()
@@ -204,6 +207,8 @@ def merge(
                 before, new = new, _merged_weight(layer, new, part, name)
                 _check_change(part, name, component, before, new)
                 acting[number] = acting[number] or not torch.equal(before, new)
+                if len(parts) > 1:
+                    squared_of_each[number] += _norm(new - before) ** 2
         rounded = new.to(old.dtype)
         change = _norm(rounded.float() - exact)
         if not math.isfinite(change):
@@ -217,7 +222,8 @@ def merge(
         layer.weight.data.copy_(rounded)
     if idle := [number + 1 for number, acts in enumerate(acting) if not acts]:
         raise _idle_error(f"Adapter {idle[0]} of {len(parts)}" if len(parts) > 1 else "The adapter", component)
-    if parts and squared_change == 0:
+    # What is left of adapters that cancel each other is rounding.
+    if parts and squared_change <= NOTHING_LEFT**2 * max(squared_of_each):
         raise _idle_error("The adapter" if len(parts) == 1 else "All adapters together", component)
     return model.requires_grad_(False), MergeReport(changed, (squared_change / (squared_norm or 1.0)) ** 0.5)
 

@@ -50,7 +50,10 @@ def check_settings(settings: Settings, lora_scale: float) -> None:
     Raises:
         UserError: one is none that can be drawn with.
     """
-    if not settings.prompt.strip():
+    for name in ("prompt", "negative_prompt", "scheduler"):
+        if not isinstance(getattr(settings, name), str | None):
+            raise UserError(f"The {_words(name)} is {getattr(settings, name)!r:.80}. Give a text.")
+    if not (settings.prompt or "").strip():
         raise UserError("The prompt is empty. Say what to draw.")
     for name in ("prompt", "negative_prompt"):
         length = len(getattr(settings, name) or "")

@@ -244,7 +244,8 @@ def worker_died(error: WorkerDied, global_step: int, saved: str) -> str:
 def picture_changed(error: PictureChanged, saved: str) -> str:
     """Return what to say of it; `saved` names the last checkpoint, empty for none."""
     return (
-        f"{error} Put back what it was, and resume from {saved or 'the start'} with --resume_from_checkpoint latest."
+        f"{error} Put back what it was, but for the cache, which is built again, and resume from "
+        f"{saved or 'the start'} with --resume_from_checkpoint latest."
     )
 
 

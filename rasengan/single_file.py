@@ -1,4 +1,4 @@
-"""Write an SDXL as one safetensors file in the original checkpoint's layout, which ComfyUI and AUTOMATIC1111 read."""
+"""SDXL as one safetensors file in the original checkpoint's layout, which ComfyUI and AUTOMATIC1111 read."""
 
 import json
 import os
@@ -88,6 +88,40 @@ def _bigg(weights: Weights) -> dict[str, torch.Tensor]:
     for (layer, kind), parts in stacked.items():
         original[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat([parts[part] for part in "qkv"])
     return original
+
+
+# Where OpenCLIP stacks what transformers has in three.
+_STACKED = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
+
+
+def read_tensor(file: Path, component: str, name: str, shape: torch.Size) -> torch.Tensor:
+    """Return a tensor of a single file by its name in diffusers or transformers.
+
+    Args:
+        file: as `write_single_file` writes it, and others in that layout.
+        component: one of `COMPONENTS`.
+        name: of the tensor, without text_model.
+        shape: that the component's configuration gives it.
+
+    Raises:
+        UserError: the file does not hold it in this shape.
+    """
+    stacked = _STACKED.fullmatch(name) if component == "text_encoder_2" else None
+    # The names of the other two of three are needed to find that of all.
+    names = [f"{stacked[1]}.{part}_proj.{stacked[3]}" for part in "qkv"] if stacked else [name]
+    ((original, whole),) = original_weights(component, {n: torch.empty(shape, device="meta") for n in names}).items()
+    with safe_open(file, framework="pt") as content:
+        there = original in content.keys()  # noqa: SIM118
+        tensor = content.get_tensor(original) if there else None
+    if tensor is None or tensor.shape != whole.shape:
+        found = "no" if tensor is None else f"a {' x '.join(map(str, tensor.shape))}"
+        raise UserError(
+            f"{file} holds {found} {original}, where SDXL's {component} has {' x '.join(map(str, whole.shape))}. Give "
+            "an SDXL in the original checkpoint's layout."
+        )
+    if stacked:
+        return tensor.chunk(3)["qkv".index(stacked[2])]
+    return tensor.T if name == "text_projection.weight" else tensor.reshape(shape)
 
 
 def write_single_file(

@@ -22,6 +22,7 @@ def save(
     dtype: torch.dtype,
     scheduler: SchedulerMixin,
     adapters: list[tuple[Adapter, float]],
+    on_merge: Callable[[str, merging.MergeReport], object] = lambda name, change: None,
 ) -> None:
     """Write the tuned model, one component in memory at a time.
 
@@ -32,11 +33,12 @@ def save(
         dtype: of the UNet and the text encoders; the VAE is fp32.
         scheduler: with the prediction type of the training.
         adapters: each with the scale on its whole change.
+        on_merge: called with each component that was merged, and what that changed.
 
     Raises:
         UserError: an adapter does not fit, or changes nothing; the place exists, or another run writes it.
     """
-    tuned = partial(_tuned_component, folders, variant, dtype, scheduler, adapters)
+    tuned = partial(_tuned_component, folders, variant, dtype, scheduler, adapters, on_merge)
     with locks.only_writer(place, "--save_merged") as unfinished:
         if place.suffix == ".safetensors":
             skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
@@ -47,13 +49,14 @@ def save(
             _save_folder(unfinished, tuned, place)
 
 
-def _tuned_component(folders, variant, dtype, scheduler, adapters, name: str):
+def _tuned_component(folders, variant, dtype, scheduler, adapters, on_merge, name: str):
     if name == "scheduler":
         return scheduler
     model = components.load(name, folders[name], dtype, variant)
-    return (
-        merging.merge(model, adapters, name)[0] if any(name in adapter.weights for adapter, _ in adapters) else model
-    )
+    if any(name in adapter.weights for adapter, _ in adapters):
+        model, change = merging.merge(model, adapters, name)
+        on_merge(name, change)
+    return model
 
 
 def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path) -> None:

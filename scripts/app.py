@@ -9,9 +9,12 @@ Both are drawn from one model in memory. --share gives a link for others, as Col
 import argparse
 import html
 import itertools
+import math
 import os
 import random
+import re
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -160,10 +163,16 @@ class Page:
         text = str(error).replace(f"{self.runs_dir}/", "")
         for place in self.places:
             text = text.replace(str(place), place.name)
+        # What are flags elsewhere are fields here.
+        text = re.sub(r"--(\w+)", lambda match: match[1].replace("_", " ").replace("lora", "LoRA"), text)
         return html.escape(text)
 
     def adapter(self, path: Path, lora_alpha: float | None) -> Adapter:
         """Return an adapter; the last one is not read, and so not merged, again while its files are the same."""
+        if not isinstance(lora_alpha, int | float | None) or (
+            lora_alpha is not None and not 0 < lora_alpha < math.inf
+        ):
+            raise UserError(f"The LoRA alpha is {lora_alpha!r}. Give a positive number, or 0 for the file's own.")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         key = lora_alpha, [(file, file.stat().st_mtime_ns) for file in files]
         if self.read[0] != key:
@@ -267,4 +276,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder of pictures is removed
     sys.exit(in_one_line(lambda: main(parse_args()), "the page's temporary folder"))

@@ -9,6 +9,7 @@ What is written is read back and compared bit for bit. ComfyUI and AUTOMATIC1111
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.conversion import LAYOUTS, check_family, write_adapter
 from rasengan.endings import in_one_line
-from rasengan.files import check_writable
+from rasengan.files import check_name, check_writable
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,8 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--input", type=path_type, metavar="PLACE", help="an adapter of any layout: file, folder or hub id")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where the file does not say it")
     add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
-    add("--extract_from", type=path_type, metavar="TUNED", help="instead: hub id or folder of a tuned SDXL")
-    add("--base", type=path_type, help="hub id or folder of the SDXL that it was tuned from")
+    add("--extract_from", type=path_type, metavar="TUNED", help="instead: hub id, folder or file of a tuned SDXL")
+    add("--base", type=path_type, help="hub id, folder or file of the SDXL that it was tuned from")
     add("--rank", type=number_type(1), help="of the extracted LoRA")
     add("--variant", help="of the weight files of TUNED and BASE")
     add("--cache_dir", type=path_type, help="where downloads go")
@@ -60,28 +61,42 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             "--base, --rank and --variant belong to --extract_from. Drop them; --resize_rank is for --input."
         )
+    if args.extract_from and all(Path(place).is_file() for place in (args.extract_from, args.base)):
+        raise UserError(
+            "--extract_from and --base are both single files, which do not hold their configuration. Give one of them "
+            "as a folder or a hub id."
+        )
     if args.extract_from and (args.resize_rank or args.lora_alpha or args.allow_pickle):
         raise UserError("--resize_rank, --lora_alpha and --allow_pickle belong to --input. Drop them.")
     output = Path(args.output)
     if (output.suffix == ".safetensors") == (args.format == "peft"):
         kind = "a folder, without .safetensors" if args.format == "peft" else "a file that ends in .safetensors"
         raise UserError(f"--output is {args.output}, but --format {args.format} is {kind}. Correct one of them.")
+    check_name(output, "--output")
     if output.exists():
         raise UserError(f"--output {args.output} exists. Give a name that does not.")
     check_writable(output.resolve().parent, "--output: the folder")
 
 
-def extract(args: argparse.Namespace) -> tuple[Adapter, dict[str, low_rank.Kept]]:
-    """Return the LoRA between the two models."""
-    folders = []
-    for place in (args.extract_from, args.base):
-        sources = components.component_sources(place, {}, None, args.variant, args.cache_dir)
+def find_model(flag: str, place: str, variant: str | None, cache_dir: str | None) -> dict[str, Path]:
+    """Return the folder of each component that can be adapted, or for each the single file that holds them all."""
+    if Path(place).is_file():
+        return dict.fromkeys(ADAPTABLE, Path(place))
+    sources = components.component_sources(place, {}, None, variant, cache_dir)
+    try:
         found = {name: components.fetch(name, sources[name], weights=False) for name in ADAPTABLE}
         components.check_components(found)
-        folders.append({name: components.fetch(name, sources[name]) for name in ADAPTABLE})
+        return {name: components.fetch(name, sources[name]) for name in ADAPTABLE}
+    except UserError as error:  # whose remedies are the flags of other scripts
+        raise UserError(re.sub(r"--pretrained_\w+( or --pretrained_\w+)?", f"--{flag}", str(error))) from error
+
+
+def extract(args: argparse.Namespace) -> tuple[Adapter, dict[str, low_rank.Kept]]:
+    """Return the LoRA between the two models."""
+    places = [find_model(flag, getattr(args, flag), args.variant, args.cache_dir) for flag in ("extract_from", "base")]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tqdm(desc="Comparing", unit=" tensors", dynamic_ncols=True) as bar:
-        return low_rank.extract_lora(*folders, args.rank, args.variant, device, bar.update)
+        return low_rank.extract_lora(*places, args.rank, args.variant, device, bar.update)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -94,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         check_family(adapter, args.input)
         adapter, kept = low_rank.resize_rank(adapter, args.resize_rank) if args.resize_rank else (adapter, {})
     for name, (share, left_out) in kept.items():
-        print(f"{name}: {share:.2%} of the norm of its changes kept")
+        print(f"{name}: {share:.2%} of the norm of its linear layers' changes kept")
         if left_out:
             print(f"warning: {left_out} tensors of the {name} differ outside of its linear layers, and are left out")
     output = Path(args.output)

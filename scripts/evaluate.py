@@ -10,7 +10,6 @@ printed, and written to --output_dir as evaluation.json, evaluation.html and ten
 import argparse
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -418,4 +417,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_line(lambda: main(parse_args()), "--output_dir or --conditioning_cache_dir"))
+    places = "--output_dir or --conditioning_cache_dir"
+    processes.end(in_one_line(lambda: main(parse_args()), places, int(os.environ.get("RANK", 0))))

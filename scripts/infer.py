@@ -200,6 +200,8 @@ def report(model: Model, component: str, change: merging.MergeReport) -> None:
     )
     relative = f"relative weight change {change.relative_change:.3e}"
     print(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
+    if change.relative_change < 1e-6:
+        print("warning: this is too small a change to be seen. Was the adapter trained, and is its alpha right?")
 
 
 def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
@@ -363,7 +365,9 @@ def main(args: argparse.Namespace) -> None:
         pipeline.drop_unet()
     if args.save_merged and accelerator.is_main_process:
         scheduler, (tuned,) = load_scheduler(args, folders), [model for model in models if model.adapters]
-        tuned_model.save(Path(args.save_merged), folders, args.variant, dtype, scheduler, tuned.adapters)
+        where = Path(args.save_merged), folders, args.variant
+        say = partial(report, tuned) if not args.prompt else lambda *_: None  # drawing has said it
+        tuned_model.save(*where, dtype, scheduler, tuned.adapters, say)
         print(f"Saved the tuned model as {args.save_merged}")
 
 

@@ -93,6 +93,18 @@ def test_an_adapter_that_is_missing_cut_or_malformed_is_refused(draw, refused, t
     shutil.copytree(trained / "peft", tmp_path / "peft")
     (tmp_path / "peft" / "adapter_config.json").write_text("{")
     refused("adapter_config.json cannot be read", start, tmp_path / "peft")
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    refused("peft holds adapter_model.safetensors without adapter_config.json, which", start, tmp_path / "peft")
+
+
+def test_an_adapter_that_changes_too_little_to_be_seen_is_told_of(draw, trained, tmp_path, capsys):
+    tensors = load_file(trained / ADAPTER)
+    small = {key: tensor * (1e-8 if "lora_B" in key or ".up." in key else 1) for key, tensor in tensors.items()}
+    save_file(small, tmp_path / "a.safetensors", safe_open(trained / ADAPTER, framework="pt").metadata())
+    draw("--lora_weights", tmp_path / "a.safetensors", "--prompt", "a star")
+    assert "warning: this is too small a change to be seen" in capsys.readouterr().out
+    draw("--lora_weights", trained, "--prompt", "a star")
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_an_adapter_that_changes_nothing_is_refused(draw, train, tmp_path):

@@ -123,7 +123,7 @@ def test_another_rank_keeps_the_greatest_singular_values_and_says_their_share(co
             expected = u[:, :3] * values[:3] @ v[:3]
             assert (new[module] - expected).norm() <= 1e-5 * change.norm()
             kept, whole = kept + values[:3].square().sum(), whole + values.square().sum()
-        assert f"{name}: {(kept / whole).sqrt():.2%} of the norm of its changes kept" in printed
+        assert f"{name}: {(kept / whole).sqrt():.2%} of the norm of its linear layers' changes kept" in printed
         assert (after.configs[name].r, after.configs[name].lora_alpha) == (3, 3)
 
 
@@ -148,13 +148,42 @@ def tuned(draw, trained, tmp_path_factory):
 def test_a_lora_between_two_models_is_the_one_that_was_merged(convert, trained, tuned, tiny_base, tmp_path, capsys):
     options = ["--extract_from", tuned, "--base", tiny_base, "--format", "kohya"]
     file = convert(tmp_path / "a.safetensors", *options, "--rank", 16)
-    assert "unet: 100.00% of the norm of its changes kept" in capsys.readouterr().out
+    assert "unet: 100.00% of the norm of its linear layers' changes kept" in capsys.readouterr().out
     found, expected = products(read_adapter(file)), products(read_adapter(trained))
     assert found.keys() == expected.keys()
     for module, change in expected.items():
         assert (found[module] - change).norm() <= 1e-3 * change.norm(), module
     convert(tmp_path / "b.safetensors", *options, "--rank", 2)
     assert "unet: 100.00%" not in capsys.readouterr().out
+
+
+def test_a_lora_of_a_single_file_is_that_of_the_folder(convert, draw, trained, tuned, tiny_base, tmp_path):
+    draw("--lora_weights", trained, "--save_merged", tmp_path / "sdxl.safetensors")
+    options = ["--rank", 16, "--format", "kohya"]
+    from_folder = convert(tmp_path / "a.safetensors", "--extract_from", tuned, "--base", tiny_base, *options)
+    tuned_file = ["--extract_from", tmp_path / "sdxl.safetensors", "--base", tiny_base]
+    assert convert(tmp_path / "b.safetensors", *tuned_file, *options).read_bytes() == from_folder.read_bytes()
+    # The other way round its sign is the other one.
+    back = ["--extract_from", tiny_base, "--base", tmp_path / "sdxl.safetensors"]
+    found = products(read_adapter(convert(tmp_path / "c.safetensors", *back, *options)))
+    for module, change in products(read_adapter(from_folder)).items():
+        assert (found[module] + change).norm() <= 1e-3 * change.norm()
+
+
+def test_what_is_no_model_is_refused_by_the_flags_of_this_script(convert, trained, tiny_base, tmp_path):
+    file, options = trained / adapters.DIFFUSERS_FILE, ["--rank", 4, "--format", "kohya"]
+    for tuned, base, said in (
+        (file, file, "are both single files, which do not hold their configuration"),
+        (file, tiny_base, f"{file} holds no model.diffusion_model.* Give an SDXL in the original"),
+        (
+            tmp_path / "none",
+            tiny_base,
+            "none is neither a folder nor a hub id, so there is no unet. Correct --extract_from",
+        ),
+        (file, tmp_path / "none", r"none is neither a folder nor a hub id.* Correct --base\."),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert(tmp_path / "a.safetensors", "--extract_from", tuned, "--base", base, *options)
 
 
 def test_the_greatest_singular_values_of_a_large_change_are_found_by_projection(monkeypatch):

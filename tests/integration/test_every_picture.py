@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +171,26 @@ def test_a_truncated_picture_is_named(kind, train, loaded, tmp_path):
 @pytest.mark.parametrize("side", [9500, 20000])
 def test_a_decompression_bomb_is_named_and_not_unpacked(side, train, loaded, tmp_path):
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
-    check_named(
-        train, loaded, tmp_path, "bomb.png", "cannot be decoded: .* megapixels, and 89 megapixels are read at most"
-    )
+    check_named(train, loaded, tmp_path, "bomb.png", "cannot be decoded: .* pixels, and 89,478,485 are read at most")
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(train, loaded, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    picture().save(folder / "good.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    write_set(folder, ["good.png", "pipe.png", "device.png", "a\0.png"])
+    with pytest.raises(UserError, match="3 of 4 pictures cannot be used") as error:
+        train(*SHORT, "--train_data_dir", folder)
+    assert all(line.endswith("cannot be read: This is no file") for line in str(error.value).splitlines()[1:])
+    assert loaded == []
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_of_32_bits_which_say_nothing_of_white_are_named(kind, train, loaded, tmp_path):
+    Image.fromarray((np.eye(64) * 200).astype(kind)).save(tmp_path / "deep.tiff")
+    check_named(train, loaded, tmp_path, "deep.tiff", "cannot be decoded: its numbers have 32 bits")
 
 
 BAD_METADATA = {

@@ -112,6 +112,10 @@ def test_only_the_last_base_pictures_are_kept(drawer, adapter):
     ("changes", "message"),
     [
         ({"prompt": " \n"}, "The prompt is empty"),
+        ({"prompt": None}, "The prompt is None|The prompt is empty"),
+        ({"prompt": ["a"]}, r"The prompt is \['a'\]. Give a text"),
+        ({"negative_prompt": 5}, "The negative prompt is 5. Give a text"),
+        ({"scheduler": ["ddim"]}, r"The scheduler is \['ddim'\]. Give a text"),
         ({"prompt": "a" * 4001}, "The prompt has 4001 characters"),
         ({"negative_prompt": "a" * 4001}, "The negative prompt has 4001"),
         ({"seed": -2}, "The seed is -2. Give a whole number from 0 to 4294967295"),

@@ -196,8 +196,10 @@ def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
     with pytest.raises(UserError, match="Adapter 2 of 2 changes nothing in the unet"):
         merged(tiny_base, adapter_of(unet=live["LoHa"]), idle)
     opposite = [(adapter_of(unet=live["LoRA"]), scale) for scale in (1.0, -1.0)]
-    with pytest.raises(UserError, match="All adapters together changes? nothing"):
-        merged(tiny_base, *opposite, dtype=torch.float16)
+    for dtype in (torch.float16, torch.float32):
+        with pytest.raises(UserError, match="All adapters together changes? nothing"):
+            merged(tiny_base, *opposite, dtype=dtype)
+    merged(tiny_base, opposite[0], (opposite[1][0], -0.99))
 
 
 # --- round trips ---

@@ -50,6 +50,17 @@ def test_every_item_finds_its_own_row(tmp_path):
         shards["another item"]
 
 
+@pytest.mark.parametrize("was_read", [True, False])
+def test_a_shard_that_is_cut_off_while_it_is_used_is_named(was_read, tmp_path):
+    shards = built(tmp_path)
+    if was_read:
+        shards[ITEMS[0]]
+    for path in tmp_path.glob("*.safetensors"):
+        os.truncate(path, 200)
+    with pytest.raises(imaging.PictureChanged, match=r"safetensors of the cache was changed while the run used it: "):
+        shards[ITEMS[1]]
+
+
 def test_a_second_cache_with_the_same_settings_has_nothing_missing(tmp_path):
     assert make(tmp_path).missing() == [0, 1, 2]
     built(tmp_path)

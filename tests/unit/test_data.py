@@ -180,6 +180,14 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
         assert np.abs(pixels - values[..., None] / 257).max() < 1
 
 
+def test_the_transparent_level_of_sixteen_bits_becomes_white():
+    levels = np.array([[0, 1000, 65535]], dtype=np.uint16)
+    content = encoded(Image.fromarray(levels), transparency=1000)
+    with Image.open(io.BytesIO(content)) as stored:
+        assert (stored.mode, stored.info["transparency"]) == ("I;16", 1000)
+    assert np.asarray(imaging.decode(content))[0, :, 0].tolist() == [0, 255, 255]
+
+
 def test_other_modes_become_rgb():
     red = np.asarray(imaging.decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))).astype(int)
     assert np.abs(red - [255, 0, 0]).max() < 10
@@ -308,6 +316,21 @@ def test_a_warm_start_reads_each_picture_once(dataset, pictures, tmp_path):
     read.clear()
     assert imaging.inspect_pictures(Column(), tmp_path) == pictures
     assert sorted(read) == list(range(64))
+
+
+def test_a_memory_of_another_form_is_not_believed(dataset, pictures, tmp_path):
+    assert imaging.inspect_pictures(dataset["image"], tmp_path) == pictures
+    (file,) = tmp_path.glob("pictures-*.json")
+    for damage in ([1], [1, 2, 3], ["1", "2", None], {"a": 1}, "text", [9, 9, None, 1]):
+        file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), damage)))
+        assert imaging.inspect_pictures(dataset["image"], tmp_path) == pictures
+
+
+def test_captions_beside_pictures_that_have_metadata_too_are_told_of(tmp_path, caplog):
+    folder = write_folder(tmp_path / "set")
+    (folder / "1.txt").write_text("another caption")
+    load_folder(folder, tmp_path / "cache")
+    assert re.search("1 .txt beside pictures of .*set are not read, since its metadata has the captions", caplog.text)
 
 
 def test_a_changed_caption_is_seen_also_when_the_time_of_change_comes_back(tmp_path):

@@ -56,6 +56,22 @@ def test_diffusers_reads_the_original_layout_back(written, tiny_base, name, kind
     assert_equal(model.state_dict(), convert(load_file(written), dict(model.config)))
 
 
+@pytest.mark.parametrize("name", single_file.COMPONENTS)
+def test_each_tensor_is_read_back_by_its_own_name(written, tiny_base, name):
+    for key, tensor in weights_of(tiny_base, name).items():
+        found = single_file.read_tensor(written, name, key.removeprefix("text_model."), tensor.shape)
+        assert torch.equal(found, tensor), key
+
+
+def test_a_tensor_that_is_not_there_or_of_another_shape_is_named(written):
+    for key, shape, said in (
+        ("conv_in.weight", (8, 4, 3, 3), "a .* x 3 x 3 model.diffusion_model.input_blocks.0.0.weight, where"),
+        ("conv_in.nothing", (8,), "no model.diffusion_model.input_blocks.0.0.nothing, where SDXL's unet has 8"),
+    ):
+        with pytest.raises(UserError, match=f"{written} holds {said}"):
+            single_file.read_tensor(written, "unet", key, torch.Size(shape))
+
+
 def test_diffusers_reads_the_second_text_encoder_back(written, tiny_base):
     model = CLIPTextModelWithProjection.from_pretrained(tiny_base / "text_encoder_2")
     prefix = "conditioner.embedders.1.model."
