@@ -26,14 +26,19 @@ from diffusers.training_utils import EMAModel
 
 from rasengan import UserError, adapter_reader, adapters, export, first_line
 from rasengan.files import give_default_mode, sync, sync_folder, write_atomically
+from rasengan.progress import SKIPPED
 
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 EMA_FOLDER = "ema"
 BEST_FOLDER, BEST_FILE = "best", "best.json"
+# What nothing here opens: hidden files and folders, which a look by macOS's Finder or by Jupyter leaves, those of
+# Windows and of Drive's program, and the copies that Drive makes.
+BYSTANDER = re.compile(r"\..*|desktop\.ini|Thumbs\.db|.* \(\d+\)(\.\w+)?")
 # PyTorch saves what a user chose together with the state; the learning rate, also saved, is set at every step.
 OPTIMIZER_OPTIONS = ("betas", "weight_decay", "eps")
 
@@ -49,7 +54,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def _numbered(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
-    found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in output_dir.iterdir() if NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 
@@ -74,10 +79,9 @@ def find_damage(path: Path) -> str | None:
     # OverflowError of a size beyond all numbers, RecursionError of brackets in brackets
     except (AttributeError, OSError, OverflowError, RecursionError, TypeError, ValueError):
         return f"{MANIFEST_FILE} is damaged"
-    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere. Hidden files and
-    # folders, which a look by macOS's Finder or by Jupyter leaves, nothing here opens.
+    # Its names are compared with what is there before one is opened: a stranger's may lead anywhere.
     files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
-    there = {str(file) for file in files if not any(part.startswith(".") for part in file.parts)} - {MANIFEST_FILE}
+    there = {str(file) for file in files if not any(map(BYSTANDER.fullmatch, file.parts))} - {MANIFEST_FILE}
     needed = listed.keys() | {STATE_FILE, f"{OPTIMIZER_NAME}.bin", adapters.DIFFUSERS_FILE}
     if missing := sorted(needed - there):
         return f"{missing[0]} is missing"
@@ -92,6 +96,12 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} has other content than was written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
+    try:
+        step = read_state(path)["global_step"]
+    except UserError:
+        return f"{STATE_FILE} is damaged"
+    if NAME.fullmatch(path.name) and step != step_of(path):  # it has another while it is written
+        return f"{STATE_FILE} says that it is of step {step}"
     return None
 
 
@@ -246,6 +256,9 @@ def read_state(path: Path) -> dict:
             value = state.get(name)
             if type(value) is not int or not 0 <= value < end:  # true and false are integers too
                 raise ValueError(f"it does not say where the run was: {name} is {value!r}"[:200])
+        for name in SKIPPED:
+            if type(state.get(name, 0)) is not int:
+                raise ValueError(f"{name} is {state[name]!r}"[:200])
     except (AttributeError, OSError, RecursionError, ValueError) as error:
         raise _damaged(path, f"{STATE_FILE}: {first_line(error)}") from error
     return state
@@ -287,6 +300,8 @@ def load_checkpoint(
         raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {reason}") from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for what it does not know
         raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {first_line(error)}") from error
+    if not torch.isfinite(flat).all():
+        raise _damaged(path, "its adapter is not finite")
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
 

@@ -1,6 +1,7 @@
 """Where each SDXL component is, whether it fits the others, and how it is loaded: by itself, in its precision."""
 
 import fnmatch
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONE
 }
 
 
+SAMPLE_BYTES = 2**20
 BAD_TOKEN = (
     "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
 )
@@ -169,6 +171,19 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
             f"The {component} of {name} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
             "give another --cache_dir."
         ) from error
+
+
+def sampled_digest(files: list[Path]) -> str:
+    """Return a digest of files by their names, their sizes and 3 MiB of each: soon, where gigabytes take a minute."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as content:
+            for place in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                content.seek(place)
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def component_files(component: str, folder: Path, variant: str | None = None) -> list[Path]:

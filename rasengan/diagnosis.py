@@ -67,6 +67,8 @@ def explain(
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not torch.isfinite(flat).all():
         where, cause = "the LoRA's weights are not finite", "the run diverged: lower --learning_rate"
+    elif damaged := next((n for n, weight in unet.named_parameters() if not torch.isfinite(weight).all()), None):
+        where, cause = f"the UNet's {damaged} is not finite", "the base is damaged: fetch it again"
     elif "latents" in broken:
         where, cause = "the latents are not finite", "the VAE is damaged: give another by its flag"
     elif broken:

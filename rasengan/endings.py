@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from rasengan import UserError
+from rasengan import TOKENS, UserError
 from rasengan.files import lost_place
 
 
@@ -38,6 +38,7 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
     except KeyboardInterrupt:
         sys.stderr.write("\nEnded by Ctrl-C. What was finished before is whole.\n")
         return INTERRUPTED
+    text = TOKENS.sub("(a token)", text)  # given where it does not belong
     sys.stderr.write(f"error{f' (process {process})' if process else ''}: {text}\n")
     return 2
 

@@ -13,17 +13,20 @@ from rasengan.processes import average
 
 # One step without a finite loss may be its samples' fault; so many in a row are not.
 STUCK = 3
+SKIPPED = ("skipped_steps", "skipped_in_a_row")  # what a checkpoint keeps of the steps without a finite gradient
 
 
 class Progress:
     """The losses, gradient norms and speed of the steps since the last reading, averaged over the processes."""
 
-    def __init__(self, first_step: int, global_batch: int, device: torch.device):
-        """Begin after `first_step` optimizer steps, each of `global_batch` samples."""
+    def __init__(
+        self, first_step: int, global_batch: int, device: torch.device, skipped: dict[str, int] | None = None
+    ):
+        """Begin after `first_step` optimizer steps of `global_batch` samples; `skipped` as a checkpoint kept it."""
         self.step, self.global_batch, self.device = first_step, global_batch, device
         self.unread, self.started_s = [], time.perf_counter()
         self.train_loss, self.images_per_second = math.nan, 0.0
-        self.skipped_steps, self.skipped_in_a_row = 0, 0
+        self.skipped_steps, self.skipped_in_a_row = ((skipped or {}).get(name, 0) for name in SKIPPED)
 
     def add(self, step_loss: torch.Tensor, grad_norm: torch.Tensor) -> int:
         """Take what a step did, both scalars on the device, without waiting for it; return how many wait."""
@@ -53,6 +56,14 @@ class Progress:
             "skipped_steps": self.skipped_steps,
         }
         return found
+
+    def skipped(self) -> dict[str, int]:
+        """Return how many steps had no finite gradient, in all and of the last ones, up to the last reading."""
+        return {name: getattr(self, name) for name in SKIPPED}
+
+    def is_doubtful(self) -> bool:
+        """Say whether the last step changed nothing: whether the weights are any good is not known before one does."""
+        return self.skipped_in_a_row > 0 or not math.isfinite(self.train_loss)
 
     def is_stuck(self) -> bool:
         """Say whether the last steps all had a loss that is not finite: what is saved now is no good checkpoint."""

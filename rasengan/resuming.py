@@ -76,13 +76,17 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> 
 
 
 def _plain(value):
-    # The order of a list of modules means nothing.
-    return sorted(value, key=str) if isinstance(value, list) else value
+    # The order of a list of modules means nothing, nor the slash behind a folder.
+    return (
+        sorted(value, key=str) if isinstance(value, list) else value.rstrip("/") if isinstance(value, str) else value
+    )
 
 
 def _change(name: str, state: dict, settings: dict) -> str:
     if name == "data_digest":
         return "the pictures or captions are not those that it saw (some were added, removed, changed or reordered)"
+    if name == "unet_digest":
+        return "the base's UNet is not the one that it saw"
     if name == "global_batch":
         return (
             f"a step took {state[name]} samples, and takes {settings[name]} (--train_batch_size x "

@@ -298,6 +298,7 @@ def validate_args(args: argparse.Namespace) -> None:
             "its own pictures would be among those to train on. Give a folder outside of it."
         )
     check_writable(Path(args.output_dir), "--output_dir")
+    export.check_places(Path(args.output_dir))
     check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
 
 
@@ -384,7 +385,7 @@ def tell(text: str) -> None:
 def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
     """Save what was done before a step that failed, and return the name of the last checkpoint; empty for none."""
     if is_main:
-        writer.save(global_step, state)
+        writer.save(global_step, state, keep_all=True)
         writer.wait()
     return checkpoint.last_name(writer.output_dir)
 
@@ -466,6 +467,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    args.unet_digest = components.sampled_digest(components.component_files("unet", folders["unet"], args.variant))
     warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
     if args.push_to_hub and is_main and not args.plan_only:
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
@@ -476,8 +478,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     scheduler.register_to_config(prediction_type=prediction_type)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
     if resume_from:  # the settings that are known only now
-        known_now = ("data_digest", "prediction_type", "total_steps", "lr_scheduler")
-        resuming.check_resumable(resume_from, {name: getattr(args, name) for name in known_now}, True)
+        known_now = ("data_digest", "unet_digest", "prediction_type", "total_steps", "lr_scheduler")
+        settings = {name: getattr(args, name) for name in known_now}
+        resuming.check_resumable(resume_from, settings, args.resume_with_changes)
 
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
@@ -564,6 +567,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         resumed = checkpoint.read_state(resume_from)
         global_step, samples_seen = resumed["global_step"], resumed["samples_seen"]
         logger.info("Resuming from %s", resume_from)
+        if skipped := resumed.get("skipped_in_a_row"):
+            logger.warning("The %d steps before it had no finite gradient: its weights may be ruined", skipped)
         if global_step >= max_train_steps:
             logger.warning("It has %d steps of %d already: nothing is left to train", global_step, max_train_steps)
     elif args.resume_from_checkpoint:
@@ -699,7 +704,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     stopper, ballot = stopping.Stopper(args.max_train_minutes, began_s, tell), processes.Ballot()
     at_end.callback(stopper.release)
     at_end.callback(samples.end_workers)
-    progress = Progress(global_step, args.global_batch, device)
+    progress = Progress(global_step, args.global_batch, device, resumed)
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
     first_step, saved_s, is_stopping = global_step, time.monotonic(), False
     while global_step < max_train_steps and not is_stopping:
@@ -722,13 +727,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
-            saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen, "memory_plan": None})
+            kept = state | {"samples_seen": samples_seen, "memory_plan": None} | progress.skipped()
+            saved = save_now(writer, is_main, global_step, kept)
             raise UserError(memory.out_of_memory(plan, blocks, global_step, saved)) from error
         except samples.WorkerDied as error:
-            saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen})
+            kept = state | {"samples_seen": samples_seen} | progress.skipped()
+            saved = save_now(writer, is_main, global_step, kept)
             raise UserError(samples.worker_died(error, global_step, saved)) from error
         except imaging.PictureChanged as error:
-            saved = save_now(writer, is_main, global_step, state | {"samples_seen": samples_seen})
+            kept = state | {"samples_seen": samples_seen} | progress.skipped()
+            saved = save_now(writer, is_main, global_step, kept)
             raise UserError(samples.picture_changed(error, saved)) from error
         processes.average(flat.grad)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
@@ -765,9 +773,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if saves and progress.is_stuck():
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
-            keep_all = not math.isfinite(progress.train_loss)
             with progress.paused():
-                path = writer.save(global_step, state | {"samples_seen": samples_seen}, keep_all)
+                kept = state | {"samples_seen": samples_seen} | progress.skipped()
+                path = writer.save(global_step, kept, keep_all=progress.is_doubtful())
             logger.info("Saving %s", path)
             saved_s = time.monotonic()
         epoch, rest = divmod(global_step, steps_per_epoch)
@@ -781,7 +789,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     writer.wait()
     if progress.skipped_steps:
         # A few are how the gradient scaler finds its scale; many are a run that did not learn.
-        logger.warning("%d steps were skipped, because their gradients were not finite", progress.skipped_steps)
+        last = f", of which {progress.skipped_in_a_row} are the last: compare checkpoints" * progress.is_doubtful()
+        logger.warning(
+            "%d steps were skipped, because their gradients were not finite%s", progress.skipped_steps, last
+        )
     if global_step < max_train_steps:
         accelerator.end_training()
         if is_main:
@@ -792,7 +803,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         with validation.evaluating(adapted), averaged():
             note_loss(global_step)
         logger.info(validation_loss.summary())
-    if is_main:
+    if is_main and not progress.is_doubtful():
         writer.finish()
 
     # --- save, verify, show ---

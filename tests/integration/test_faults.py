@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rasengan import UserError, checkpoint, demo, held_out
 from rasengan.locks import LOCK_FILE
@@ -316,3 +317,47 @@ def test_kills_at_random_moments_change_no_bit(tmp_path):
     (run,) = json.loads((tmp_path / "faults.json").read_text())["runs"]
     assert run["kills"] >= 6
     assert run["equal"] == run["runs"]
+
+
+def test_no_checkpoint_is_removed_for_those_of_steps_without_a_finite_gradient(train, caplog, tmp_path):
+    """The loss stays finite here: one update ruins the weights, and the gradients after it show that."""
+    run = ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:4,1e6", "--learning_rate", 1e-3]
+    run += ["--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--report_to", "none"]
+    run += ["--max_train_samples", 4, "--max_train_steps", 100]
+    with pytest.raises(
+        UserError, match=r"25 steps in a row had no finite gradient.*, and go on from checkpoint-4, the"
+    ):
+        train(*run, output_dir=tmp_path)
+    names = [path.name for path in checkpoint.list_checkpoints(tmp_path)]
+    assert "checkpoint-4" in names
+    # Gone on with, it is no better, and the same one is the last good one.
+    with pytest.raises(
+        UserError, match=r"2\d steps in a row had no finite gradient.*, and go on from checkpoint-4, the"
+    ):
+        train(*run, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert "steps before it had no finite gradient: its weights may be ruined" in caplog.text
+    for path in checkpoint.list_checkpoints(tmp_path):
+        if path.name != "checkpoint-4":
+            shutil.rmtree(path)
+    train(
+        *run[2:],
+        "--resume_from_checkpoint",
+        "latest",
+        "--resume_with_changes",
+        "--max_train_steps",
+        6,
+        output_dir=tmp_path,
+    )
+
+
+def test_a_checkpoint_whose_adapter_is_not_finite_is_damaged(train, trained, tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(trained / "checkpoint-4", folder)
+    file = folder / ADAPTER
+    tensors, metadata = load_file(file), safe_open(file, framework="pt").metadata()
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, file, metadata)
+    (folder / "manifest.json").unlink()
+    checkpoint.write_manifest(folder)
+    with pytest.raises(UserError, match="checkpoint-4 is damaged: its adapter is not finite"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", 6, output_dir=tmp_path)

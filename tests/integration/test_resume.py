@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rasengan import UserError, demo
 
@@ -232,3 +232,35 @@ def test_a_seed_that_was_drawn_is_logged(train, caplog):
     output_dir = train("--max_train_samples", 4, "--max_train_steps", 1, "--report_to", "none", without=("--seed",))
     seed = json.loads((output_dir / "args.json").read_text())["seed"]
     assert f"The seed is {seed}" in caplog.text
+
+
+def test_resuming_on_another_unet_at_the_same_place_needs_a_flag(train, loaded, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    run = ["--pretrained_model_name_or_path", base, "--max_train_samples", 4, "--report_to", "none"]
+    run += ["--conditioning_cache_dir", tmp_path / "cache"]
+    where = {"output_dir": tmp_path / "run", "without": ("--pretrained_model_name_or_path", "--max_train_steps")}
+    train(*run, "--max_train_steps", 1, **where)
+    (file,) = (base / "unet").glob("*.safetensors")
+    save_file({key: 1.5 * tensor for key, tensor in load_file(file).items()}, file)
+    loaded.clear()
+    longer = [*run, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(UserError, match="the base's UNet is not the one that it saw.*--resume_with_changes"):
+        train(*longer, **where)
+    assert "unet" not in loaded
+    train(*longer, "--resume_with_changes", **where)
+
+
+def test_a_slash_behind_a_folder_is_no_change(train, trained, caplog, tmp_path):
+    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    state = json.loads((trained / "checkpoint-2" / "trainer_state.json").read_text())
+    base = ["--pretrained_model_name_or_path", f"{state['pretrained_model_name_or_path']}/"]
+    train("--resume_from_checkpoint", "latest", *base, output_dir=tmp_path)
+    assert "--pretrained_model_name_or_path was" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [("pytorch_lora_weights.safetensors", True), ("peft", False)])
+def test_what_stands_in_the_way_of_the_adapter_is_told_before_training(name, is_folder, train, loaded, tmp_path):
+    (tmp_path / name).mkdir() if is_folder else (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is a f.*, where the run writes a f.* Move it"):
+        train(output_dir=tmp_path)
+    assert loaded == []

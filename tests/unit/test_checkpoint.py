@@ -22,7 +22,7 @@ def saved(tmp_path):
     """A folder with the states of two checkpoints."""
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(json.dumps(STATE))
+        (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(json.dumps(STATE | {"global_step": step}))
         for name in ("optimizer.bin", "pytorch_lora_weights.safetensors"):
             (tmp_path / f"checkpoint-{step}" / name).write_bytes(b"content")
         checkpoint.write_manifest(tmp_path / f"checkpoint-{step}")
@@ -119,7 +119,19 @@ def test_latest_leaves_out_what_is_damaged_and_says_why(saved, words, caplog):
         checkpoint.find_checkpoint(saved, "checkpoint-10")
 
 
+def test_a_checkpoint_under_another_number_is_left_out(saved, caplog):
+    (saved / "checkpoint-10").rename(saved / "checkpoint-60")
+    (saved / "checkpoint-007").mkdir()
+    (saved / "checkpoint-007" / checkpoint.STATE_FILE).write_text("{}")
+    assert checkpoint.find_checkpoint(saved, "latest") == saved / "checkpoint-2"
+    assert (
+        "checkpoint-60 is left out, since it is damaged: trainer_state.json says that it is of step 10" in caplog.text
+    )
+
+
 def test_hidden_files_of_file_managers_and_editors_are_no_damage(saved):
+    for name in ("desktop.ini", "Thumbs.db", "optimizer (1).bin", "trainer_state (12).json"):
+        (saved / "checkpoint-10" / name).write_bytes(b"\0")
     (saved / "checkpoint-10" / ".DS_Store").write_bytes(b"\0")
     (saved / "checkpoint-10" / ".ipynb_checkpoints").mkdir()
     (saved / "checkpoint-10" / ".ipynb_checkpoints" / "trainer_state-checkpoint.json").write_text("{}")

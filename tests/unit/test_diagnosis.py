@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -60,10 +62,21 @@ def test_weights_that_diverged_are_named(unet, batch):
     assert "the LoRA's weights are not finite. Likely the run diverged: lower --learning_rate" in text
 
 
+def test_a_unet_that_is_damaged_is_told(unet, batch):
+    weight = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_v.weight
+    before = weight.data[0, 0].clone()
+    weight.data[0, 0] = float("nan")
+    try:
+        text = explain(unet, torch.zeros(3), batch)
+    finally:
+        weight.data[0, 0] = before
+    assert re.search(r"the UNet's down_blocks.1.*attn1.to_v.weight is not finite. Likely the base is damaged", text)
+
+
 def test_the_first_module_that_overflows_is_named(unet, batch):
     module = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_v
     before, unet_was_training = module.weight.data.clone(), unet.training
-    module.weight.data[0, 0] = float("inf")
+    module.weight.data[0] = 3e38
     try:
         text = explain(unet, torch.zeros(3), batch)
     finally:

@@ -23,6 +23,7 @@ def failing(error):
     ("error", "code", "said"),
     [
         (UserError("It is wrong. Mend it."), 2, "error: It is wrong. Mend it.\n"),
+        (UserError(f"--rank is hf_{'a' * 30}. Mend it."), 2, "error: --rank is (a token). Mend it.\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: --here cannot be written or read: No space"),
         (torch.OutOfMemoryError(), 2, "error: The card's memory does not suffice."),
         (KeyboardInterrupt(), 130, "\nEnded by Ctrl-C."),

@@ -30,6 +30,19 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 0)
 
 
+def test_what_a_checkpoint_kept_is_counted_on():
+    before = Progress(0, 1, torch.device("cpu"))
+    read(before, [(1.0, math.inf), (1.0, 1.0), (1.0, math.inf), (1.0, math.inf)])
+    assert before.is_doubtful()
+    after = Progress(4, 1, torch.device("cpu"), before.skipped())
+    assert read(after, [(1.0, math.inf)])[5]["skipped_steps"] == 4
+    assert after.skipped_in_a_row == 3
+    read(after, [(1.0, 1.0)])
+    assert (after.skipped_in_a_row, after.is_doubtful()) == (0, False)
+    read(after, [(math.nan, 1.0)])
+    assert after.is_doubtful()
+
+
 @pytest.mark.parametrize(
     ("rows", "is_stuck"),
     [
