@@ -21,6 +21,7 @@ from rasengan.files import read_json_or_empty
 from rasengan.imaging import Picture
 from rasengan.processes import add_up
 from rasengan.samples import TrainingSamples, collate, derive_seed, generator_for, prefetched
+from rasengan.stopping import Interrupted
 
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ class ValidationLoss:
             every: optimizer steps between two measurements.
             record: of the run that is resumed.
         """
+        self.should_stop = lambda: False  # what says that the run was asked to end, once it can be
         self.held_out, self.encode, self.compute, self.make_room = held_out, encode, compute, make_room
         self.device, self.share, self.batch_size, self.every = device, share, batch_size, every
         self.record = dict(record or {"base": None, "last": None, "best": None, "best_step": None})
@@ -191,20 +193,28 @@ class ValidationLoss:
 
         Raises:
             UserError: one sample alone does not fit, or another process has ended.
+            Interrupted: a process was asked to end.
         """
         keys = [(index, band) for index in range(len(self.held_out)) for band in range(BANDS)]
         batches = self._batches(keys)
         number, processes = self.share
         mine = range(number, len(batches), processes)
-        losses = torch.zeros(len(keys), dtype=torch.float64, device=self.device)
+        # Behind the losses stands whether a process was asked to end.
+        losses = torch.zeros(len(keys) + 1, dtype=torch.float64, device=self.device)
         collated = (collate([fixed_sample(self.held_out, *keys[place]) for place in batches[n]]) for n in mine)
         size = self.batch_size
         for n, batch in zip(mine, prefetched(collated), strict=True):
+            if self.should_stop():
+                losses[-1] = 1
+                break
             found, size = self._losses(batch, size)
             losses[torch.tensor(batches[n], device=self.device)] = found
         add_up(losses)  # each is zero on all processes but one
         memory.give_back()
-        return losses.cpu().view(-1, BANDS)
+        losses = losses.cpu()
+        if losses[-1]:
+            raise Interrupted
+        return losses[:-1].view(-1, BANDS)
 
     def _batches(self, keys: list[tuple[int, int]]) -> list[list[int]]:
         """Return the places of the keys that are met together, which are of one bucket."""

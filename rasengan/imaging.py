@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ INTERPOLATIONS = {
 }
 # Where Pillow begins to warn of a decompression bomb: 9,400 px square.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS
+MOST_BYTES = 2**30  # of a file: more than as many pixels take in any format
 PROGRAM = "EPS"  # PostScript, under any file name, which Ghostscript would run where it is installed
 # Formats whose pictures of 16 bits Pillow opens as 32 bits.
 SIXTEEN_BITS = {"PPM", "PNG"}
@@ -74,13 +76,18 @@ def read_bytes(record: dict) -> bytes:
     """Return the file behind an undecoded entry of an image column.
 
     Raises:
-        OSError: it cannot be read, or is none: a pipe or a device may give nothing, or no end.
+        OSError: it cannot be read, is over `MOST_BYTES`, or is none: a pipe or a device may give nothing, or no end.
     """
     if record["bytes"] is not None:
         return record["bytes"]
     path = record["path"]
-    if "\0" in path or (os.path.lexists(path) and not os.path.isfile(path) and os.path.exists(path)):
+    if "\0" in path:
         raise OSError(errno.EINVAL, "This is no file")
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "This is no file")
+    if status.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"It has {status.st_size:,} bytes, and {MOST_BYTES:,} are read at most")
     return Path(path).read_bytes()
 
 

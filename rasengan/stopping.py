@@ -18,6 +18,10 @@ OTHER_LAUNCHERS = {"accelerate-launch", "accelerate.commands.launch", "torchrun"
 OTHER_LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch"}
 
 
+class Interrupted(Exception):  # noqa: N818, since nothing went wrong
+    """Raised on all processes together by long work between two steps, when one was asked to end meanwhile."""
+
+
 class Stopper:
     """Knows whether a run should end after this step, and why."""
 
@@ -42,6 +46,10 @@ class Stopper:
         self.signal_number = self.signal_number or number
         name = signal.Signals(number).name
         self.tell(f"{name}: ending after this step, with a checkpoint. Ctrl-C{again} ends at once.")
+
+    def asked(self) -> bool:
+        """Say whether a signal asked for the end, for which a launcher waits 30 s: a deadline can wait for longer."""
+        return self.signal_number is not None
 
     def due(self) -> bool:
         """Say whether the run should end."""

@@ -1,7 +1,7 @@
 """Pictures drawn while training."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,6 +12,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 
 from rasengan import UserError, drawing, memory, processes, sdxl
+from rasengan.stopping import Interrupted
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def draw_share(
     seeds: list[int],
     side_px: int,
     num_inference_steps: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
     """Draw each prompt with each seed, prompt by prompt; each process draws its share, so that none waits for long.
 
@@ -94,10 +96,19 @@ def draw_share(
         seeds: one for each picture of a prompt.
         side_px: of the square pictures.
         num_inference_steps: denoising steps.
+        should_stop: says whether the run was asked to end.
 
     Returns:
         All the pictures, on every process.
+
+    Raises:
+        Interrupted: a process was asked to end.
     """
+
+    def look() -> None:
+        if should_stop():
+            raise Interrupted
+
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     home = vae.device
     vae.to(accelerator.device)
@@ -107,7 +118,8 @@ def draw_share(
         row = sdxl.conditioning(prompt, None, 1)
         try:
             with accelerator.autocast():
-                latents = drawing.draw(denoiser, scheduler, row, [seed], side_px, side_px, num_inference_steps, 5.0)
+                size = (side_px, side_px, num_inference_steps)
+                latents = drawing.draw(denoiser, scheduler, row, [seed], *size, 5.0, on_step=look)
             images = drawing.decode(vae, latents)
         # No further: another process may be waiting for this one's share.
         except UserError:  # its one reason
@@ -116,10 +128,15 @@ def draw_share(
         except torch.OutOfMemoryError:
             images = [Image.new("RGB", (side_px, side_px), "grey")]
             logger.warning("The validation picture of seed %d %s", seed, DOES_NOT_FIT)
+        except Interrupted:
+            break
         drawn.append((job, images[0]))
     vae.to(home)
     memory.give_back()
-    return [image for _, image in sorted(processes.gather(drawn), key=lambda item: item[0])]
+    drawn = processes.gather(drawn)
+    if len(drawn) < len(jobs):
+        raise Interrupted
+    return [image for _, image in sorted(drawn, key=lambda item: item[0])]
 
 
 def log_settings(trackers: list[GeneralTracker], settings: dict[str, object]) -> None:

@@ -707,11 +707,21 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     progress = Progress(global_step, args.global_batch, device, resumed)
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
     first_step, saved_s, is_stopping = global_step, time.monotonic(), False
+    validation_loss.should_stop = stopper.asked
+
+    def save_before_end(**changes) -> str:
+        kept = state | {"samples_seen": samples_seen} | progress.skipped() | changes
+        return save_now(writer, is_main, global_step, kept)
+
     while global_step < max_train_steps and not is_stopping:
         # After the checkpoint of the step: a run that ends in between measures when it is resumed.
         if validation_loss.due(global_step):
-            with progress.paused(), validation.evaluating(adapted), averaged():
-                note_loss(global_step)
+            try:
+                with progress.paused(), validation.evaluating(adapted), averaged():
+                    note_loss(global_step)
+            except stopping.Interrupted:
+                save_before_end()
+                break
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss, names = torch.zeros((), device=device), []
         try:
@@ -727,17 +737,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
-            kept = state | {"samples_seen": samples_seen, "memory_plan": None} | progress.skipped()
-            saved = save_now(writer, is_main, global_step, kept)
+            saved = save_before_end(memory_plan=None)
             raise UserError(memory.out_of_memory(plan, blocks, global_step, saved)) from error
         except samples.WorkerDied as error:
-            kept = state | {"samples_seen": samples_seen} | progress.skipped()
-            saved = save_now(writer, is_main, global_step, kept)
-            raise UserError(samples.worker_died(error, global_step, saved)) from error
+            raise UserError(samples.worker_died(error, global_step, save_before_end())) from error
         except imaging.PictureChanged as error:
-            kept = state | {"samples_seen": samples_seen} | progress.skipped()
-            saved = save_now(writer, is_main, global_step, kept)
-            raise UserError(samples.picture_changed(error, saved)) from error
+            raise UserError(samples.picture_changed(error, save_before_end())) from error
         processes.average(flat.grad)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:
@@ -781,9 +786,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         epoch, rest = divmod(global_step, steps_per_epoch)
         shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not (is_last or is_stopping)
         if args.validation_prompt and shows:
-            with progress.paused(), validation.evaluating(adapted), averaged():
-                train_step.release()
-                show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
+            try:
+                with progress.paused(), validation.evaluating(adapted), averaged():
+                    train_step.release()
+                    images = draw(prompts=embed(), should_stop=stopper.asked)
+                    show_validation(args, accelerator, base_images, images, global_step)
+            except stopping.Interrupted:
+                save_before_end()
+                break
     bar.close()
     train_step.release()
     writer.wait()
@@ -800,9 +810,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             tell(f"{ended}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
     if rows.held_out:
-        with validation.evaluating(adapted), averaged():
-            note_loss(global_step)
-        logger.info(validation_loss.summary())
+        try:
+            with validation.evaluating(adapted), averaged():
+                note_loss(global_step)
+            logger.info(validation_loss.summary())
+        except stopping.Interrupted:  # the adapter is worth more than its loss
+            logger.warning("The validation loss after the last step was not measured, since a signal came")
     if is_main and not progress.is_doubtful():
         writer.finish()
 

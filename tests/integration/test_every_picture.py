@@ -187,6 +187,18 @@ def test_what_is_no_file_is_named_and_not_waited_for(train, loaded, tmp_path):
     assert loaded == []
 
 
+def test_a_file_of_gigabytes_is_named_and_not_read(train, loaded, tmp_path):
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(2**34)
+    picture().save(tmp_path / "good.png")
+    write_set(tmp_path, ["sparse.png", "good.png"])
+    with pytest.raises(
+        UserError, match=r"sparse.png cannot be read: It has 17,179,869,184 bytes, and 1,073,741,824 are"
+    ):
+        train(*SHORT, "--train_data_dir", tmp_path)
+    assert loaded == []
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_numbers_of_32_bits_which_say_nothing_of_white_are_named(kind, train, loaded, tmp_path):
     Image.fromarray((np.eye(64) * 200).astype(kind)).save(tmp_path / "deep.tiff")

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, checkpoint, demo, held_out
+from rasengan import UserError, checkpoint, demo, drawing, held_out
 from rasengan.locks import LOCK_FILE
 
 
@@ -184,6 +184,42 @@ def test_a_signal_while_the_end_is_measured_loses_nothing(train, monkeypatch, tm
     train(*("--max_train_steps", 3, "--validation_split", 2, "--validation_loss_steps", 50), output_dir=tmp_path)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     assert bits(tmp_path) == bits(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize("what", ["pictures", "loss"])
+def test_a_signal_while_a_run_validates_is_answered_at_once_and_loses_nothing(
+    what, train, trained, monkeypatch, read_scalars, capfd, tmp_path
+):
+    """A launcher of several processes kills what has not ended after 30 s."""
+    calls, cadence = [], ["--checkpointing_steps", 1000]
+    flags = {
+        "loss": ["--validation_split", 2, "--validation_loss_steps", 2],
+        "pictures": ["--validation_prompt", "a star", "--max_train_samples", 4, "--num_validation_images", 1],
+    }[what]
+    flags += ["--validation_inference_steps", 3] * (what == "pictures")
+    whole = train(*flags, *cadence)
+    place, name = (held_out.ValidationLoss, "_losses") if what == "loss" else (drawing.Denoiser, "__call__")
+    original = getattr(place, name)
+
+    def call_under_a_signal(self, *arguments):
+        calls.append(1)
+        # After what is done of the base before the first step.
+        if len(calls) == base_calls + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(place, name, call_under_a_signal)
+    base_calls = {"loss": 4, "pictures": 3}[what]
+    train(*flags, *cadence, output_dir=tmp_path)
+    assert len(calls) == base_calls + 1, "what was begun is not ended"
+    printed = capfd.readouterr().out
+    assert re.search(r"Ended after \d of 4 steps, since SIGTERM was received. Go on with:", printed)
+    (saved,) = checkpoint.list_checkpoints(tmp_path)
+    monkeypatch.setattr(place, name, original)
+    train(*flags, *cadence, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert bits(tmp_path) == bits(whole)
+    names = ["train_loss", "grad_norm"] + ["validation_loss"] * (what == "loss")
+    assert all(read_scalars(tmp_path, name) == read_scalars(whole, name) for name in names)
 
 
 def test_checkpoints_by_the_clock(train, trained, tmp_path):
