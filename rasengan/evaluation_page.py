@@ -87,6 +87,9 @@ def _clip_table(scores: dict) -> Table:
     if scores["reference_pictures"]:
         text = f"CMMD (to {scores['reference_pictures']:,} of the data; lower is nearer)"
         rows.append([text, *(f"{scores[kind]['cmmd']:.3f}" for kind in KINDS)])
+        if all("kid" in scores[kind] for kind in KINDS):
+            text = "KID x 1000 (likewise, by CLIP's embeddings)"
+            rows.append([text, *(f"{1000 * scores[kind]['kid']:.3f}" for kind in KINDS)])
     return Table("By CLIP", ["", *KINDS], rows)
 
 
@@ -153,7 +156,11 @@ def _scalars(figures: dict, step: int) -> Iterator[tuple[str, tuple[float, int]]
     judge, clip = (figures["pictures"].get(name) for name in ("judge", "clip"))
     for kind in KINDS:
         shares = {f"{name}_score": judge[kind]["mean"][name] for name in ("style", "content")} if judge else {}
-        near = {"clip_score": clip[kind]["score"], "cmmd": clip[kind]["cmmd"]} if clip else {}
+        near = (
+            {"clip_score": clip[kind]["score"]} | {n: clip[kind][n] for n in ("cmmd", "kid") if n in clip[kind]}
+            if clip
+            else {}
+        )
         for name, value in (shares | near).items():
             yield f"{name}/{kind}", (value, step)
 

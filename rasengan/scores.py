@@ -1,10 +1,12 @@
 """How well pictures show what was asked for, and how near they are to others: by the miniature's judge, or by a CLIP.
 
-KID is left out: it needs an Inception's weights, which hardly anybody has at hand; CMMD is a like distance between
-embeddings of the CLIP that is there anyway.
+KID is that of torchmetrics, of the CLIP's embeddings in place of an Inception's, whose weights hardly anybody has at
+hand; no library has CMMD.
 """
 
+import importlib.util
 import math
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from rasengan import UserError, first_line, miniature, world
 
 QUESTIONS = ("thing", "color", "position", "count", "pattern", "ground")
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
+SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as its authors have them
 AT_ONCE = 16  # pictures or texts that a CLIP sees together
 
 
@@ -79,11 +82,13 @@ class Clip(NamedTuple):
 
 
 def check_clip(place: str, cache_dir: str | None = None) -> None:
-    """Check by its configuration alone that a place holds a CLIP.
+    """Check that a place holds a CLIP, by its configuration alone, and that torchmetrics is there.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or is not.
     """
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise UserError("--clip_model needs torchmetrics: `pip install -e '.[metrics]'`.")
     try:
         config, _ = CLIPConfig.get_config_dict(place, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -117,24 +122,24 @@ def _refused(place: str, reason: str) -> UserError:
 
 @torch.no_grad()
 def embed_images(clip: Clip, images: list[Image.Image]) -> torch.Tensor:
-    """Return the embeddings of pictures, (N, D) of length 1, fp64 on the CPU."""
+    """Return the embeddings of pictures, (N, D), fp64 on the CPU."""
     found = []
     for part in _parts(images):
         pixels = clip.image_processor(images=[image.convert("RGB") for image in part], return_tensors="pt")
         pixels = pixels["pixel_values"].to(clip.model.device)
         found.append(clip.model.visual_projection(clip.model.vision_model(pixel_values=pixels).pooler_output))
-    return torch.nn.functional.normalize(torch.cat(found).cpu().double(), dim=1)
+    return torch.cat(found).cpu().double()
 
 
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
-    """Return the embeddings of texts, (N, D) of length 1, fp64 on the CPU; what is beyond 77 tokens is cut off."""
+    """Return the embeddings of texts, (N, D), fp64 on the CPU; what is beyond 77 tokens is cut off."""
     most, found = clip.model.config.text_config.max_position_embeddings, []
     for part in _parts(texts):
         tokens = clip.tokenizer(part, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
         output = clip.model.text_model(**tokens.to(clip.model.device))
         found.append(clip.model.text_projection(output.pooler_output))
-    return torch.nn.functional.normalize(torch.cat(found).cpu().double(), dim=1)
+    return torch.cat(found).cpu().double()
 
 
 def _parts(items: list) -> Iterator[list]:
@@ -142,25 +147,54 @@ def _parts(items: list) -> Iterator[list]:
 
 
 def clip_score(images: torch.Tensor, texts: torch.Tensor) -> float:
-    """Return the mean of 100 x the cosine of each picture with its own text, both (N, D) of length 1.
+    """Return the mean of 100 x the cosine of each picture with its own text, of embeddings (N, D).
 
     Source: arXiv 2104.08718, with 100 in place of 2.5 and without setting what is negative to 0.
     """
-    return 100 * (images * texts).sum(dim=1).mean().item()
+    return 100 * torch.nn.functional.cosine_similarity(images, texts).mean().item()
+
+
+class _AsIs(torch.nn.Module):
+    """What torchmetrics takes for the network, since the embeddings are there."""
+
+    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
+        return embeds
+
+
+def kid(drawn: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return KID, the distance of two sets of pictures' embeddings (N, D) and (M, D), of two pictures at least.
+
+    The squared maximum mean discrepancy with a cubic kernel, its unbiased estimate: of equal sets it is below 0, by as
+    much as chance makes of sets of their size.
+
+    Source: "Demystifying MMD GANs" (arXiv 1801.01401), by torchmetrics, over seeded random subsets.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance  # takes a second, and is not everywhere
+
+    size = min(len(drawn), len(reference), SUBSET_SIZE)
+    subsets = 1 if len(drawn) == len(reference) == size else SUBSETS
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of the room that it takes
+        torch.manual_seed(0)
+        distance = KernelInceptionDistance(feature=_AsIs(), subsets=subsets, subset_size=size)
+        distance.update(reference, real=True)
+        distance.update(drawn, real=False)
+        return distance.compute()[0].item()
 
 
 def cmmd(drawn: torch.Tensor, reference: torch.Tensor) -> float:
     """Return CMMD, the distance of two sets of pictures' CLIP embeddings (N, D) and (M, D); 0 for equal sets.
 
+    The embeddings are brought to length 1.
+
     The squared maximum mean discrepancy with a Gaussian kernel, its biased estimate: sets of a few pictures are far
     from each other by their size alone, so compare such of equal sizes only.
 
-    Source: "Rethinking FID" (arXiv 2401.09603), section 4, and its authors' code: embeddings of length 1, sigma 10,
-    times 1000.
+    Source: "Rethinking FID" (arXiv 2401.09603), section 4, and its authors' code: sigma 10, times 1000.
     """
+    drawn, reference = (torch.nn.functional.normalize(embeds.double(), dim=1) for embeds in (drawn, reference))
 
     def mean_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        squared = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        squared = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         # Less 1, which cancels in the sum below: at sigma 10 the kernel is close to 1 everywhere.
         return torch.expm1(-squared / (2 * SIGMA**2)).mean()
 

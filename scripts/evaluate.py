@@ -59,7 +59,7 @@ from rasengan.pipeline import Pipeline
 
 SOURCE = ("dataset_name", "dataset_config_name", "train_data_dir")
 OWN = {"output_dir", "lora_alpha"}  # which training has too, and means otherwise
-MOST_REFERENCES = 500  # pictures of the data that CMMD takes
+MOST_REFERENCES = 500  # pictures of the data that KID and CMMD take
 
 
 class Measured(NamedTuple):
@@ -110,7 +110,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("scores", "of the pictures").add_argument
     what = "score style and content of scenes by the judge in this folder, which train_miniature.py wrote"
     add("--judge", type=path_type, help=what)
-    add("--clip_model", type=path_type, help="folder or hub id of a CLIP model, for CLIP score and CMMD")
+    add("--clip_model", type=path_type, help="folder or hub id of a CLIP model, for CLIP score, KID, CMMD")
     add("--output_dir", type=path_type, help="[evaluation, in the run's folder where there is one]")
     return parser
 
@@ -300,6 +300,8 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
         for kind in KINDS:
             embeds = scores.embed_images(clip, images[kind])
             found["clip"][kind] = {"score": scores.clip_score(embeds, texts), "cmmd": scores.cmmd(embeds, others)}
+            if min(len(embeds), len(others)) > 1:
+                found["clip"][kind]["kid"] = scores.kid(embeds, others)
     return found
 
 

@@ -107,7 +107,7 @@ def test_pictures_are_judged_for_each_seed(evaluated):
         assert set(shares["seeds"]) == {"3", "5"}
         for name, mean in shares["mean"].items():
             assert mean == pytest.approx(sum(of[name] for of in shares["seeds"].values()) / 2), name
-        assert set(figures["clip"][kind]) == {"score", "cmmd"}
+        assert set(figures["clip"][kind]) == {"score", "cmmd", "kid"}
     assert figures["clip"]["reference_pictures"] == 9
     assert figures["clip"]["base"] != figures["clip"]["tuned"]
 

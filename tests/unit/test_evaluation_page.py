@@ -47,7 +47,7 @@ def figures():
         seeds = {5: shares | {"style": style - 0.05}, 7: shares | {"style": style + 0.05}}
         judge[kind] = {"seeds": seeds, "mean": shares | {"style": style}}
     clip = {"model": "clip", "reference_pictures": 9}
-    clip |= {"base": {"score": 30.5, "cmmd": 2.25}, "tuned": {"score": 29.25, "cmmd": 0.75}}
+    clip |= {"base": {"score": 30.5, "cmmd": 2.25, "kid": 0.5}, "tuned": {"score": 29.25, "cmmd": 0.75, "kid": 0.25}}
     return {
         "settings": {"lora_weights": "run", "prompt": HOSTILE, "variant": None},
         "notes": [f"A note of {HOSTILE}"],
@@ -207,4 +207,4 @@ def test_the_scalars_can_be_read_and_take_the_place_of_older_ones(figures, tmp_p
     assert read("validation_loss/base") == {0: 1.3, 20: 1.3, 40: 1.3}
     assert read("trained_loss/tuned") == {0: 1.2, 20: 1.0, 40: 0.65}
     assert (read("style_score/base"), read("style_score/tuned")) == ({40: 0.1}, {40: 0.95})
-    assert (read("clip_score/tuned"), read("cmmd/tuned")) == ({40: 29.25}, {40: 0.75})
+    assert (read("clip_score/tuned"), read("cmmd/tuned"), read("kid/base")) == ({40: 29.25}, {40: 0.75}, {40: 0.5})

@@ -77,7 +77,7 @@ def test_embeddings_are_clips_own(tiny_clip):
     found = scores.embed_images(clip, images), scores.embed_texts(clip, texts)
     assert found[0].dtype == torch.float64
     for embeds, expected in zip(found, (output.image_embeds, output.text_embeds), strict=True):
-        assert torch.allclose(embeds.float(), expected, atol=1e-6)
+        assert torch.allclose(torch.nn.functional.normalize(embeds, dim=1).float(), expected, atol=1e-6)
     # What CLIP itself gives for each pair, before its temperature.
     cosines = output.logits_per_image.diag() / clip.model.logit_scale.exp()
     assert scores.clip_score(*found) == pytest.approx(100 * cosines.mean().item(), abs=1e-4)
@@ -99,12 +99,49 @@ def reference_mmd(drawn, others):
 def test_cmmd_is_the_mean_discrepancy_of_all_pairs(length):
     torch.manual_seed(0)
     drawn, others = torch.randn(7, 5).double(), torch.randn(4, 5).double() + 0.5
-    drawn, others = (length * torch.nn.functional.normalize(rows, dim=1) for rows in (drawn, others))
+    drawn, others = (torch.nn.functional.normalize(rows, dim=1) for rows in (drawn, others))
     expected = reference_mmd(drawn.tolist(), others.tolist())
+    drawn, others = length * drawn, length * others  # their length does not count
     assert scores.cmmd(drawn, others) == pytest.approx(expected, rel=1e-9)
     assert scores.cmmd(others, drawn) == pytest.approx(expected, rel=1e-9)
     assert scores.cmmd(drawn, drawn.flip(0)) == pytest.approx(0, abs=1e-12)
-    assert expected > 1
+    assert expected > 0.1
+
+
+def reference_kid(drawn, others):
+    """The unbiased estimate by its definition, pair by pair."""
+
+    def kernel(a, b):
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / len(a) + 1) ** 3
+
+    def within(xs):
+        return (
+            sum(kernel(x, y) for i, x in enumerate(xs) for j, y in enumerate(xs) if i != j) / len(xs) / (len(xs) - 1)
+        )
+
+    between = sum(kernel(x, y) for x in drawn for y in others) / len(drawn) / len(others)
+    return within(drawn) + within(others) - 2 * between
+
+
+def test_kid_is_the_discrepancy_of_its_definition():
+    torch.manual_seed(0)
+    drawn, others = torch.randn(7, 5).double(), torch.randn(7, 5).double() + 1
+    expected = reference_kid(drawn.tolist(), others.tolist())
+    state = torch.get_rng_state()
+    assert scores.kid(drawn, others) == pytest.approx(expected, rel=1e-9)
+    assert torch.equal(torch.get_rng_state(), state)
+    # Of sets of two sizes, the mean over subsets as large as the smaller one.
+    more = torch.cat([others, torch.randn(60, 5).double() + 1])
+    found = scores.kid(drawn, more)
+    assert found == scores.kid(drawn, more)
+    assert found == pytest.approx(reference_kid(drawn.tolist(), more.tolist()), rel=0.25)
+    assert scores.kid(others, others) < 0 < found
+
+
+def test_without_torchmetrics_it_says_what_to_install(tiny_clip, monkeypatch):
+    monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--clip_model needs torchmetrics: `pip install -e '.\[metrics\]'`"):
+        scores.check_clip(str(tiny_clip))
 
 
 def test_what_is_no_clip_is_refused(tiny_clip, tiny_base, tmp_path):
