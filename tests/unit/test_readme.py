@@ -43,6 +43,18 @@ def test_the_script_takes_the_command(script, arguments, load, monkeypatch):
     load(script).parse_args(arguments)
 
 
+def test_what_a_sentence_says_to_run_is_part_of_a_command_that_is_shown_and_so_run():
+    spans = re.findall(r"`(?:python )?(?:scripts/)?(\w+)\.py\s+(--[^`]+)`", "\n".join(PAGES.values()))
+    assert len(spans) >= 2
+    for script, text in spans:
+        words = shlex.split(text)
+        if words == ["--help"]:
+            continue
+        shown = [arguments for name, arguments in COMMANDS if name == script]
+        starts = ((command, start) for command in shown for start in range(len(command)))
+        assert any(command[start : start + len(words)] == words for command, start in starts), (script, words)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_what_is_there(page):
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", PAGES[page]):
