@@ -35,12 +35,12 @@ from rasengan.naming import KOHYA_PARTS, parse_kohya_name
 from rasengan.tensor_files import found_file, read_tensors
 
 
-# What a merge reads of a LoRA's settings, beside r and alpha.
 # Of PEFT's variants of LoRA those that a merge of lora_B x lora_A would be wrong for, or that need more weights.
 OTHER_VARIANTS = (
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("layer_replication", "target_parameters", "trainable_token_indices"),
 )
+# What a merge reads of an adapter's settings, beside rank and alpha.
 SWITCHES = dict.fromkeys(("use_rslora", "use_dora", "use_effective_conv2d", "decompose_both"), bool)
 SWITCHES |= {"decompose_factor": int}
 SETTINGS = {"target_modules": str | list, "exclude_modules": str | list, "rank_pattern": dict, "alpha_pattern": dict}
@@ -172,7 +172,7 @@ def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
             "LoRA, DoRA, LoHa or LoKr."
         )
     for name, kinds in SWITCHES.items():
-        if not isinstance(options.get(name), kinds | None):
+        if name in options and not isinstance(options[name], kinds):
             raise TypeError(f"{name} is {options[name]!r}, not {'a number' if kinds is int else 'true or false'}")
     alpha = "lora_alpha" if kind == "LORA" else "alpha"
     for name, numbers in {"r": int, alpha: int | float}.items():

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from rasengan import UserError, components, first_line, imaging, locks, memory, sdxl
 from rasengan.files import read_json_or_empty, room, write_atomically
 from rasengan.processes import gather, is_first, wait_for_everyone
+from rasengan.row_file import RowFile
 
 
 FORMAT = 2
@@ -93,11 +94,9 @@ class ShardedCache:
         number, row = divmod(self._positions[item], ITEMS_PER_SHARD)
         try:
             if number not in self._open:
-                # Mapped into memory, a file that is cut off meanwhile would end the process without a word.
-                self._open[number] = safe_open(self._paths[number], framework="pt", backend="pread")
-            shard = self._open[number]
-            return {name: shard.get_slice(name)[row] for name in shard.keys()}
-        except (OSError, SafetensorError) as error:
+                self._open[number] = RowFile(self._paths[number])
+            return self._open[number].read(row)
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
             raise imaging.PictureChanged(
                 f"{self._paths[number]} of the cache was changed while the run used it: {reason}."

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import datasets
 
-from rasengan import UserError, printable
+from rasengan import UserError, first_line, printable
 from rasengan.imaging import Picture, is_picture_name
 
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # what datasets takes for it
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number"}
 _KINDS |= {bool: "true or false", type(None): "null"}
-FAULTS = "caption_fault"  # a column that says why a picture has no caption, only where one has none
+FAULTS = "__caption_fault__"  # a column that says why a picture has no caption, only where one has none
 
 
 class LongCaption(NamedTuple):
@@ -41,7 +41,7 @@ class Beside(NamedTuple):
     strays: list[Path]  # the .txt of no picture
 
 
-def find_beside(files: Iterable[Path]) -> Beside | None:
+def find_beside(files: list[Path]) -> Beside | None:
     """Return which of a folder's files are pictures and captions; None where it has metadata, or no such captions."""
     pictures = sorted(filter(is_picture_name, files))
     names = {picture.with_suffix(".txt") for picture in pictures}
@@ -81,7 +81,10 @@ def metadata_fault(files: Iterable[Path]) -> str | None:
         files: of the folder, those of other names too. Parquet is not looked into.
     """
     for file in sorted(file for file in files if file.name in METADATA and file.suffix != ".parquet"):
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            return f"{file}: {error.strerror}."
         try:
             lines = content.decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
@@ -97,8 +100,16 @@ def metadata_fault(files: Iterable[Path]) -> str | None:
 
 
 def _fault_of_csv(lines: list[str]) -> str | None:
-    columns = next(csv.reader(lines))
-    return None if any(map(_names_pictures, columns)) else f"line 1: no column is file_name, but {', '.join(columns)}"
+    number = next(number for number, line in enumerate(lines, 1) if line.strip())
+    try:
+        columns = next(csv.reader(lines[number - 1 :]))
+    except csv.Error as error:
+        return f"line {number}: {error}"
+    return (
+        None
+        if any(map(_names_pictures, columns))
+        else f"line {number}: no column is file_name, but {', '.join(columns)}"
+    )
 
 
 def _names_pictures(column: str) -> bool:
@@ -114,8 +125,8 @@ def _fault_of_jsonl(lines: list[str]) -> str | None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             return f"line {number}: this is no JSON: {error.msg} at character {error.pos + 1}"
-        except RecursionError:
-            return f"line {number}: brackets stand in brackets too often"
+        except (RecursionError, ValueError) as error:  # brackets in brackets, or a number of thousands of digits
+            return f"line {number}: this cannot be read: {first_line(error)}"
         if not isinstance(row, dict):
             return f"line {number}: this is {_KINDS[type(row)]}, not an object in braces"
         if not any(map(_names_pictures, row)):

@@ -34,7 +34,7 @@ COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONE
 }
 
 
-SAMPLE_BYTES = 2**20
+SAMPLES, SAMPLE_BYTES = 64, 2**16
 BAD_TOKEN = (
     "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
 )
@@ -173,16 +173,21 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
         ) from error
 
 
-def sampled_digest(files: list[Path]) -> str:
-    """Return a digest of files by their names, their sizes and 3 MiB of each: soon, where gigabytes take a minute."""
+def sampled_digest(folders: dict[str, Path], variant: str | None) -> str:
+    """Return a digest of the models' weights by their sizes and 4 MiB of each file, evenly spread.
+
+    That is soon done where reading all takes a minute, and sees another model, or one that something was merged into.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as content:
-            for place in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                content.seek(place)
-                digest.update(content.read(SAMPLE_BYTES))
+    for name in MODELS:
+        for file in component_files(name, folders[name], variant):
+            if file.suffix == ".safetensors":
+                size = file.stat().st_size
+                digest.update(f"{name} {size} ".encode())
+                with open(file, "rb") as content:
+                    for number in range(SAMPLES):
+                        content.seek(number * size // SAMPLES)
+                        digest.update(content.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 

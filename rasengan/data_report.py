@@ -49,7 +49,7 @@ def make_report(
     usable: Usable,
     looks: list[Look],
     unlisted: list[str],
-    strays: list[str],
+    unread: list[str],
     long_captions: list[LongCaption] | None,
     *,
     directory: str | None,
@@ -64,7 +64,7 @@ def make_report(
         usable: of those.
         looks: at the usable ones.
         unlisted: files that no metadata names.
-        strays: .txt that stand beside no picture.
+        unread: .txt whose captions do not count.
         long_captions: of the usable ones; None where tokens could not be counted.
         directory: what names are shortened by; None leaves them.
         sizes: `imaging.crop_sizes`.
@@ -76,7 +76,7 @@ def make_report(
     named = [(text, name(p.name)) for p, texts in zip(usable.pictures, usable.captions, strict=True) for text in texts]
     shown = [picture._replace(name=name(picture.name)) for picture in usable.pictures]
     found = [
-        *_unusable_findings(pictures, usable, unlisted, strays, name),
+        *_unusable_findings(pictures, usable, unlisted, unread, name),
         *_size_findings(shown, sizes, center_crop),
         *_copy_findings(shown, looks),
         *_caption_findings(named, long_captions, name),
@@ -199,7 +199,7 @@ def _aspect_histogram(pictures: list[Picture]) -> dict[str, int]:
 
 
 def _unusable_findings(
-    pictures, usable: Usable, unlisted: list[str], strays: list[str], name: Callable[[str], str]
+    pictures, usable: Usable, unlisted: list[str], unread: list[str], name: Callable[[str], str]
 ) -> list[Finding]:
     bad = [picture for picture in pictures if picture.error]
     missing = [picture for picture in bad if _is_missing(picture)]
@@ -231,12 +231,10 @@ def _unusable_findings(
             [name(file) for file in unlisted],
         ),
         Finding(
-            len(strays),
-            "captions in a .txt that stands beside no picture"
-            if len(strays) != 1
-            else "caption in a .txt that stands beside no picture",
-            "Left out. Rename each as its picture, or move it elsewhere.",
-            [name(file) for file in strays],
+            len(unread),
+            "of the .txt are not read",
+            "One counts if it has its picture's name and there is no metadata. Rename it, or move it elsewhere.",
+            [name(file) for file in unread],
         ),
     ]
 

@@ -92,8 +92,10 @@ class Denoiser:
 
 def most_steps(scheduler: SchedulerMixin) -> int:
     """Return the most denoising steps that a scheduler has timesteps for."""
-    # Of a latent consistency model's, those that it was distilled for.
-    return scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps
+    # Of a latent consistency model's, those that it was distilled for; others made from it keep the setting unused.
+    name = "original_inference_steps"
+    takes = name in inspect.signature(type(scheduler).__init__).parameters
+    return scheduler.config[name] if takes else scheduler.config.num_train_timesteps
 
 
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:

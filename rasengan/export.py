@@ -104,21 +104,6 @@ def check_finite(models: dict[str, torch.nn.Module], last_good: str = "") -> Non
             )
 
 
-def check_places(directory: Path) -> None:
-    """Check that what a run writes into its folder has no place that something else takes.
-
-    Raises:
-        UserError: a folder stands where a file is to be, or the other way round.
-    """
-    for name, is_folder in {DIFFUSERS_FILE: False, "args.json": False, "peft": True, "best": True}.items():
-        path = directory / name
-        if path.exists() and path.is_dir() != is_folder:
-            kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
-            raise UserError(
-                f"{path} is {kinds[1]}, where the run writes {kinds[0]}. Move it, or give another --output_dir."
-            )
-
-
 def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str = "") -> None:
     """Write both kinds of adapter into a folder, `pytorch_lora_weights.safetensors` and `peft/`, and verify them.
 

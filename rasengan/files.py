@@ -124,6 +124,24 @@ def check_name(path: Path, flag: str) -> None:
         raise UserError(f"{flag}: the name {path.name} has {size} bytes. Give one of {MOST_NAME_BYTES} at most.")
 
 
+def check_kinds(directory: Path, folders: dict[str, bool], flag: str) -> None:
+    """Check that nothing stands in the way of what will be written into a folder; `flag` is what named it.
+
+    Args:
+        directory: the folder.
+        folders: whether each name in it is to be a folder, or else a file.
+        flag: for the error.
+
+    Raises:
+        UserError: one is there and of the other kind.
+    """
+    for name, is_folder in folders.items():
+        path = directory / name
+        if path.exists() and path.is_dir() != is_folder:
+            is_now, will_be = ("a file", "a folder") if is_folder else ("a folder", "a file")
+            raise UserError(f"{path} is {is_now}, where {will_be} is to be written. Move it, or give another {flag}.")
+
+
 def check_writable(directory: Path, flag: str) -> None:
     """Check that a folder can be made, and a file written there, and leave nothing behind; `flag` is what named it.
 

@@ -103,6 +103,8 @@ def extract_lora(
     for name in ADAPTABLE:
         model = skeleton(name, tuned[name] if base[name].is_file() else base[name])
         read_new, read_old = (_tensors(name, places[name], variant, model) for places in (tuned, base))
+        for read in (read_new, read_old):  # a buffer that older versions of transformers saved
+            read.pop("embeddings.position_ids", None)
         if read_new.keys() != read_old.keys():
             stranger = sorted(read_new.keys() ^ read_old.keys())[0]
             raise UserError(f"The {name}s of {tuned[name]} and {base[name]} differ in what they hold, as {stranger}.")

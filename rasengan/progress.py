@@ -23,7 +23,8 @@ class Progress:
         self, first_step: int, global_batch: int, device: torch.device, skipped: dict[str, int] | None = None
     ):
         """Begin after `first_step` optimizer steps of `global_batch` samples; `skipped` as a checkpoint kept it."""
-        self.step, self.global_batch, self.device = first_step, global_batch, device
+        self.first_step = self.step = first_step
+        self.global_batch, self.device = global_batch, device
         self.unread, self.started_s = [], time.perf_counter()
         self.train_loss, self.images_per_second = math.nan, 0.0
         self.skipped_steps, self.skipped_in_a_row = ((skipped or {}).get(name, 0) for name in SKIPPED)
@@ -63,11 +64,14 @@ class Progress:
 
     def is_doubtful(self) -> bool:
         """Say whether the last step changed nothing: whether the weights are any good is not known before one does."""
-        return self.skipped_in_a_row > 0 or not math.isfinite(self.train_loss)
+        return self.skipped_in_a_row > 0 or self._has_no_loss()
 
     def is_stuck(self) -> bool:
         """Say whether the last steps all had a loss that is not finite: what is saved now is no good checkpoint."""
-        return not math.isfinite(self.train_loss) and self.skipped_in_a_row >= STUCK
+        return self._has_no_loss() and self.skipped_in_a_row >= STUCK
+
+    def _has_no_loss(self) -> bool:
+        return self.step > self.first_step and not math.isfinite(self.train_loss)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -85,8 +85,8 @@ def _plain(value):
 def _change(name: str, state: dict, settings: dict) -> str:
     if name == "data_digest":
         return "the pictures or captions are not those that it saw (some were added, removed, changed or reordered)"
-    if name == "unet_digest":
-        return "the base's UNet is not the one that it saw"
+    if name == "base_digest":
+        return "the base's weights are not those that it saw"
     if name == "global_batch":
         return (
             f"a step took {state[name]} samples, and takes {settings[name]} (--train_batch_size x "

@@ -174,7 +174,7 @@ def kid(drawn: torch.Tensor, reference: torch.Tensor) -> float:
     size = min(len(drawn), len(reference), SUBSET_SIZE)
     subsets = 1 if len(drawn) == len(reference) == size else SUBSETS
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of the room that it takes
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # that of the CPU alone
         distance = KernelInceptionDistance(feature=_AsIs(), subsets=subsets, subset_size=size)
         distance.update(reference, real=True)
         distance.update(drawn, real=False)

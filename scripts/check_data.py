@@ -104,7 +104,7 @@ def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data
         usable,
         looks,
         unlisted,
-        data_survey.stray_captions(directory) if directory else [],
+        data_survey.unread_captions(directory) if directory else [],
         long_captions,
         directory=directory,
         sizes=sizes,

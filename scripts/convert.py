@@ -9,6 +9,7 @@ What is written is read back and compared bit for bit. ComfyUI and AUTOMATIC1111
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def validate_args(args: argparse.Namespace) -> None:
         kind = "a folder, without .safetensors" if args.format == "peft" else "a file that ends in .safetensors"
         raise UserError(f"--output is {args.output}, but --format {args.format} is {kind}. Correct one of them.")
     check_name(output, "--output")
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"--output {args.output} exists. Give a name that does not.")
     check_writable(output.resolve().parent, "--output: the folder")
 

@@ -144,7 +144,7 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--save_merged at --lora_scale 0 would write the base. Give another scale.")
     if args.save_merged:
         check_name(Path(args.save_merged), "--save_merged")
-    if args.save_merged and Path(args.save_merged).exists():
+    if args.save_merged and os.path.lexists(args.save_merged):
         raise UserError(f"--save_merged {args.save_merged} exists. Give a name that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
     check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
@@ -343,7 +343,7 @@ def main(args: argparse.Namespace) -> None:
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    drawing.check_steps(load_scheduler(args, folders), args.num_inference_steps)
+    drawing.check_steps(sdxl.make_sampler(load_scheduler(args, folders), args.scheduler), args.num_inference_steps)
 
     if args.prompt:
         texts = args.prompt + [args.negative_prompt] * (args.negative_prompt is not None)

@@ -83,13 +83,14 @@ from rasengan.command_line import (
     words_of_file,
 )
 from rasengan.endings import hush_writers, in_one_line
-from rasengan.files import check_writable, write_atomically
+from rasengan.files import check_kinds, check_writable, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
 
 
 logger = logging.getLogger(__name__)
 
+FILES_WRITTEN = (export.DIFFUSERS_FILE, "args.json", "validation.png", "README.md")
 
 # --- the command line ---
 
@@ -298,7 +299,13 @@ def validate_args(args: argparse.Namespace) -> None:
             "its own pictures would be among those to train on. Give a folder outside of it."
         )
     check_writable(Path(args.output_dir), "--output_dir")
-    export.check_places(Path(args.output_dir))
+    written = {
+        **dict.fromkeys(FILES_WRITTEN, False),
+        "peft": True,
+        checkpoint.BEST_FOLDER: True,
+        args.logging_dir: True,
+    }
+    check_kinds(Path(args.output_dir), written, "--output_dir")
     check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
 
 
@@ -383,7 +390,7 @@ def tell(text: str) -> None:
 
 
 def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
-    """Save what was done before a step that failed, and return the name of the last checkpoint; empty for none."""
+    """Save what was done, before the run ends here, and return the name of the last checkpoint; empty for none."""
     if is_main:
         writer.save(global_step, state, keep_all=True)
         writer.wait()
@@ -467,7 +474,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    args.unet_digest = components.sampled_digest(components.component_files("unet", folders["unet"], args.variant))
+    args.base_digest = components.sampled_digest(folders, args.variant)
+    processes.check_same("base", f"weights of digest {args.base_digest[:8]}", "Give every machine the same base.")
     warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
     if args.push_to_hub and is_main and not args.plan_only:
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
@@ -478,7 +486,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     scheduler.register_to_config(prediction_type=prediction_type)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
     if resume_from:  # the settings that are known only now
-        known_now = ("data_digest", "unet_digest", "prediction_type", "total_steps", "lr_scheduler")
+        known_now = ("data_digest", "base_digest", "prediction_type", "total_steps", "lr_scheduler")
         settings = {name: getattr(args, name) for name in known_now}
         resuming.check_resumable(resume_from, settings, args.resume_with_changes)
 
@@ -709,9 +717,19 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     first_step, saved_s, is_stopping = global_step, time.monotonic(), False
     validation_loss.should_stop = stopper.asked
 
+    def log_losses() -> None:
+        for at_step, values in progress.read().items():
+            accelerator.log(values, step=at_step)
+
     def save_before_end(**changes) -> str:
         kept = state | {"samples_seen": samples_seen} | progress.skipped() | changes
         return save_now(writer, is_main, global_step, kept)
+
+    def end_here() -> None:  # on all processes together
+        if progress.unread:
+            log_losses()
+        if not progress.is_stuck():
+            save_before_end()
 
     while global_step < max_train_steps and not is_stopping:
         # After the checkpoint of the step: a run that ends in between measures when it is resumed.
@@ -720,7 +738,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                 with progress.paused(), validation.evaluating(adapted), averaged():
                     note_loss(global_step)
             except stopping.Interrupted:
-                save_before_end()
+                end_here()
                 break
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss, names = torch.zeros((), device=device), []
@@ -762,8 +780,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         saves = global_step % args.checkpointing_steps == 0 or is_late or is_stopping or is_last
         if progress.add(step_loss, grad_norm) >= args.logging_steps or saves:
             is_first_reading = progress.step == first_step
-            for at_step, values in progress.read().items():
-                accelerator.log(values, step=at_step)
+            log_losses()
             accelerator.log({"lr": group["lr"] * group.get("d", 1.0)}, step=global_step)  # d is Prodigy's
             shown = {"loss": f"{progress.train_loss:.4f}", "images_per_s": f"{progress.images_per_second:.2f}"}
             bar.set_postfix(shown | validation_loss.shown())
@@ -792,7 +809,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                     images = draw(prompts=embed(), should_stop=stopper.asked)
                     show_validation(args, accelerator, base_images, images, global_step)
             except stopping.Interrupted:
-                save_before_end()
+                end_here()
                 break
     bar.close()
     train_step.release()
@@ -826,13 +843,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
         write_settings(args, optimizer_steps=global_step)
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
+    was_asked, _ = ballot.any(stopper.asked(), False)
     stopper.release()  # what comes now may be lost
-    if args.validation_prompt:
+    if args.validation_prompt and not was_asked:
         with validation.evaluating(adapted), averaged():
             show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
     if is_main:
         write_model_card(args, output_dir, global_step, "validation.png" if args.validation_prompt else None)
-        if args.push_to_hub:
+        if args.push_to_hub and was_asked:
+            logger.warning("Not uploaded, since a signal came: resume from 'latest' with --push_to_hub")
+        elif args.push_to_hub:
             hub.upload(hub_model_id, args.hub_token, output_dir)
     accelerator.end_training()
     return 0

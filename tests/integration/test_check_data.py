@@ -387,8 +387,16 @@ def test_captions_that_are_missing_or_no_text_are_findings_and_so_are_those_of_n
     printed = capsys.readouterr().out
     missing, unreadable = "c.png has no c.txt beside it", "b.png has a caption that is no text in UTF-8, in b.txt"
     assert f"2 of 3 captions cannot be used\n  {unreadable}\n  {missing}\n" in printed
-    assert "1 caption in a .txt that stands beside no picture\n  d.txt\n" in printed
+    assert "1 of the .txt are not read\n  d.txt\n" in printed
     assert "3, of which 1 can be trained on" in printed
+
+
+def test_captions_beside_pictures_that_have_metadata_are_a_finding(check, tmp_path, capsys):
+    smooth(0, 64, 64).save(tmp_path / "a.png")
+    write_metadata(tmp_path, {"a.png": "a fox"})
+    (tmp_path / "a.txt").write_text("another")
+    check(tmp_path)
+    assert "1 of the .txt are not read\n  a.txt\n" in capsys.readouterr().out
 
 
 def test_there_must_be_data(check):

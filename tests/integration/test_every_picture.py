@@ -237,7 +237,11 @@ BAD_METADATA = {
         '{"file_name": "good.png", "text": "a"}\n\n{"file_name" "good.png"}',
         "metadata.jsonl, line 3: this is no JSON",
     ),
-    "a number for a name": ('{"file_name": 5, "text": "a"}', "cannot be read|file_name"),
+    "a number of many digits": (
+        f'{{"file_name": "good.png", "text": {"9" * 5000}}}',
+        "has inf in the caption column|metadata.jsonl, line 1: this cannot be read",
+    ),
+    "a number for a name": ('{"file_name": 5, "text": "a"}', "cannot be read: |file_name 5"),
 }
 
 

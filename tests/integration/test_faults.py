@@ -191,7 +191,7 @@ def test_a_signal_while_a_run_validates_is_answered_at_once_and_loses_nothing(
     what, train, trained, monkeypatch, read_scalars, capfd, tmp_path
 ):
     """A launcher of several processes kills what has not ended after 30 s."""
-    calls, cadence = [], ["--checkpointing_steps", 1000]
+    calls, cadence = [], ["--checkpointing_steps", 1000, "--logging_steps", 10]
     flags = {
         "loss": ["--validation_split", 2, "--validation_loss_steps", 2],
         "pictures": ["--validation_prompt", "a star", "--max_train_samples", 4, "--num_validation_images", 1],

@@ -216,6 +216,7 @@ def test_a_distilled_scheduler_takes_no_more_steps_than_it_was_made_for(tiny_bas
     drawing.check_steps(scheduler, 50)
     with pytest.raises(UserError, match="--num_inference_steps is 60, but the scheduler has 50 timesteps"):
         drawing.check_steps(scheduler, 60)
+    drawing.check_steps(sdxl.make_sampler(scheduler, "ddim"), 60)  # made from it, which keeps the number unused
 
 
 def test_components_given_one_by_one_draw_the_same(compared, infer_script, tiny_base, trained, tmp_path):

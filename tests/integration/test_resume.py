@@ -244,7 +244,7 @@ def test_resuming_on_another_unet_at_the_same_place_needs_a_flag(train, loaded, 
     save_file({key: 1.5 * tensor for key, tensor in load_file(file).items()}, file)
     loaded.clear()
     longer = [*run, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
-    with pytest.raises(UserError, match="the base's UNet is not the one that it saw.*--resume_with_changes"):
+    with pytest.raises(UserError, match="the base's weights are not those that it saw.*--resume_with_changes"):
         train(*longer, **where)
     assert "unet" not in loaded
     train(*longer, "--resume_with_changes", **where)
@@ -258,9 +258,13 @@ def test_a_slash_behind_a_folder_is_no_change(train, trained, caplog, tmp_path):
     assert "--pretrained_model_name_or_path was" not in caplog.text
 
 
-@pytest.mark.parametrize(("name", "is_folder"), [("pytorch_lora_weights.safetensors", True), ("peft", False)])
+@pytest.mark.parametrize(
+    ("name", "is_folder"),
+    [("pytorch_lora_weights.safetensors", True), ("validation.png", True), ("README.md", True), ("peft", False)]
+    + [("best", False), ("logs", False)],
+)
 def test_what_stands_in_the_way_of_the_adapter_is_told_before_training(name, is_folder, train, loaded, tmp_path):
     (tmp_path / name).mkdir() if is_folder else (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"{name} is a f.*, where the run writes a f.* Move it"):
+    with pytest.raises(UserError, match=rf"{name} is a f.*, where a f.* is to be written. Move it"):
         train(output_dir=tmp_path)
     assert loaded == []

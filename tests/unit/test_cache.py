@@ -2,13 +2,16 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from rasengan import UserError, cache, components, data, imaging
+from rasengan import UserError, cache, components, data, imaging, row_file
 
 
 CPU = torch.device("cpu")
@@ -59,6 +62,35 @@ def test_a_shard_that_is_cut_off_while_it_is_used_is_named(was_read, tmp_path):
         os.truncate(path, 200)
     with pytest.raises(imaging.PictureChanged, match=r"safetensors of the cache was changed while the run used it: "):
         shards[ITEMS[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_a_row_is_read_as_safetensors_reads_it_by_itself(dtype, tmp_path):
+    tensors = {name: torch.randn(5, *shape).to(dtype) for name, shape in (("a", (3, 4)), ("b", ()), ("c", (7,)))}
+    save_file(tensors, tmp_path / "rows.safetensors", metadata={"of": "a test"})
+    rows = row_file.RowFile(tmp_path / "rows.safetensors")
+    for row in range(5):
+        found = rows.read(row)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor[row]) for name, tensor in tensors.items())
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [row_file.RowFile(tmp_path / "rows.safetensors") for _ in range(50)]
+    assert all(torch.equal(one.read(2)["a"], tensors["a"][2]) for one in kept)
+    assert len(os.listdir("/proc/self/fd")) <= before
+    with pytest.raises(ValueError, match="cut off"):
+        rows.read(9)
+    (tmp_path / "rows.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0[1,2]")
+    with pytest.raises(ValueError, match="header is damaged"):
+        row_file.RowFile(tmp_path / "rows.safetensors")
+
+
+def test_a_row_takes_its_own_bytes_from_the_disk_and_no_more(tmp_path):
+    save_file({"a": torch.randn(64, 2**18)}, tmp_path / "rows.safetensors")  # of a MiB each
+    rows, counts = row_file.RowFile(tmp_path / "rows.safetensors"), Path("/proc/self/io")
+    read = lambda: int(re.search(r"rchar: (\d+)", counts.read_text())[1])  # noqa: E731
+    before = read()
+    rows.read(63)
+    assert 2**20 <= read() - before < 2 * 2**20
 
 
 def test_a_second_cache_with_the_same_settings_has_nothing_missing(tmp_path):

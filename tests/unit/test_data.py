@@ -848,3 +848,37 @@ def test_an_error_while_preparing_a_batch_is_raised_at_that_batch():
 def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
     (picture,) = imaging.inspect_pictures([record], tmp_path)
     assert (picture.name, picture.error) == ("picture 0", "is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.csv", "\n\nname,text\n1.png,a", "metadata.csv, line 3: no column is file_name, but name, text"),
+        ("metadata.csv", "file_name,text\n1.png," + "x" * 200_000, None),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.png", "text": ' + "9" * 5000 + "}",
+            "metadata.jsonl, line 1: this cannot",
+        ),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n', None),
+    ],
+)
+def test_where_metadata_are_wrong_is_said(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    found = captions.metadata_fault([tmp_path / name])
+    assert (found is None) if said is None else (said in found)
+
+
+def test_metadata_behind_a_link_that_leads_nowhere_are_named(tmp_path):
+    folder = write_folder(tmp_path / "set")
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"metadata.jsonl: No such file or directory\."):
+        load_folder(folder, tmp_path / "cache")
+
+
+def test_a_column_of_any_name_is_a_users_own(tmp_path):
+    folder = write_folder(tmp_path / "set")
+    lines = [json.dumps({"file_name": f"{n}.png", "text": "a", "caption_fault": "none"}) + "\n" for n in range(3)]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    assert read(folder, tmp_path / "cache") == [["a"]] * 3

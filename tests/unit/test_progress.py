@@ -30,6 +30,14 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 0)
 
 
+def test_before_the_first_step_nothing_is_doubtful():
+    for skipped in (None, {"skipped_steps": 7, "skipped_in_a_row": 0}):
+        progress = Progress(4, 1, torch.device("cpu"), skipped)
+        assert not progress.is_doubtful()
+        assert not progress.is_stuck()
+    assert Progress(4, 1, torch.device("cpu"), {"skipped_in_a_row": 5}).is_doubtful()
+
+
 def test_what_a_checkpoint_kept_is_counted_on():
     before = Progress(0, 1, torch.device("cpu"))
     read(before, [(1.0, math.inf), (1.0, 1.0), (1.0, math.inf), (1.0, math.inf)])
