@@ -222,6 +222,17 @@ def test_a_signal_while_a_run_validates_is_answered_at_once_and_loses_nothing(
     assert all(read_scalars(tmp_path, name) == read_scalars(whole, name) for name in names)
 
 
+def test_two_processes_that_validate_end_together_when_they_are_asked(start, tmp_path):
+    validates = ["--validation_split", 16, "--validation_loss_steps", 1]  # for most of the time
+    process, text = start(*validates, "--validation_prompt", "a star", "--num_validation_images", 2, launch=TWO)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=28)  # its launcher waits 30 s, and then kills
+    wait_for(lambda: not processes_of(process), text)
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert checkpoint.find_damage(saved) is None
+    assert f"Ended after {checkpoint.step_of(saved)} of 100000 steps, since SIGTERM was received" in text()
+
+
 def test_checkpoints_by_the_clock(train, trained, tmp_path):
     train("--checkpointing_minutes", 0, "--checkpointing_steps", 1000, output_dir=tmp_path)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
