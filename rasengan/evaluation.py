@@ -208,8 +208,13 @@ def curve(points: list[Point]) -> dict[str, object]:
     rises = rise["change"] > 2 * rise["error"]  # not so for a NaN
     said = _verdict(points[lowest].step, last.step, rise, rises)
     if rises and len(last.losses.trained):
-        of_trained = change(points[lowest].losses.trained, last.losses.trained)["change"]
-        said += f" Meanwhile that of pictures trained on changed by {signed(of_trained)}."
+        of_trained = change(points[lowest].losses.trained, last.losses.trained)
+        if of_trained["change"] > 2 * of_trained["error"]:
+            said = said.rpartition(": overfitting")[0]
+            said += ": the run went wrong, since the loss of pictures trained on rises too,"
+            said += f" by {signed(of_trained['change'])}. Lower --learning_rate."
+        else:
+            said += f" Meanwhile that of pictures trained on changed by {signed(of_trained['change'])}."
     return {"points": means, "lowest_step": points[lowest].step, "rises": rises, "verdict": said}
 
 

@@ -3,7 +3,6 @@
 import html
 import math
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from rasengan.evaluation import KINDS, Drawn, signed
 from rasengan.held_out import LOSS
 
 
+EVENTS = "events.out.tfevents."  # what TensorBoard's files begin with
 MOST_PAIRS, MOST_HELD_OUT = 48, 200
 WIDTH, HEIGHT = 400, 240  # of the chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 40  # its margins
@@ -140,8 +140,13 @@ def write_scalars(folder: Path, figures: dict, step: int) -> None:
     with SummaryWriter(str(temporary)) as writer:
         for name, (value, at) in _scalars(figures, step):
             writer.add_scalar(f"evaluation/{name}", value, at)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    folder.mkdir(exist_ok=True)
+    old = [*folder.glob(f"{EVENTS}*")]  # what else lies there is somebody's
+    for file in temporary.iterdir():
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
+    for file in old:
+        file.unlink()
 
 
 def _scalars(figures: dict, step: int) -> Iterator[tuple[str, tuple[float, int]]]:

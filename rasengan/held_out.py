@@ -254,6 +254,7 @@ class ValidationLoss:
         """Return the base's loss beside the tuned model's, once both were measured."""
         base, last, best, best_step = (self.record[name] for name in ("base", "last", "best", "best_step"))
         lowest = "" if best is None else f"; the lowest was {best:.4f}, after step {best_step}"
+        lowest += ", above the base's: lower --learning_rate" * (best is not None and best > base)
         change = f"{100 * (last / base - 1):+.1f} %"
         return (
             f"Validation loss of {len(self.held_out)} held-out pictures: base {base:.4f}, tuned {last:.4f} "

@@ -175,6 +175,10 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError(
             "--num_pictures 0 draws nothing for --prompt, --judge or --clip_model. Give more, or drop these."
         )
+    if args.prompt and args.num_pictures < len(args.prompt):
+        raise UserError(
+            f"--num_pictures is {args.num_pictures}, but there are {len(args.prompt)} of --prompt. Give as many."
+        )
     if len(set(args.picture_seeds)) < len(args.picture_seeds):
         raise UserError("--picture_seeds names a seed twice. Give each once.")
     if args.clip_model:

@@ -126,6 +126,19 @@ def test_the_curve_says_where_overfitting_starts(rows, lowest, rises, said):
     assert re.search(said, found["verdict"]), found["verdict"]
 
 
+def test_where_what_was_trained_on_rises_too_the_run_went_wrong():
+    held_out, trained = [(1.0, 1.2, 1.4), (2.0, 2.3, 2.6)], [(1.1, 1.2, 1.3), (1.9, 2.1, 2.2)]
+    points = [
+        Point(10 * n, Losses(losses_of(*a), losses_of(*b)))
+        for n, (a, b) in enumerate(zip(held_out, trained, strict=True))
+    ]
+    verdict = evaluation.curve(points)["verdict"]
+    assert re.search(
+        r"lowest without the adapter, .* the run went wrong, since .* too, by \+\d+\.\d %\. Lower", verdict
+    )
+    assert "overfitting" not in verdict
+
+
 def test_json_has_no_word_for_what_is_not_finite():
     figures = {"a": math.nan, 1: [math.inf, 0.5, ("x", -math.inf)], "b": {"c": True, "d": None}}
     written = evaluation.as_json(figures)

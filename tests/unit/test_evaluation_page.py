@@ -198,8 +198,11 @@ def test_axes_have_round_numbers_around_what_they_show(low, high, least, expecte
 def test_the_scalars_can_be_read_and_take_the_place_of_older_ones(figures, tmp_path):
     folder = tmp_path / "tensorboard"
     evaluation_page.write_scalars(folder, figures | {"loss": figures["loss"] | {"curve": None}}, 99)
+    (folder / "mine.txt").write_text("precious")
     evaluation_page.write_scalars(folder, figures, 40)
     assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+    assert len(list(folder.iterdir())) == 2
+    assert (folder / "mine.txt").read_text() == "precious"
     log = EventAccumulator(str(folder))
     log.Reload()
     read = lambda name: {e.step: round(e.value, 4) for e in log.Scalars(f"evaluation/{name}")}  # noqa: E731

@@ -243,6 +243,8 @@ def test_the_record_knows_the_base_the_last_and_the_lowest(monkeypatch):
         "Validation loss of 1 held-out pictures: base 3.0000, tuned 4.0000 (+33.3 %); the lowest was 1.0000, after "
         "step 3"
     )
+    loss.record["base"] = 0.5
+    assert loss.summary().endswith("the lowest was 1.0000, after step 3, above the base's: lower --learning_rate")
 
 
 RECORD = {"base": 3.0, "last": 2.5, "best": 2.0, "best_step": 4}
