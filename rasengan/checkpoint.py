@@ -25,8 +25,8 @@ from accelerate.utils.constants import OPTIMIZER_NAME
 from diffusers.training_utils import EMAModel
 
 from rasengan import UserError, adapter_reader, adapters, export, first_line
+from rasengan.diagnosis import SKIPPED
 from rasengan.files import give_default_mode, sync, sync_folder, write_atomically
-from rasengan.progress import SKIPPED
 
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import torch
 
 # In fp16 the gradient scaler may have to halve its scale this often before the first step that counts.
 MOST_SKIPPED = 25
+SKIPPED = ("skipped_steps", "skipped_in_a_row")  # what a checkpoint keeps of the steps without a finite gradient
 
 
 @torch.no_grad()

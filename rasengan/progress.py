@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from rasengan import memory
+from rasengan.diagnosis import SKIPPED
 from rasengan.processes import average
 
 
 # One step without a finite loss may be its samples' fault; so many in a row are not.
 STUCK = 3
-SKIPPED = ("skipped_steps", "skipped_in_a_row")  # what a checkpoint keeps of the steps without a finite gradient
 
 
 class Progress:

@@ -721,9 +721,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         for at_step, values in progress.read().items():
             accelerator.log(values, step=at_step)
 
+    def state_now() -> dict:
+        return state | {"samples_seen": samples_seen} | progress.skipped()
+
     def save_before_end(**changes) -> str:
-        kept = state | {"samples_seen": samples_seen} | progress.skipped() | changes
-        return save_now(writer, is_main, global_step, kept)
+        return save_now(writer, is_main, global_step, state_now() | changes)
 
     def end_here() -> None:  # on all processes together
         if progress.unread:
@@ -796,8 +798,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
             with progress.paused():
-                kept = state | {"samples_seen": samples_seen} | progress.skipped()
-                path = writer.save(global_step, kept, keep_all=progress.is_doubtful())
+                path = writer.save(global_step, state_now(), keep_all=progress.is_doubtful())
             logger.info("Saving %s", path)
             saved_s = time.monotonic()
         epoch, rest = divmod(global_step, steps_per_epoch)
@@ -849,7 +850,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         with validation.evaluating(adapted), averaged():
             show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
     if is_main:
-        write_model_card(args, output_dir, global_step, "validation.png" if args.validation_prompt else None)
+        grid = "validation.png" if args.validation_prompt and (output_dir / "validation.png").is_file() else None
+        write_model_card(args, output_dir, global_step, grid)
         if args.push_to_hub and was_asked:
             logger.warning("Not uploaded, since a signal came: resume from 'latest' with --push_to_hub")
         elif args.push_to_hub:

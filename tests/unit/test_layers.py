@@ -17,13 +17,28 @@ FLOORS = [
         "naming",
         "near_duplicates",
         "nvrtc",
+        "row_file",
         "stopping",
     }
     | {"tensor_files", "world"},
-    {"adapter_places", "adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
-    | {"kernels", "locks", "memory", "miniature", "objective", "optim", "pages", "sdxl", "sheets"},
-    {"conversion", "data", "decoding", "demo", "export", "lora", "low_rank", "nodes", "processes", "run_folders"}
-    | {"scores", "single_file"},
+    {"adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
+    | {"kernels", "locks", "memory", "miniature", "objective", "optim", "pages", "sdxl", "sheets"}
+    | {"single_file"},
+    {"captions"},
+    {
+        "adapter_places",
+        "conversion",
+        "data",
+        "decoding",
+        "demo",
+        "export",
+        "lora",
+        "low_rank",
+        "nodes",
+        "processes",
+        "run_folders",
+    }
+    | {"scores"},
     {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
     {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
     | {"validation"},
