@@ -52,6 +52,15 @@ def test_the_fastest_plan_that_fits_is_chosen(budget_gib, samples, batch_size, e
     assert len(card.measured) <= 10
 
 
+@pytest.mark.parametrize(("budget_gib", "expected"), [(10, (4, 0)), (5.5, (1, 12)), (5.1, (1, 20))])
+def test_a_plan_that_takes_more_than_the_budget_is_not_taken_though_the_card_lets_it_run(budget_gib, expected):
+    """As where the optimizer's state comes later, and counts."""
+    card = Card(100)
+    plan = memory.choose_plan(8 if budget_gib > 6 else 1, 8, BLOCKS, None, card.measure, card.lift, budget_gib * GIB)
+    assert plan[:2] == expected
+    assert plan.predicted_bytes <= budget_gib * GIB
+
+
 def test_a_plan_recomputes_all_or_nothing_where_that_was_asked_for():
     assert choose(14, 4, 4, recompute=True)[0][:2] == (4, BLOCKS)
     assert choose(9, 4, 4, recompute=False)[0][:2] == (4, 0)
