@@ -178,3 +178,28 @@ def test_a_base_that_fits_is_not_quantized(train, plain):
     output_dir = train(*SHORT, "--base_quantization", "auto")
     assert bits(output_dir) == bits(plain)
     assert json.loads((output_dir / "args.json").read_text())["base_quantization"] == "none"
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_was_given(train, read_scalars):
+    run = [*SHORT, "--no-use_8bit_adam", "--max_train_steps", 1, "--checkpointing_steps", 1]
+    for most, expected in ((1e-3, 1e-3), (1e6, None)):
+        output_dir = train(*run, "--max_grad_norm", most)
+        state = torch.load(output_dir / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"][0]
+        before = read_scalars(output_dir, "grad_norm")[1]
+        # After one step AdamW's first moment is a tenth of the gradient that it was given.
+        assert 10 * state["exp_avg"].norm().item() == pytest.approx(expected or before, rel=1e-4)
+        assert 1e-3 < before < 1e6
+
+
+def test_an_average_is_that_of_the_weights_after_each_step(train):
+    run = [*SHORT, *QUIET, "--use_ema", "--max_train_steps", 3, "--checkpointing_steps", 1]
+    output_dir = train(*run)
+    folders = [output_dir / f"checkpoint-{step}" for step in (1, 2, 3)]
+    live, average = ([load_file(folder / inner / ADAPTER) for folder in folders] for inner in (".", "ema"))
+    for step in (2, 3):
+        decay = step / (9 + step)  # it grows with the steps, up to --ema_decay
+        for key, tensor in average[step - 1].items():
+            expected = decay * average[step - 2][key] + (1 - decay) * live[step - 1][key]
+            torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-8)
+    assert any(not torch.equal(tensor, live[2][key]) for key, tensor in average[2].items())
+    assert bits(output_dir) == bits(folders[2] / "ema")
