@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 # What a request says of its sender, and the hub's tokens, which are longer than names of folders that begin alike.
-TOKENS = re.compile(r"(?<=Bearer )[^'\"]*|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
+TOKENS = re.compile(r"(?<=Bearer )[^'\"]*|(?<![A-Za-z0-9])hf_(?:[a-z]{2,8}_)?[A-Za-z0-9]{20,}")
 
 
 def first_line(error: BaseException) -> str:

@@ -67,4 +67,5 @@ def test_what_others_say_of_an_error_holds_no_token(text):
         shown = first_line(RuntimeError(text.format(token=token)))
         assert token[-10:] not in shown
         assert shown.startswith(text[:7])
-    assert first_line(RuntimeError("/data/hf_models/a is not there")) == "/data/hf_models/a is not there"
+    for place in ("/data/hf_models/a", "/data/hf_sdxl_lora_training_pictures"):
+        assert first_line(RuntimeError(f"{place} is not there")) == f"{place} is not there"
