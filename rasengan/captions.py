@@ -52,6 +52,12 @@ def find_beside(files: list[Path]) -> Beside | None:
     return Beside(pictures, texts, [file for file in all_texts if file not in names])
 
 
+def hidden_by_metadata(files: list[Path]) -> list[Path]:
+    """Return the .txt that stand beside pictures and are not read, since the folder has metadata."""
+    found = find_beside([file for file in files if file.name not in METADATA])
+    return found.texts if found and find_beside(files) is None else []
+
+
 def read_beside(found: Beside) -> dict[str, list[str | None]]:
     """Return the columns "image", of paths, and "text", and `FAULTS` if a picture has no caption that can be read."""
     columns, there = {"image": [], "text": [], FAULTS: []}, set(found.texts)

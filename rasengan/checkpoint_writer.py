@@ -87,9 +87,7 @@ class CheckpointWriter:
         self.check_held()
         path = self.output_dir / f"checkpoint-{global_step}"
         if path in list_checkpoints(self.output_dir) and find_damage(path) is None:
-            return (
-                path  # the one that was resumed from, or of this very step: no other is there under a number to come
-            )
+            return path  # resumed from, or of this very step: no other is there under a number to come
         # By two numbers, for which even a full card has room.
         if not torch.isfinite(torch.stack(torch.aminmax(self.flat.detach()))).all():
             export.check_finite(self.models, last_name(self.output_dir))

@@ -128,10 +128,10 @@ def _check_columns(dataset: datasets.Dataset, given: str, image_column: str, cap
 
 def _warn_of_odd_files(given: str, files: list[Path], paths: list[str | None], beside: captions.Beside | None) -> None:
     lines, file_count = Counter(paths), sum(map(is_picture_name, files))
-    without_metadata = captions.find_beside([file for file in files if file.name not in captions.METADATA])
-    if without_metadata and not beside:
-        texts = len(without_metadata.texts)
-        logger.warning("%d .txt beside pictures of %s are not read, since its metadata has the captions", texts, given)
+    if hidden := len(captions.hidden_by_metadata(files)):
+        logger.warning(
+            "%d .txt beside pictures of %s are not read, since its metadata has the captions", hidden, given
+        )
     if file_count > len(lines):
         logger.warning(
             "%d pictures of %s have no line in its metadata, and are left out", file_count - len(lines), given

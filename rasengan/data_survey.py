@@ -48,10 +48,8 @@ def unlisted_pictures(directory: str, column: datasets.Column) -> list[str]:
 def unread_captions(directory: str) -> list[str]:
     """Return the .txt of a folder that stand beside no picture, or beside pictures that have metadata."""
     files = data.list_files(directory)
-    if beside := captions.find_beside(files):
-        return [str(file) for file in beside.strays]
-    without_metadata = captions.find_beside([file for file in files if file.name not in captions.METADATA])
-    return [str(file) for file in without_metadata.texts] if without_metadata else []
+    beside = captions.find_beside(files)
+    return [str(file) for file in (beside.strays if beside else captions.hidden_by_metadata(files))]
 
 
 def refusal(dataset: datasets.Dataset, pictures: list[Picture], caption_column: str, skip: bool) -> str:
