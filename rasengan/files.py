@@ -66,7 +66,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         # A full disk names no file, and the temporary name is no user's matter.
-        error.filename, error.filename2 = str(path), None
+        error.filename, error.filename2, error.needed_bytes = str(path), None, len(content)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -101,7 +101,9 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
         return None
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise
     remedy = "Give a shorter name" if error.errno == errno.ENAMETOOLONG else "Make room, or mend it"
-    return f"{place} cannot be written or read: {error.strerror}. {remedy}."
+    is_full = error.errno in {errno.ENOSPC, errno.EDQUOT} and hasattr(error, "needed_bytes")
+    needs = f" {room(Path(place).parent, error.needed_bytes)}." if is_full else ""
+    return f"{place} cannot be written or read: {error.strerror}.{needs} {remedy}."
 
 
 def room(folder: Path, needed_bytes: int) -> str:
