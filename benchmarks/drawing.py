@@ -30,15 +30,19 @@ from rasengan.adapters import Adapter
 
 
 # setting -> side in px, pictures at once, our arguments, options of instrument.py
-SETTINGS = {
-    "512px b1": (512, 1, [], []),
-    "1024px b1": (1024, 1, [], []),
-    "1024px b4": (1024, 4, [], []),
-    "1024px b1, 5.8 GiB": (1024, 1, ["--vram_budget_gib", "5.8"], []),
-} | {
-    f"T4: 1024px b{size}": (1024, size, ["--vram_budget_gib", str(T4_BUDGET_GIB)], ["--as_t4"])
-    for size in (1, 2, 4, 8)
-}
+SETTINGS = (
+    {
+        "512px b1": (512, 1, [], []),
+        "1024px b1": (1024, 1, [], []),
+        "1024px b4": (1024, 4, [], []),
+        "1024px b1, 5.8 GiB": (1024, 1, ["--vram_budget_gib", "5.8"], []),
+    }
+    | {f"512px b1, {name}": (512, 1, ["--scheduler", name], []) for name in ("unipc", "euler_a")}
+    | {
+        f"T4: 1024px b{size}": (1024, size, ["--vram_budget_gib", str(T4_BUDGET_GIB)], ["--as_t4"])
+        for size in range(1, 9)
+    }
+)
 PROGRAMS = ("ours", "diffusers, adapter unmerged", "diffusers, no adapter")
 PROMPTS = ["a red fox in the snow", "a lighthouse in a storm"]
 LORA = "lora"

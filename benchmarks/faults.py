@@ -34,6 +34,7 @@ from programs import exit_cleanly
 
 
 STEPS, FULL_SIZE_STEPS = 12, 240  # a graph's steps are short beside the start of a process
+GPU_MODE = ("--deterministic", "--cuda_graph")
 MOST_KILLS = 6  # of one run
 # When one of a run's processes has ended badly, `accelerate launch` ends the others, so patiently.
 TERMINATE_AFTER_S, KILL_AFTER_S = 5, 35
@@ -90,7 +91,7 @@ class Faults:
         words += ["--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--learning_rate", "1e-3"]
         words += ["--output_dir", str(output_dir), "--conditioning_cache_dir", str(cache_dir)]
         if self.on_gpu:
-            words += ["--resolution", "512", "--train_batch_size", "1", "--mixed_precision", "fp16", "--deterministic"]
+            words += ["--resolution", "512", "--train_batch_size", "1", "--mixed_precision", "fp16", *GPU_MODE]
             return [self._start_waiting(words, log)]
         words += ["--resolution", "64", "--train_batch_size", str(4 // self.processes)]
         with socket.socket() as free:
@@ -268,9 +269,12 @@ def kill_at_random(faults: Faults, kills: int, seed: int, results: Results) -> N
         found = contents(folder / "run", faults.steps)
         if different := [name for name in expected if found[name] != expected[name]]:
             raise RuntimeError(f"of two undisturbed runs, {', '.join(different)} differ")
+        if faults.on_gpu and "run without" in (folder / "log").read_text():
+            raise RuntimeError(f"steps ran without a CUDA graph: {(folder / 'log').read_text()[-3000:]}")
         expected = found
     draw, hits, runs, equal = random.Random(seed), Counter(), 0, 0
     names = {"fault": "SIGKILL", "processes": faults.processes, "size": "full" if faults.on_gpu else "tiny"}
+    names |= {"mode": " ".join(GPU_MODE)} if faults.on_gpu else {}
     while sum(hits.values()) < kills:
         folder = faults.work / "trial"
         shutil.rmtree(folder, ignore_errors=True)
@@ -356,7 +360,7 @@ def main() -> None:
     add(
         "--gpu",
         action="store_true",
-        help="the full size instead: 512 px, fp16, --deterministic, 240 steps, one process",
+        help=f"the full size instead: 512 px, fp16, {' '.join(GPU_MODE)}, 240 steps, one process",
     )
     add("--base", type=Path, help="a base to use, such as train_step.py leaves in --work_dir [built]")
     add("--disk_sizes", type=int, default=40, help="file systems to fill; 0 for none [%(default)s]")
