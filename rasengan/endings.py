@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,8 @@ from rasengan import TOKENS, UserError
 from rasengan.files import lost_place
 
 
+# What TensorBoard's log needs to go on, about: the scalars of some thousand steps and a few small pictures.
+LOG_BYTES = 2**20
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
@@ -43,10 +46,13 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
     return 2
 
 
-def hush_writers() -> None:
+def hush_writers(directory: Path) -> None:
     """Keep TensorBoard's thread from printing a traceback where its file cannot be written.
 
-    Its writer raises the same error again in the thread that gives it the next scalar.
+    Its writer raises the same error again in the thread that gives it the next scalar, and names no file of its own.
+
+    Args:
+        directory: where its file is.
     """
     show = threading.excepthook
 
@@ -54,5 +60,8 @@ def hush_writers() -> None:
         is_writer = type(end.thread).__module__.startswith("tensorboard.")
         if not (is_writer and isinstance(end.exc_value, OSError)):
             show(end)
+            return
+        end.exc_value.filename = end.exc_value.filename or str(directory)
+        end.exc_value.needed_bytes = LOG_BYTES
 
     threading.excepthook = show_others

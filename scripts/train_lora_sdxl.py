@@ -665,7 +665,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if is_main:
         write_settings(args)
     settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
-    hush_writers()
+    hush_writers(output_dir / args.logging_dir)
     accelerator.init_trackers("text2image-fine-tune", config=settings)
     validation.log_settings(accelerator.trackers, settings)
     adapted = list(models.values())

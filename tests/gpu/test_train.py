@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def test_buckets_have_a_graph_each_and_train_what_eager_steps_do(run_script, tra
 
 def test_two_processes_share_one_gpu_through_gloo(run_script, train_arguments, tmp_path):
     launch = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "fp16"]
-    finished = run_script("train_lora_sdxl", *train_arguments, "--output_dir", tmp_path, launch=launch)
+    one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    finished = run_script("train_lora_sdxl", *train_arguments, "--output_dir", tmp_path, launch=launch, env=one)
     assert finished.returncode == 0, finished.stderr
     assert "through gloo" in finished.stderr
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4

@@ -64,22 +64,37 @@ def test_a_code_is_handed_on(returned, code):
     assert endings.in_one_line(lambda: returned, "--here") == code
 
 
+def log_on(writer):
+    for step in range(200):
+        writer.add_scalar("loss", 1.0, step)
+        time.sleep(0.05)
+
+
 def test_a_tracker_whose_folder_vanished_raises_and_prints_nothing(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
-    endings.hush_writers()
+    endings.hush_writers(tmp_path / "logs")
     writer = SummaryWriter(tmp_path / "logs", max_queue=1, flush_secs=1)
     shutil.rmtree(tmp_path / "logs")
-
-    def log_on():
-        for step in range(200):
-            writer.add_scalar("loss", 1.0, step)
-            time.sleep(0.05)
-
     with pytest.raises(FileNotFoundError):  # by the next scalar after its thread has seen it
-        log_on()
+        log_on(writer)
     assert shown == []
     other = threading.Thread(target=failing(OSError("of another thread")))
     other.start()
     other.join()
     assert [str(end.exc_value) for end in shown] == ["of another thread"]
+
+
+def test_a_full_disk_under_a_tracker_is_named_with_what_it_takes_and_what_is_free(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    endings.hush_writers(tmp_path / "logs")
+    writer = SummaryWriter(tmp_path / "logs", max_queue=1, flush_secs=1)
+    (file,) = (tmp_path / "logs").iterdir()
+    file.unlink()
+    file.symlink_to("/dev/full")
+    assert endings.in_one_line(lambda: log_on(writer), "--here") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {tmp_path / 'logs'} cannot be written or read: No space left on device. It takes 1.0 "
+    )
+    assert " MiB are free there. Make room, or mend it." in said
