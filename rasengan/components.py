@@ -34,6 +34,7 @@ COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONE
 }
 
 
+SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 BAD_TOKEN = (
     "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
@@ -144,6 +145,11 @@ def _weight_patterns(variant: str | None) -> list[str]:
 
 def _download(component: str, source: Source, weight_patterns: list[str]) -> Path:
     name = source.name_or_path
+    if Path(name).is_file():
+        raise UserError(
+            f"{name} is a file, where the {component}'s folder is to be. Of an SDXL in one .safetensors file make a "
+            f"folder: `python scripts/convert.py --input {name} --base {SDXL_ID} --format pipeline --output FOLDER`."
+        )
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -41,7 +41,7 @@ _BIGG_PLACES = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -186,7 +186,7 @@ def _header(planned: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, 
     entries, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for key, (dtype, shape) in planned.items():
         begin, end = end, end + shape.numel() * dtype.itemsize
-        entries[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        entries[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         places[key] = begin
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

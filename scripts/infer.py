@@ -24,7 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, tuned_model
+from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, whole_model
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapters
 from rasengan.adapters import ADAPTABLE, Adapter, default_alpha
@@ -367,7 +367,7 @@ def main(args: argparse.Namespace) -> None:
         scheduler, (tuned,) = load_scheduler(args, folders), [model for model in models if model.adapters]
         where = Path(args.save_merged), folders, args.variant
         say = partial(report, tuned) if not args.prompt else lambda *_: None  # drawing has said it
-        tuned_model.save(*where, dtype, scheduler, tuned.adapters, say)
+        whole_model.save_tuned(*where, dtype, scheduler, tuned.adapters, say)
         print(f"Saved the tuned model as {args.save_merged}")
 
 

@@ -43,6 +43,12 @@ def start(request):
 def test_a_base_that_is_nowhere_is_refused(start, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     refused("neither a folder nor a hub id", start, "--pretrained_model_name_or_path", "/nowhere/sdxl")
+    refused(
+        "README.md is a file, where the .*convert.py --input .*README.md --base .* --format pipeline",
+        start,
+        "--pretrained_model_name_or_path",
+        Path(__file__).parents[2] / "README.md",
+    )
     message = refused("is no folder here, and the hub", start, "--pretrained_model_name_or_path", "nobody/sdxl")
     assert "Correct the name" in message
 

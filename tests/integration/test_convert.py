@@ -1,5 +1,6 @@
 """scripts/convert.py: an adapter in every layout, of another rank, or out of a tuned model."""
 
+import json
 import runpy
 import shutil
 import sys
@@ -168,6 +169,103 @@ def test_a_lora_of_a_single_file_is_that_of_the_folder(convert, draw, trained, t
     found = products(read_adapter(convert(tmp_path / "c.safetensors", *back, *options)))
     for module, change in products(read_adapter(from_folder)).items():
         assert (found[module] + change).norm() <= 1e-3 * change.norm()
+
+
+# --- whole models ---
+
+
+def weights_of(folder, component):
+    (file,) = (folder / component).glob("*.safetensors")
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tuned_file(draw, trained, tmp_path_factory):
+    """The same tuned model as `tuned`, as `infer.py` writes it in one file."""
+    file = tmp_path_factory.mktemp("tuned") / "sdxl.safetensors"
+    draw("--lora_weights", trained, "--save_merged", file)
+    return file
+
+
+def test_a_merged_folder_becomes_the_single_file_and_back_bit_for_bit(
+    convert, tuned, tuned_file, tiny_base, tmp_path, capsys
+):
+    file = convert(tmp_path / "sdxl.safetensors", "--input", tuned, "--format", "single_file")
+    assert file.read_bytes() == tuned_file.read_bytes()
+    folder = convert(tmp_path / "sdxl", "--input", file, "--base", tiny_base, "--format", "pipeline")
+    assert "left out" not in capsys.readouterr().out
+    for component in components.MODELS:
+        assert weights_of(folder, component) == weights_of(tuned, component)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sdxl", "sdxl.safetensors"]
+    index, expected = (json.loads((place / "model_index.json").read_text()) for place in (folder, tuned))
+    assert index == expected
+    StableDiffusionXLPipeline.from_pretrained(folder)  # the library finds each part
+
+
+def test_a_model_in_another_dtype_is_the_rounded_one_and_keeps_it_from_then_on(convert, tuned, tiny_base, tmp_path):
+    half = convert(tmp_path / "half.safetensors", "--input", tuned, "--format", "single_file", "--dtype", "fp16")
+    folder = convert(tmp_path / "half", "--input", half, "--base", tiny_base, "--format", "pipeline")
+    for component in components.MODELS:
+        (file,) = (folder / component).glob("*.safetensors")
+        found, exact = load_file(file), load_file(tuned / component / file.name)
+        dtype = torch.float32 if component == "vae" else torch.float16
+        assert found.keys() == exact.keys()
+        assert all(torch.equal(found[key], exact[key].to(dtype)) for key in exact)
+    again = convert(tmp_path / "again.safetensors", "--input", folder, "--format", "single_file")
+    assert again.read_bytes() == half.read_bytes()
+
+
+def test_what_a_single_file_has_besides_is_counted_and_v_prediction_kept(
+    convert, tuned_file, tiny_base, tmp_path, capsys
+):
+    more = {"v_pred": torch.zeros(0), "model_ema.decay": torch.zeros(1)}
+    save_file(load_file(tuned_file) | more, tmp_path / "more.safetensors")
+    given = ["--input", tmp_path / "more.safetensors", "--base", tiny_base]
+    folder = convert(tmp_path / "sdxl", *given, "--format", "pipeline")
+    assert "1 tensors that this SDXL has not are left out, such as model_ema.decay" in capsys.readouterr().out
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == "v_prediction"
+    back = convert(tmp_path / "back.safetensors", "--input", folder, "--format", "single_file")
+    assert load_file(back).keys() - load_file(tuned_file).keys() == {"v_pred"}
+
+
+def test_what_is_no_whole_model_is_refused(convert, trained, tuned_file, tuned, tiny_base, tmp_path):
+    tensors = load_file(tuned_file)
+    key = next(key for key in tensors if "attn1.to_q" in key)
+    save_file({name: value for name, value in tensors.items() if name != key}, tmp_path / "less.safetensors")
+    save_file(tensors | {key: tensors[key].to(torch.float8_e4m3fn)}, tmp_path / "small.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(tuned_file.read_bytes()[:10_000])
+    adapter = trained / adapters.DIFFUSERS_FILE
+    for words, said in (
+        (
+            [adapter, "--base", tiny_base],
+            r"lacks (\d+) of the \1 tensors of SDXL's unet, or has .* such as model.diff",
+        ),
+        (
+            [tmp_path / "less.safetensors", "--base", tiny_base],
+            f"lacks 1 of the .* unet, .* such as {key}. Give an SD",
+        ),
+        ([tmp_path / "small.safetensors", "--base", tiny_base], "the unet is stored in F8_E4M3. Give a --dtype"),
+        ([tmp_path / "cut.safetensors", "--base", tiny_base], "cut.safetensors cannot be read: .* Give a whole"),
+        ([tuned_file], "--base is for a whole SDXL that is a single file"),
+        ([tuned, "--base", tiny_base], "--base is for a whole SDXL that is a single file"),
+        ([tuned_file, "--base", tuned_file], "--base .*sdxl.safetensors is a file, which holds no configuration"),
+        ([trained], "holds no tokenizer: .* or a base by --input"),
+        ([tmp_path / "none"], "none is neither a folder nor a hub id.* Correct --input"),
+        ([tuned, "--resize_rank", 4], "writes a whole SDXL: --extract_from, .* belong to adapters. Drop them"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert(tmp_path / "sub" / "sdxl", "--format", "pipeline", "--input", *words)
+    with pytest.raises(UserError, match="--format single_file writes a whole SDXL: give it by --input"):
+        convert(tmp_path / "a.safetensors", "--format", "single_file", "--extract_from", tuned)
+    with pytest.raises(UserError, match="--format pipeline is a folder, without .safetensors"):
+        convert(tmp_path / "a.safetensors", "--format", "pipeline", "--input", tuned)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}.safetensors" for name in ("cut", "less", "small")
+    ]
+
+
+# --- extraction from what is none ---
 
 
 def test_what_is_no_model_is_refused_by_the_flags_of_this_script(convert, trained, tiny_base, tmp_path):

@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming, tuned_model
+from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming, whole_model
 from rasengan.adapter_reader import read_adapter, read_adapters
 from rasengan.adapters import DIFFUSERS_FILE, Adapter
 
@@ -725,7 +725,7 @@ def test_a_rank_that_is_not_whole_and_a_value_that_is_not_positive_are_refused(l
 def save_merged(tiny_base, live, place):
     folders = {name: tiny_base / name for name in components.COMPONENTS}
     scheduler = components.load("scheduler", folders["scheduler"])
-    tuned_model.save(place, folders, None, torch.float32, scheduler, [(adapter_of(unet=live["LoRA"]), 1.0)])
+    whole_model.save_tuned(place, folders, None, torch.float32, scheduler, [(adapter_of(unet=live["LoRA"]), 1.0)])
 
 
 def test_a_full_disk_under_a_merged_folder_is_an_error_with_the_remedy(tiny_base, live, tmp_path):
@@ -746,7 +746,7 @@ def test_a_damaged_write_of_a_merged_folder_leaves_nothing_under_its_name(tiny_b
         content[-40] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(tuned_model, "sync", damage, raising=False)
+    monkeypatch.setattr(whole_model, "sync", damage, raising=False)
     with pytest.raises(RuntimeError, match="does not read back as it was written"):
         save_merged(tiny_base, live, tmp_path / "tuned")
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,7 @@ FLOORS = [
     }
     | {"scores"},
     {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "tuned_model"}
+    {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "whole_model"}
     | {"validation"},
     {"data_page", "evaluation", "pairs"},
     {"evaluation_page"},

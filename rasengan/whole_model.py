@@ -1,0 +1,213 @@
+"""Write a whole model as a pipeline folder or as one file of the original layout, adapters merged into it or not."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from safetensors import SafetensorError, safe_open
+
+from rasengan import UserError, components, first_line, locks, merging, single_file
+from rasengan.adapters import Adapter, fit_names
+from rasengan.files import give_default_mode, sync, write_atomically
+
+
+KEPT_DTYPES = {stored: dtype for dtype, stored in single_file.DTYPES.items()}
+
+
+class Opened(NamedTuple):
+    """A whole model that can be written in another layout, one component at a time."""
+
+    component: Callable[[str], object]  # loads one of `components.COMPONENTS`
+    dtypes: dict[str, torch.dtype]  # of each model that it loads
+    left_out: tuple[str, ...] = ()  # tensors of a single file that no SDXL of this configuration has
+
+
+def save(place: Path, folders: dict[str, Path], opened: Opened, flag: str) -> None:
+    """Write a whole model, one component in memory at a time, and compare what was written bit for bit.
+
+    Args:
+        place: that does not exist; one that ends in `.safetensors` becomes one file, for ComfyUI and A1111.
+        folders: of each component, whose configuration gives the shapes.
+        opened: the model.
+        flag: that named the place.
+
+    Raises:
+        UserError: the place exists, another run writes it, or it cannot be written.
+    """
+    with locks.only_writer(place, flag) as unfinished:
+        if place.suffix == ".safetensors":
+            skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
+            prediction_type = opened.component("scheduler").config.prediction_type
+            how = skeletons, opened.dtypes, lambda name: opened.component(name).state_dict(), prediction_type
+            single_file.write_single_file(unfinished, *how)
+        else:
+            _save_folder(unfinished, opened.component, place)
+
+
+def save_tuned(
+    place: Path,
+    folders: dict[str, Path],
+    variant: str | None,
+    dtype: torch.dtype,
+    scheduler: SchedulerMixin,
+    adapters: list[tuple[Adapter, float]],
+    on_merge: Callable[[str, merging.MergeReport], object] = lambda name, change: None,
+) -> None:
+    """Write a base with adapters merged into its weights, as `save` does.
+
+    Args:
+        place: as in `save`.
+        folders: of the base's components, as `components.fetch` returns them.
+        variant: of their weight files.
+        dtype: of the UNet and the text encoders; the VAE is fp32.
+        scheduler: with the prediction type of the training.
+        adapters: each with the scale on its whole change.
+        on_merge: called with each component that was merged, and what that changed.
+
+    Raises:
+        UserError: an adapter does not fit, or changes nothing; or as `save` does.
+    """
+    tuned = partial(_tuned_component, folders, variant, dtype, scheduler, adapters, on_merge)
+    save(place, folders, Opened(tuned, _dtypes(dtype)), "--save_merged")
+
+
+def _tuned_component(folders, variant, dtype, scheduler, adapters, on_merge, name: str):
+    if name == "scheduler":
+        return scheduler
+    model = components.load(name, folders[name], dtype, variant)
+    if any(name in adapter.weights for adapter, _ in adapters):
+        model, change = merging.merge(model, adapters, name)
+        on_merge(name, change)
+    return model
+
+
+def open_folders(folders: dict[str, Path], variant: str | None, dtype: torch.dtype | None) -> Opened:
+    """Open a model whose components are in folders of their own.
+
+    Args:
+        folders: as `components.fetch` returns them.
+        variant: of their weight files.
+        dtype: of the UNet and the text encoders; None keeps each one's. The VAE is fp32.
+
+    Raises:
+        UserError: weights are stored in a dtype that is not to be kept.
+    """
+    dtypes = _dtypes(dtype)
+    for name in dtypes if dtype is None else ():
+        files = components.component_files(name, folders[name], variant)
+        stored = [_stored(file) for file in files if file.suffix == ".safetensors"]
+        dtypes[name] = _widest(folders[name], name, {kind for part in stored for kind, _ in part.values()})
+
+    def component(name: str):
+        return components.load(name, folders[name], dtypes.get(name, torch.float32), variant)
+
+    return Opened(component, dtypes)
+
+
+def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -> Opened:
+    """Open a model that is one file of the original layout.
+
+    Args:
+        file: the model's.
+        folders: of a model of the same architecture, for what such a file does not hold: configurations, tokenizers
+            and the scheduler; with `weights=False` is enough.
+        dtype: as in `open_folders`.
+
+    Raises:
+        UserError: the file is damaged, lacks tensors, or holds them in other shapes or in a dtype not to be kept.
+    """
+    stored, dtypes, known = _stored(file), _dtypes(dtype), {"v_pred"}
+    for name in single_file.COMPONENTS:
+        expected = single_file.original_weights(name, components.skeleton(name, folders[name]).state_dict())
+        wrong = [key for key, tensor in expected.items() if key not in stored or stored[key][1] != tensor.shape]
+        if wrong:
+            raise UserError(
+                f"{file} lacks {len(wrong)} of the {len(expected)} tensors of SDXL's {name}, or has them in other "
+                f"shapes, such as {wrong[0]}. Give an SDXL in the original checkpoint's layout, and the --base whose "
+                "architecture it has."
+            )
+        if dtype is None:
+            dtypes[name] = _widest(file, name, {stored[key][0] for key in expected})
+        known |= expected.keys()
+
+    def component(name: str):
+        if name == "scheduler":
+            scheduler = components.load(name, folders[name])
+            changes = {"prediction_type": "v_prediction"} if "v_pred" in stored else {}
+            return scheduler.from_config(scheduler.config, **changes)
+        if name not in components.MODELS:
+            return components.load(name, folders[name])
+        model = components.skeleton(name, folders[name])
+        weights = {}
+        for key, tensor in model.state_dict().items():
+            found = single_file.read_tensor(file, name, key.removeprefix("text_model."), tensor.shape)
+            # A copy, since safetensors writes no views of one tensor.
+            weights[key] = found.to(dtypes[name], copy=True, memory_format=torch.contiguous_format)
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(False)
+
+    return Opened(component, dtypes, tuple(sorted(stored.keys() - known)))
+
+
+def _dtypes(dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    return {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
+
+
+def _stored(file: Path) -> dict[str, tuple[str, torch.Size]]:
+    """Return the dtype, as safetensors names it, and the shape of each tensor in a file."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+            return {key: (part.get_dtype(), torch.Size(part.get_shape())) for key, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        raise UserError(f"{file} cannot be read: {reason}. Give a whole .safetensors file.") from error
+
+
+def _widest(place: Path, component: str, stored: set[str]) -> torch.dtype:
+    """Return the least dtype that holds what is stored; the VAE's is fp32."""
+    dtypes = {torch.float32} if component == "vae" else {KEPT_DTYPES.get(name) for name in stored}
+    if None in dtypes:
+        unknown = sorted(stored - KEPT_DTYPES.keys())
+        raise UserError(f"{place}: the {component} is stored in {', '.join(unknown)}. Give a --dtype.")
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path) -> None:
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
+    index["force_zeros_for_empty_prompt"] = True
+    for name in components.COMPONENTS:
+        model = tuned(name)
+        try:
+            model.save_pretrained(folder / name)
+            if name in components.MODELS:
+                _verify(folder / name, model)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+            raise UserError(f"{place} cannot be written: {reason}. Make room, or give another place.") from error
+        library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
+        index[name] = [library, type(model).__name__]
+    write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())
+
+
+def _verify(folder: Path, model: torch.nn.Module) -> None:
+    """Compare what a component's files hold with the model bit for bit, once they are on the disk."""
+    weights = fit_names(model.state_dict(), model)
+    for file in folder.glob("*.safetensors"):
+        give_default_mode(file)
+        sync(file)
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118
+                ((name, found),) = fit_names({key: content.get_tensor(key)}, model).items()
+                expected = weights.pop(name, None)
+                if expected is None or not torch.equal(found, expected.cpu()):
+                    raise RuntimeError(
+                        f"{file.name}: {key} does not read back as it was written. The disk may be damaged."
+                    )
+    if weights:
+        raise RuntimeError(f"{folder.name}: {next(iter(weights))} was not written.")
