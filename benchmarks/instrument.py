@@ -2,7 +2,7 @@
 
     python benchmarks/instrument.py [--of drawing] [--profile_steps 3] [--as_t4] REPORT.json SCRIPT ARGUMENTS...
 
-The script runs as it would by itself. A hook after each optimizer step, or each step of diffusers' Euler sampler,
+The script runs as it would by itself. A hook after each optimizer step, or each step of one of diffusers' SAMPLERS,
 records a CUDA event and the host's clock; an optimizer step that the gradient scaler skips is not seen. Only
 --profile_steps slows the script down.
 """
@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 GIB = 1024**3
 T4_BUDGET_GIB = 14.3
+SAMPLERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler")
 
 
 def seconds_since_start() -> float:
@@ -63,21 +64,26 @@ class Instrument:
 
     def watch_drawing(self) -> None:
         """Take the sampler's steps for the optimizer's, and note when the first picture is saved."""
-        from diffusers import EulerDiscreteScheduler
+        import diffusers
         from PIL import Image
 
-        step, save = EulerDiscreteScheduler.step, Image.Image.save
+        def noting(step):
+            def step_and_note(*inputs, **options):
+                result = step(*inputs, **options)
+                self.step_done()
+                return result
 
-        def step_and_note(*inputs, **options):
-            result = step(*inputs, **options)
-            self.step_done()
-            return result
+            return step_and_note
+
+        save = Image.Image.save
 
         def save_and_note(*inputs, **options):
             save(*inputs, **options)
             self.found.setdefault("first_picture_s", round(seconds_since_start(), 2))
 
-        EulerDiscreteScheduler.step, Image.Image.save = step_and_note, save_and_note
+        for sampler in (getattr(diffusers, name) for name in SAMPLERS):
+            sampler.step = noting(sampler.step)
+        Image.Image.save = save_and_note
 
     def note_and_reset_peaks(self, device=None) -> None:
         """Keep the peaks so far, of all and of the loop, and start them anew."""
