@@ -106,16 +106,26 @@ def metadata_fault(files: Iterable[Path]) -> str | None:
 
 
 def _fault_of_csv(lines: list[str]) -> str | None:
-    number = next(number for number, line in enumerate(lines, 1) if line.strip())
+    first = next(number for number, line in enumerate(lines, 1) if line.strip())
+    rows = csv.reader(lines[first - 1 :])
     try:
-        columns = next(csv.reader(lines[number - 1 :]))
+        columns = next(rows)
     except csv.Error as error:
-        return f"line {number}: {error}"
-    return (
-        None
-        if any(map(_names_pictures, columns))
-        else f"line {number}: no column is file_name, but {', '.join(columns)}"
-    )
+        return f"line {first}: {error}"
+    if not any(map(_names_pictures, columns)):
+        return f"line {first}: no column is file_name, but {', '.join(columns)}"
+    has_rows = False
+    try:
+        for row in filter(None, rows):
+            has_rows = True
+            if len(row) > len(columns):
+                return (
+                    f"line {first - 1 + rows.line_num}: there are {len(row)} values for {len(columns)} columns. Put "
+                    'those with commas in quotes: "a, b"'
+                )
+    except csv.Error:  # of a field that is too long for this reader alone
+        return None
+    return None if has_rows else f"line {first}: the columns' names are there, and no line for a picture below"
 
 
 def _names_pictures(column: str) -> bool:
@@ -128,7 +138,12 @@ def _fault_of_jsonl(lines: list[str]) -> str | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_without_twins)
+            json.dumps(row, ensure_ascii=False).encode()
+        except _Twice as error:
+            return f"line {number}: {error} stands there twice"
+        except UnicodeEncodeError as error:
+            return f"line {number}: {ascii(error.object[error.start])} is half a character"
         except json.JSONDecodeError as error:
             return f"line {number}: this is no JSON: {error.msg} at character {error.pos + 1}"
         except (RecursionError, ValueError) as error:  # brackets in brackets, or a number of thousands of digits
@@ -137,11 +152,26 @@ def _fault_of_jsonl(lines: list[str]) -> str | None:
             return f"line {number}: this is {_KINDS[type(row)]}, not an object in braces"
         if not any(map(_names_pictures, row)):
             return f"line {number}: there is no file_name"
+        if any("::" in str(value) for key, value in row.items() if _names_pictures(key)):
+            return f"line {number}: a file's name holds ::, which marks a file in an archive. Rename it"
         for key, value in row.items():
             first_kind, first = seen.setdefault(key, (type(value), number)) if value is not None else (None, None)
             if first_kind not in (None, type(value)) and {first_kind, type(value)} != {int, float}:
                 return f"line {number}: {key} is {_KINDS[type(value)]}, and {_KINDS[first_kind]} in line {first}"
     return None
+
+
+class _Twice(Exception):
+    """A key that an object has twice."""
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    row = {}
+    for key, value in pairs:
+        if key in row:
+            raise _Twice(key)
+        row[key] = value
+    return row
 
 
 # --- what is read ---
@@ -157,6 +187,8 @@ def fault_of(value) -> str | None:
     texts = texts_of(value)
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         return None
+    if value is None:
+        return "has no caption (of CSV, an empty one counts as none, and so do NA, null and None: use metadata.jsonl)"
     return f"has {value!r} in the caption column, neither a text nor a list of texts"
 
 

@@ -180,20 +180,19 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
 
 
 def sampled_digest(folders: dict[str, Path], variant: str | None) -> str:
-    """Return a digest of the models' weights by their sizes and 4 MiB of each file, evenly spread.
+    """Return a digest of a base: its small files, and of each file of weights the size and 4 MiB, evenly spread.
 
     That is soon done where reading all takes a minute, and sees another model, or one that something was merged into.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name in MODELS:
+    for name in COMPONENTS:
         for file in component_files(name, folders[name], variant):
-            if file.suffix == ".safetensors":
-                size = file.stat().st_size
-                digest.update(f"{name} {size} ".encode())
-                with open(file, "rb") as content:
-                    for number in range(SAMPLES):
-                        content.seek(number * size // SAMPLES)
-                        digest.update(content.read(SAMPLE_BYTES))
+            size = file.stat().st_size
+            digest.update(f"{name} {size} ".encode())
+            with open(file, "rb") as content:
+                for number in range(SAMPLES if file.suffix == ".safetensors" else 1):
+                    content.seek(number * size // SAMPLES)
+                    digest.update(content.read(SAMPLE_BYTES if file.suffix == ".safetensors" else -1))
     return digest.hexdigest()
 
 

@@ -7,13 +7,14 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow.compute
+import yaml
 
 from rasengan import UserError, captions, first_line, printable
 from rasengan.imaging import Picture, is_picture_name
@@ -68,12 +69,15 @@ def load_pictures(
             f"{len(odd)} names of files in {ascii(given)[1:-1]} are not UTF-8, such as {ascii(odd[0].name)}. Rename "
             "them, and the folder if its own name is not."
         )
-    packed = any(file.suffix.lower() in ARCHIVES for file in files)  # which datasets looks into
-    if dataset_name is None and not (count or packed):
+    packed = [file for file in files if file.suffix.lower() in ARCHIVES]
+    if dataset_name is None and not count:
+        if packed:
+            raise UserError(f"{given} holds no pictures but in archives such as {packed[0].name}. Unpack them there.")
         raise none_there
     used_cache, beside = cache_dir, None
     try:
         if dataset_name is not None:
+            _check_data_files(given, dataset_name, dataset_config_name, train_data_dir, cache_dir)
             found = datasets.load_dataset(
                 dataset_name, dataset_config_name, cache_dir=cache_dir, data_dir=train_data_dir
             )
@@ -81,30 +85,35 @@ def load_pictures(
             columns = datasets.Dataset.from_dict(captions.read_beside(beside))
             found = {"train": columns.cast_column("image", datasets.Image(decode=False))}
         else:
-            patterns = {"train": f"{glob.escape(train_data_dir)}/**"}
+            # Archives, which datasets looks into, may hold the pictures that lie beside them.
+            loose = [glob.escape(str(file)) for file in files if file not in packed] if packed else None
+            patterns = {"train": loose or f"{glob.escape(train_data_dir)}/**"}
             used_cache = _folder_cache(train_data_dir, files, cache_dir)
             found = datasets.load_dataset("imagefolder", data_files=patterns, cache_dir=used_cache)
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            where = cache_dir or datasets.config.HF_DATASETS_CACHE
+        where = cache_dir or datasets.config.HF_DATASETS_CACHE
+        if isinstance(cause, OSError) and (
+            cause.errno in NO_ROOM or str(cause.filename or "").startswith(os.path.abspath(where))
+        ):
             raise UserError(
                 f"{where} cannot be written: {cause.strerror}. Make room, or give another --cache_dir."
             ) from error
-        reason = captions.metadata_fault(files) or first_line(cause)
-        raise UserError(f"{given} cannot be read: {reason} Correct the name, or what it holds.") from error
+        reason = (captions.metadata_fault(files) or first_line(cause)).rstrip(".")
+        raise UserError(f"{given} cannot be read: {reason}. Correct the name, or what it holds.") from error
     if "train" not in found:
         raise UserError(f"{given} has no split 'train', but {', '.join(found)}. Rename one of them.")
     dataset = found["train"]
     _check_columns(dataset, given, image_column, caption_column)
     if len(dataset) == 0:
         raise none_there
-    if outside := _first_outside(dataset, image_column, [dataset_name, train_data_dir, *_downloads(used_cache)]):
+    if outside := _outside(dataset, image_column, [dataset_name, train_data_dir, *_downloads(used_cache)]):
+        listed = "".join(f"\n  {printable(path)}" for path in outside)
         raise UserError(
-            f"{given} names the picture {outside}, which is outside of it. A data set may hold only pictures of its "
-            "own: put the picture there, or use another data set."
+            f"{given} names pictures outside of it, {len(outside)} in all. A data set may hold only pictures of its "
+            f"own: put them there, or use another data set:{listed}"
         )
     if dataset_name is None:
         _warn_of_odd_files(given, files, _paths(dataset, image_column).to_pylist(), beside)
@@ -157,19 +166,58 @@ def _paths(dataset: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:
     return pyarrow.compute.struct_field(dataset.data.column(column), "path")
 
 
-def _first_outside(dataset: datasets.Dataset, column: str, folders: Iterable[str | None]) -> str | None:
-    """Return the first path of a picture that is in none of the folders; None if there is no such.
+def _check_data_files(given: str, name: str, config_name: str | None, data_dir: str | None, cache_dir: str | None):
+    """Check that a local data set's own settings name no files elsewhere, before anything is read.
 
-    Only the names are looked at, so links are followed, and a slow disk is not asked for thousands of files.
+    Raises:
+        UserError: they do. Those of the hub are refused by the library.
     """
+    if not Path(name).is_dir():
+        return
+    outside = list(_urls_in_settings(Path(name)))  # which the library would open to look for files there
+    if not outside:
+        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
+        files = [path for split in (builder.config.data_files or {}).values() for path in split]
+        outside = [path for path in files if not _is_inside(path, _starts([name, data_dir]))]
+    if outside:
+        raise UserError(
+            f"{given} takes its data from {printable(outside[0])}, which is outside of it. A data set may hold only "
+            "data of its own: put them there and correct its README.md, or use another data set."
+        )
+
+
+def _urls_in_settings(folder: Path) -> Iterator[str]:
+    card, settings = folder / "README.md", folder / datasets.config.REPOYAML_FILENAME
+    found = []
+    if card.is_file():
+        found.append(huggingface_hub.RepoCard.load(card, ignore_metadata_errors=True).data.get("configs"))
+    if settings.is_file():
+        found.append((yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("configs"))
+    while found:
+        value = found.pop()
+        if isinstance(value, dict | list):
+            found.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, str) and "://" in value:
+            yield value
+
+
+def _starts(folders: Iterable[str | None]) -> tuple[str, ...]:
     places = [place(os.path.expanduser(f)) for f in folders if f for place in (os.path.abspath, os.path.realpath)]
-    starts = tuple(os.path.join(place, "") for place in places)
+    return tuple(os.path.join(place, "") for place in places)
+
+
+def _is_inside(path: str, starts: tuple[str, ...]) -> bool:
+    # Only the name is looked at, so links are followed. Of "zip://inner::archive" the place is the archive's.
+    place = path.rpartition("::")[2] if path.partition("::")[0].count("://") else path
+    return "://" not in place and os.path.abspath(place).startswith(starts)
+
+
+def _outside(dataset: datasets.Dataset, column: str, folders: Iterable[str | None]) -> list[str]:
+    """Return the paths of pictures that are in none of the folders, by their names alone: a slow disk is not asked."""
+    starts = _starts(folders)
     is_elsewhere = pyarrow.compute.struct_field(dataset.data.column(column), "bytes").is_null()
-    for path in _paths(dataset, column).filter(is_elsewhere).to_pylist():
-        # Of "zip://inner::archive" that is the archive.
-        if path is not None and not os.path.abspath(path.rpartition("::")[2]).startswith(starts):
-            return path
-    return None
+    paths = _paths(dataset, column).filter(is_elsewhere).to_pylist()
+    return [path for path in paths if path is not None and not _is_inside(path, starts)]
 
 
 def list_files(directory: str) -> list[Path]:

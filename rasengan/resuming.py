@@ -1,10 +1,12 @@
 """Which settings a resume may change: none of those that its weights hang on, and others if that is meant."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from rasengan import UserError
 from rasengan.checkpoint import read_state
+from rasengan.components import COMPONENT_FLAGS
 
 
 logger = logging.getLogger(__name__)
@@ -31,17 +33,23 @@ FREE_SETTINGS = {
     *("checkpointing_minutes", "checkpoints_total_limit", "logging_steps", "report_to", "debug_loss", "push_to_hub"),
     "hub_model_id",
 }
+# Where the base is, which may move: what it holds is told by its digest.
+BASE_PLACES = {"pretrained_model_name_or_path", "revision", "variant"}
+BASE_PLACES |= {flag.removeprefix("--") for flag in COMPONENT_FLAGS.values()}
 RUN_LENGTH = {"total_steps"}  # told of below, where it changes what is trained
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
 
 
-def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> None:
+def check_resumable(path: Path, settings: dict, allow_changes: bool = False, idle: Iterable[str] = ()) -> None:
     """Check that a checkpoint is gone on with by the settings that it was written with, but for `FREE_SETTINGS`.
+
+    Of a checkpoint that knows the digest of its base, the base may have moved, too.
 
     Args:
         path: the checkpoint.
         settings: all of a run's, or only those that are known by now; None stands for one that is not known.
         allow_changes: warn of changed settings, but for `BOUND_SETTINGS`.
+        idle: settings that do nothing beside the others.
 
     Raises:
         UserError: some have changed that may not; they are listed. The others are logged.
@@ -50,9 +58,10 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False) -> 
     names = [name for name in settings if name in state and name not in PLACES | RUN_LENGTH]
     unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
     changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
-    free = "; ".join(_change(name, state, settings) for name in changed if name in FREE_SETTINGS)
+    may_change = FREE_SETTINGS.union(idle, BASE_PLACES if state.get("base_digest") else ()) - BOUND_SETTINGS
+    free = "; ".join(_change(name, state, settings) for name in changed if name in may_change)
     bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
-    both = FREE_SETTINGS | BOUND_SETTINGS
+    both = may_change | BOUND_SETTINGS
     others = "; ".join(_change(name, state, settings) for name in changed if name not in both)
     if free:
         logger.info("%s was written with other settings, which may change: %s", path, free)
@@ -86,7 +95,7 @@ def _change(name: str, state: dict, settings: dict) -> str:
     if name == "data_digest":
         return "the pictures or captions are not those that it saw (some were added, removed, changed or reordered)"
     if name == "base_digest":
-        return "the base's weights are not those that it saw"
+        return "the base is not the one that it saw (weights, configurations or tokenizers)"
     if name == "global_batch":
         return (
             f"a step took {state[name]} samples, and takes {settings[name]} (--train_batch_size x "

@@ -210,10 +210,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def idle_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags that were given and that can do nothing beside the others."""
+def idle_settings(args: argparse.Namespace) -> list[str]:
+    """Return the settings that can do nothing beside the others."""
     encodes_once = args.cache_conditioning and args.center_crop
-    idle = {
+    is_idle = {
         "debug_loss": args.report_to == "none",
         "logging_dir": args.report_to == "none",
         "dataset_config_name": args.dataset_name is None,
@@ -235,8 +235,13 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
         "vram_budget_gib": not torch.cuda.is_available(),
         "base_quantization": args.base_quantization == "auto" and not torch.cuda.is_available(),
     }
+    return [name for name in is_idle if is_idle[name]]
+
+
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that were given and that can do nothing beside the others."""
     default = make_parser().get_default
-    return [f"--{name}" for name, is_idle in idle.items() if is_idle and getattr(args, name) != default(name)]
+    return [f"--{name}" for name in idle_settings(args) if getattr(args, name) != default(name)]
 
 
 def validate_args(args: argparse.Namespace) -> None:
@@ -448,7 +453,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if resume_from:
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
-        resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes)
+        resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes, idle_settings(args))
     choose_kernels(args, device)
     if args.vram_budget_gib and device.type == "cuda":  # what encodes the pictures keeps to it too
         memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))

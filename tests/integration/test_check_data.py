@@ -374,7 +374,7 @@ def test_every_caption_that_is_none_is_named(check, tmp_path, capsys):
     ):
         check(tmp_path)
     printed = capsys.readouterr().out
-    assert "2 of 3 captions cannot be used\n  a.png has None in the caption column, neither a text" in printed
+    assert "2 of 3 captions cannot be used\n  a.png has no caption (of CSV" in printed
     assert "\n  b.png has [] in the caption column" in printed
     assert "3, of which 1 can be trained on" in printed
 

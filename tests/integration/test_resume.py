@@ -244,7 +244,7 @@ def test_resuming_on_another_unet_at_the_same_place_needs_a_flag(train, loaded, 
     save_file({key: 1.5 * tensor for key, tensor in load_file(file).items()}, file)
     loaded.clear()
     longer = [*run, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
-    with pytest.raises(UserError, match="the base's weights are not those that it saw.*--resume_with_changes"):
+    with pytest.raises(UserError, match="the base is not the one that it saw.*--resume_with_changes"):
         train(*longer, **where)
     assert "unet" not in loaded
     train(*longer, "--resume_with_changes", **where)

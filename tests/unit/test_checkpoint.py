@@ -229,6 +229,24 @@ def test_other_changed_settings_need_a_flag_and_are_listed(saved, caplog):
         resuming.check_resumable(path, STATE | {"rank": 4}, allow_changes=True)
 
 
+def test_a_base_may_move_where_its_digest_is_known_and_what_is_idle_may_change(saved, caplog):
+    caplog.set_level(logging.INFO)
+    path, moved = saved / "checkpoint-2", {"pretrained_model_name_or_path": "b", "pretrained_unet_name_or_path": "u"}
+    before = with_state(path, pretrained_model_name_or_path="a", pretrained_unet_name_or_path=None, lr_power=1.0)
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path was a, and is b.*--resume_with_changes"):
+        resuming.check_resumable(path, before | moved)
+    before = with_state(path, base_digest="one")
+    resuming.check_resumable(path, before | moved)
+    assert "which may change: --pretrained_model_name_or_path was a, and is b" in caplog.text
+    with pytest.raises(UserError, match="the base is not the one that it saw.*--resume_with_changes"):
+        resuming.check_resumable(path, before | moved | {"base_digest": "two"})
+    with pytest.raises(UserError, match="--lr_power was 1.0, and is 2.0.*--resume_with_changes"):
+        resuming.check_resumable(path, before | {"lr_power": 2.0})
+    resuming.check_resumable(path, before | {"lr_power": 2.0}, idle=["lr_power"])
+    with pytest.raises(UserError, match="--rank was 16, and is 4"):
+        resuming.check_resumable(path, before | {"rank": 4}, idle=["rank"])
+
+
 @pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])
 def test_a_longer_run_is_listed_where_its_schedule_decays(saved, caplog, schedule, listed):
     settings = STATE | {"total_steps": 200, "lr_scheduler": schedule}

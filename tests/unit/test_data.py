@@ -268,8 +268,9 @@ def test_a_picture_that_a_drive_did_not_give_is_not_remembered_as_broken(dataset
 def test_captions_are_texts_or_lists_of_texts():
     assert [captions.texts_of(value) for value in ("a", ["b", "c"])] == [["a"], ["b", "c"]]
     assert [captions.fault_of(value) for value in ("", "a", ["b", "c"])] == [None] * 3
-    for value in (None, 5, [], ["a", None], {"en": "a"}):
+    for value in (5, [], ["a", None], {"en": "a"}):
         assert captions.fault_of(value).startswith(f"has {value!r} in the caption column")
+    assert captions.fault_of(None).startswith("has no caption")
 
 
 def test_wrong_captions_are_named_with_their_place_in_the_data_set():
@@ -278,8 +279,8 @@ def test_wrong_captions_are_named_with_their_place_in_the_data_set():
     with pytest.raises(UserError, match="2 of 3 captions cannot be used") as error:
         captions.read_captions(dataset, "text", pictures)
     first, second = str(error.value).splitlines()[1:]
-    assert first.startswith("  picture 40, 1.jpg, has None in the caption column")
-    assert second.startswith("  picture 2, 2.jpg, has None in the caption column")
+    assert first.startswith("  picture 40, 1.jpg, has no caption")
+    assert second.startswith("  picture 2, 2.jpg, has no caption")
     assert captions.read_captions(dataset.select([0]), "text", pictures[:1]) == [["a"]]
 
 
@@ -398,9 +399,31 @@ def test_a_data_file_names_no_picture_outside_of_its_data_set(tmp_path, monkeypa
     leading_out += ["http://127.0.0.1/secret.png", f"{tmp_path}/set-5-of-another/a.png"]
     for number, path in enumerate(leading_out):
         write_paths(tmp_path / f"set-{number}" / "train.parquet", [tmp_path / f"set-{number}" / "a.png", path])
-        with pytest.raises(UserError, match=rf"--dataset_name set-{number} names .*, which is outside") as error:
+        with pytest.raises(
+            UserError, match=rf"--dataset_name set-{number} names pictures outside of it, 1 in all"
+        ) as error:
             data.load_pictures(f"set-{number}", None, None, "image", "text", str(tmp_path / "cache"))
-        assert str(path) in str(error.value)
+        assert str(error.value).endswith(f":\n  {path}")
+
+
+@pytest.mark.parametrize("place", ["{private}/*.parquet", "../private/*.parquet", "http://127.0.0.1:9/a.parquet"])
+def test_the_settings_of_a_local_data_set_name_no_files_outside_of_it(tmp_path, place):
+    private, stranger = tmp_path / "private", tmp_path / "stranger"
+    write_paths(private / "train.parquet", [private / "a.png"])
+    stranger.mkdir()
+    place = place.format(private=private)
+    (stranger / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(place)}\n---\n"
+    )
+    with pytest.raises(
+        UserError, match="takes its data from .*a.parquet|takes its data from .*train.parquet"
+    ) as error:
+        data.load_pictures(str(stranger), None, None, "image", "text", str(tmp_path / "cache"))
+    assert "which is outside of it" in str(error.value)
+    # The same settings of files of its own are followed.
+    write_paths(stranger / "own" / "train.parquet", [stranger / "a.png"])
+    (stranger / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: own/*.parquet\n---\n")
+    assert len(data.load_pictures(str(stranger), None, None, "image", "text", str(tmp_path / "cache"))) == 1
 
 
 @pytest.mark.parametrize("with_cache_dir", [False, True])
@@ -425,11 +448,14 @@ def test_a_data_file_may_name_pictures_of_its_own_or_that_were_downloaded(tmp_pa
     assert [picture.error for picture in pictures] == [None] * len(found)
 
 
-def test_a_folder_with_an_archive_of_pictures_is_read(tmp_path):
+def test_an_archive_is_not_looked_into(tmp_path):
     folder = write_folder(tmp_path / "set")
     (tmp_path / "packed").mkdir()
     shutil.make_archive(str(tmp_path / "packed" / "set"), "zip", folder)
-    assert len(load_folder(tmp_path / "packed", tmp_path / "cache")) == 3
+    with pytest.raises(UserError, match="holds no pictures but in archives such as set.zip. Unpack them there"):
+        load_folder(tmp_path / "packed", tmp_path / "cache")
+    shutil.copy(tmp_path / "packed" / "set.zip", folder)  # from which they were unpacked
+    assert read(folder, tmp_path / "cache") == read(write_folder(tmp_path / "other"), tmp_path / "cache")
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
@@ -855,6 +881,20 @@ def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
     [
         ("metadata.csv", "\n\nname,text\n1.png,a", "metadata.csv, line 3: no column is file_name, but name, text"),
         ("metadata.csv", "file_name,text\n1.png," + "x" * 200_000, None),
+        ("metadata.csv", 'file_name,text\n1.png,"a,\nb"\n\n', None),
+        (
+            "metadata.csv",
+            "file_name,text\n\n",
+            "line 1: the columns' names are there, and no line for a picture below",
+        ),
+        (
+            "metadata.csv",
+            'file_name,text\n1.png,"a\nb"\n2.png,a, b\n',
+            "line 4: there are 3 values for 2 columns. Put",
+        ),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "a", "text": "b"}', "line 1: text stands there twice"),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "\\ud83d"}', r"line 1: '\ud83d' is half a character"),
+        ("metadata.jsonl", '{"file_name": "a::b.png", "text": "a"}', "line 1: a file's name holds ::, which marks"),
         (
             "metadata.jsonl",
             '{"file_name": "1.png", "text": ' + "9" * 5000 + "}",
