@@ -345,7 +345,7 @@ def run_on_small_disk(faults: Faults, size_bytes: int, begun: Path | None) -> st
         place = re.search(re.escape(str(mount)) + r"(/[^ :]*)?", error)
         if "No space left on device" not in error or not place:
             raise RuntimeError(f"on a disk of {size_bytes} bytes a run did not say which is full: {text[-3000:]}")
-        needs = "needs and free said" if "MiB are free" in error else "no needs said"
+        needs = "needs and free said" if "are free there" in error else "no needs said"
         kind = re.sub(r"[0-9a-f]{16,}[^/]*|\d+", "N", place[0].removeprefix(str(mount)).rstrip("."))
         return f"full at {kind or 'the mount'}, {needs}"
     finally:

@@ -21,7 +21,7 @@ from rasengan.adapters import (
     fit_names,
     kind_of,
 )
-from rasengan.naming import KOHYA_PARTS, kohya_name
+from rasengan.naming import KOHYA_PARTS, encoder_name, kohya_name
 
 
 _TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -38,13 +38,13 @@ def write_diffusers(directory: Path, adapter: Adapter, name: str = DIFFUSERS_FIL
 
     Args:
         directory: made if missing.
-        adapter: of the unet and perhaps the text encoders, whose names begin with text_model.
+        adapter: of the unet and perhaps the text encoders.
         name: of the file.
     """
     options = {}
     for component, weights in adapter.weights.items():
         if component != "unet":  # other programs know a text encoder's modules as older transformers named them
-            weights = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()}
+            weights = {encoder_name(key): tensor for key, tensor in weights.items()}
         weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
         options[f"{component}_lora_layers"] = _diffusers_names(component, weights)
         options[f"{component}_lora_adapter_metadata"] = adapter.configs[component].to_dict()

@@ -14,6 +14,8 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.lokr.layer import factorization
 
+from rasengan.naming import encoder_name
+
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -65,7 +67,7 @@ def by_module(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
 def fit_names(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights under the model's names: only some versions of transformers begin them with text_model."""
     bare = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
-    return {f"text_model.{key}": tensor for key, tensor in bare.items()} if hasattr(model, "text_model") else bare
+    return {encoder_name(key): tensor for key, tensor in bare.items()} if hasattr(model, "text_model") else bare
 
 
 # --- strength ---
@@ -263,12 +265,16 @@ def _rank_shown(parts: dict[str, torch.Tensor]) -> int:
 
 def _decompose_factor(modules: dict[str, dict[str, torch.Tensor]]) -> int:
     """Return the factor by which PEFT splits each of these modules into matrices of these very shapes."""
-    splits = set()
+    splits = set()  # each of one or several pairs, of which one is how a side was split
     for parts in modules.values():
         # (out, in) of the left matrix, and of the right one
-        splits |= set(zip(_lokr_shape(parts, 1), _lokr_shape(parts, 2), strict=True))
-    for factor in (-1, *sorted({left for left, _ in splits})):
-        if all(factorization(left * right, factor) == (left, right) for left, right in splits):
+        (left_out, left_in), (right_out, right_in) = (_lokr_shape(parts, number) for number in (1, 2))
+        # A convolution without a core has its kernel, of 3 x 3 in SDXL, in the same side as its inputs.
+        is_flat = "lokr_w2_b" in parts and "lokr_t2" not in parts and right_in % 9 == 0
+        flat = {(left_in, right_in // 9)} if is_flat else set()
+        splits |= {frozenset({(left_out, right_out)}), frozenset({(left_in, right_in)} | flat)}
+    for factor in (-1, *sorted({left for pairs in splits for left, _ in pairs})):
+        if all(any(factorization(left * right, factor) == (left, right) for left, right in pairs) for pairs in splits):
             return factor
     raise ValueError("no single factor of a LoKr gives its shapes")
 

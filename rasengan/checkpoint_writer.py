@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rasengan import UserError, adapter_reader, adapter_writer, adapters, export, first_line
+from rasengan import UserError, adapter_reader, adapter_writer, adapters, export
 from rasengan.checkpoint import (
     BEST_FILE,
     BEST_FOLDER,
@@ -26,7 +26,7 @@ from rasengan.checkpoint import (
     step_of,
     write_manifest,
 )
-from rasengan.files import give_default_mode, room, sync, sync_folder
+from rasengan.files import give_default_mode, room, sync, sync_folder, write_failure
 
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ def _not_written(path: Path, error: Exception, parts: dict) -> str:
     tensors = [value for value in tree_flatten(parts)[0] if torch.is_tensor(value)]
     needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     last = last_name(path.parent)
-    reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+    reason = write_failure(error)
     return (
         f"{path} cannot be written: {reason}. {room(path.parent, needed_bytes)}. Make room, or mend the folder, and "
         f"go on from {last or 'the start'} with --resume_from_checkpoint latest."

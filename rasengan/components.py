@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from rasengan import UserError, first_line
 from rasengan.families import OTHER_FAMILIES
+from rasengan.files import read_json_or_empty
 
 
 MODELS = {
@@ -160,6 +161,7 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
     # A repository of one component has its files at the top, one of several has them in a folder.
     folders = [f"{source.subfolder}/"] if source.subfolder else ["", f"{component}/"]
     patterns = [folder + pattern for folder in folders for pattern in ("*.json", "*.txt", *weight_patterns)]
+    patterns.append("model_index.json")
     try:
         return Path(
             snapshot_download(name, revision=source.revision, cache_dir=source.cache_dir, allow_patterns=patterns)
@@ -212,10 +214,12 @@ def check_components(folders: dict[str, Path]) -> None:
         UserError: one is of another class or family, or its sizes do not fit the others'.
     """
     configs = {name: read_config(name, folder) for name, folder in folders.items() if name not in TOKENIZERS}
-    if "beta_schedule" not in configs.pop("scheduler", {"beta_schedule": None}):
+    scheduler = configs.pop("scheduler", {"beta_schedule": None})
+    if "beta_schedule" not in scheduler or str(scheduler.get("_class_name")).startswith("FlowMatch"):
         raise UserError(
-            f"{folders['scheduler']} holds a scheduler without a beta_schedule, as of SD 3 or Flux, not one of a "
-            f"diffusion model. Correct {COMPONENT_FLAGS['scheduler']}."
+            f"{folders['scheduler']} holds a {scheduler.get('_class_name')} with"
+            f"{'' if 'beta_schedule' in scheduler else 'out'} a beta_schedule, as of SD 3 or Flux, not the scheduler "
+            f"of a diffusion model. Correct {COMPONENT_FLAGS['scheduler']}."
         )
     for component, config in configs.items():
         expected = MODELS[component].__name__
@@ -305,6 +309,15 @@ def read_config(component: str, folder: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a configuration, but a {type(config).__name__}. Fetch the {component} again.")
     return config
+
+
+def forces_zeros(folders: dict[str, Path]) -> bool:
+    """Say whether no negative prompt stands for zeros, as in SDXL 1.0, or for the embeddings of an empty text.
+
+    Of the index of the pipeline in which the UNet lies; without one, zeros.
+    """
+    index = read_json_or_empty(folders["unet"].parent / "model_index.json")
+    return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def skeleton(component: str, folder: Path) -> torch.nn.Module:

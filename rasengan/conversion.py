@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from rasengan import UserError, first_line, locks
+from rasengan import UserError, locks
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
 from rasengan.adapters import WHOLE_LOKR, Adapter, by_module, kind_of, rank_of, strength_of
 from rasengan.families import SDXL, guess_family, not_in_sdxl
-from rasengan.files import give_default_mode, sync
+from rasengan.files import give_default_mode, sync, write_failure
 
 
 LAYOUTS = ("diffusers", "peft", "kohya")
@@ -49,7 +49,7 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
                 give_default_mode(file)
                 sync(file)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        reason = write_failure(error)
         raise UserError(f"{path} cannot be written: {reason}. Make room, or give another place.") from error
 
 

@@ -178,7 +178,9 @@ def draw(
         latents = scheduler.add_noise(start, latents, timesteps[:1].repeat(len(seeds)))
     else:
         latents = start
-    options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    # TCD's own eta is another than the pipelines'.
+    options, known = {"generator": generators, "eta": 0.0}, inspect.signature(scheduler.step).parameters
+    options = {name: value for name, value in options.items() if name in known}
     for timestep in timesteps:
         sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         # A copy, since samplers keep predictions, and a graph overwrites its own.

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 
-from rasengan import UserError, first_line
+from rasengan import UserError
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_peft
 from rasengan.adapters import DIFFUSERS_FILE, Adapter, fit_names
-from rasengan.files import give_default_mode, room, sync
+from rasengan.files import give_default_mode, room, sync, write_failure
+from rasengan.naming import encoder_name
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -28,9 +29,8 @@ def live_adapter(models: dict[str, torch.nn.Module]) -> Adapter:
     """
     weights, configs = {}, {}
     for name, model in models.items():
-        # Other programs know the text encoders' modules under text_model., as older transformers named them.
-        prefix = "" if name == "unet" or hasattr(model, "text_model") else "text_model."
-        weights[name] = {prefix + key: tensor.detach() for key, tensor in adapter_weights(model).items()}
+        found = {key: tensor.detach() for key, tensor in adapter_weights(model).items()}
+        weights[name] = found if name == "unet" else {encoder_name(key): tensor for key, tensor in found.items()}
         configs[name] = _config_of(model)
     return Adapter(weights, configs)
 
@@ -122,7 +122,7 @@ def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str 
     try:
         _publish(directory, models)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        reason = write_failure(error)
         go_on = f"go on from {last_good} with --resume_from_checkpoint latest" if last_good else "run it again"
         weights = [tensor for model in models.values() for tensor in adapter_weights(model).values()]
         needed_bytes = 2 * sum(tensor.numel() * tensor.element_size() for tensor in weights)

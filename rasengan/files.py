@@ -9,11 +9,13 @@ import shutil
 import uuid
 from pathlib import Path
 
-from rasengan import UserError
+from safetensors import SafetensorError
+
+from rasengan import UserError, first_line
 
 
 # What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
-LOST_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
+LOST_PLACES = {errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
 # What it says of one name: missing, not allowed, or a folder where a file should be, or the other way round.
 WRONG_NAMES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 # What a name may have, so that a hidden one for what is not whole yet, longer by 34, is one of 255 at most.
@@ -101,18 +103,36 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
         return None
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise
     remedy = "Give a shorter name" if error.errno == errno.ENAMETOOLONG else "Make room, or mend it"
-    is_full = error.errno in {errno.ENOSPC, errno.EDQUOT} and hasattr(error, "needed_bytes")
-    needs = f" {room(Path(place).parent, error.needed_bytes)}." if is_full else ""
+    is_full = error.errno in {errno.ENOSPC, errno.EDQUOT} and place != otherwise
+    needs = f" {room(Path(place).parent, getattr(error, 'needed_bytes', None))}." if is_full else ""
     return f"{place} cannot be written or read: {error.strerror}.{needs} {remedy}."
 
 
-def room(folder: Path, needed_bytes: int) -> str:
-    """Say how much a write takes, and how much is free where it goes."""
+def room(folder: Path, needed_bytes: int | None) -> str:
+    """Say how much a write takes, where that is known, and how much is free where it goes."""
+    folder = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     try:
-        there = f"{shutil.disk_usage(folder).free / 1024**2:,.1f} MiB are free there"
+        found, free = os.statvfs(folder), shutil.disk_usage(folder).free
+        there = f"{_size(free)} are free there"
+        if free > (needed_bytes or 0) and not found.f_favail and found.f_files:
+            there += ", but no further files can be made"
     except OSError:
         there = f"{folder} cannot be looked at"
-    return f"It takes {needed_bytes / 1024**2:,.1f} MiB, and {there}"
+    return there if needed_bytes is None else f"It takes {_size(needed_bytes)}, and {there}"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1024:,.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:,.1f} MiB"
+
+
+def write_failure(error: Exception) -> str | None:
+    """Return why a library could not write a file, or read it back; None for an error of another kind.
+
+    Those written in Rust raise classes of their own, the tokenizers' a bare Exception.
+    """
+    if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+        return getattr(error, "strerror", None) or first_line(error).rstrip(".")
+    return None
 
 
 def check_name(path: Path, flag: str) -> None:

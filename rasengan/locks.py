@@ -241,6 +241,8 @@ def only_writer(place: Path, flag: str) -> Iterator[Path]:
         _check_free(place, flag)  # a rename would replace what another program made meanwhile
         (folder / place.name).rename(place)
         sync_folder(place.parent)
+    except UserError as error:  # the hidden folder is no user's matter
+        raise UserError(str(error).replace(str(folder / place.name), str(place))) from error
     finally:
         if not _lost(lock.file, {"token": lock.owner["token"]}):
             remove_left_behind(folder, glob.escape(place.name))

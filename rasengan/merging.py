@@ -224,7 +224,9 @@ def merge(
         raise _idle_error(f"Adapter {idle[0]} of {len(parts)}" if len(parts) > 1 else "The adapter", component)
     # What is left of adapters that cancel each other is rounding.
     if parts and squared_change <= NOTHING_LEFT**2 * max(squared_of_each):
-        raise _idle_error("The adapter" if len(parts) == 1 else "All adapters together", component)
+        if len(parts) > 1:
+            raise UserError(f"The adapters cancel each other in the {component}: nothing is left. Give other weights.")
+        raise _idle_error("The adapter", component)
     return model.requires_grad_(False), MergeReport(changed, (squared_change / (squared_norm or 1.0)) ** 0.5)
 
 

@@ -109,6 +109,15 @@ def _joined(head: str, rest: str) -> str:
     return f"{head}.{rest}" if rest else head
 
 
+def encoder_name(name: str) -> str:
+    """Return a text encoder's module or tensor as older transformers named it, and other programs still do.
+
+    All but the projection of the pooled output lies in text_model there.
+    """
+    bare = name.removeprefix("text_model.")
+    return bare if bare.partition(".")[0] == "text_projection" else f"text_model.{bare}"
+
+
 def kohya_name(component: str, module: str) -> str:
     """Return kohya's name of a module, `lora_unet_input_blocks_4_1_...` say: SDXL's UNet goes by its original names.
 
@@ -116,7 +125,7 @@ def kohya_name(component: str, module: str) -> str:
         component: "unet", "text_encoder" or "text_encoder_2".
         module: its name in diffusers or transformers; text_model. in front of an encoder's may be absent.
     """
-    name = original_unet_name(module) if component == "unet" else f"text_model.{module.removeprefix('text_model.')}"
+    name = original_unet_name(module) if component == "unet" else encoder_name(module)
     return KOHYA_PREFIXES[component] + name.replace(".", "_")
 
 

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rasengan import UserError, first_line
-from rasengan.files import sync, sync_folder
+from rasengan import UserError
+from rasengan.files import room, sync, sync_folder, write_failure
 from rasengan.naming import original_unet_name
 
 
@@ -166,9 +166,9 @@ def write_single_file(
         os.replace(unfinished, path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        reason = write_failure(error)
         raise UserError(
-            f"{path} cannot be written: {reason}. It takes {size / 2**30:.1f} GiB: make room, or give another place."
+            f"{path} cannot be written: {reason}. {room(path.parent, size)}. Make room, or give another place."
         ) from error
     finally:
         unfinished.unlink(missing_ok=True)

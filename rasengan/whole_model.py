@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from rasengan import UserError, components, first_line, locks, merging, single_file
 from rasengan.adapters import Adapter, fit_names
-from rasengan.files import give_default_mode, sync, write_atomically
+from rasengan.files import give_default_mode, sync, write_atomically, write_failure
 
 
 KEPT_DTYPES = {stored: dtype for dtype, stored in single_file.DTYPES.items()}
@@ -46,7 +46,7 @@ def save(place: Path, folders: dict[str, Path], opened: Opened, flag: str) -> No
             how = skeletons, opened.dtypes, lambda name: opened.component(name).state_dict(), prediction_type
             single_file.write_single_file(unfinished, *how)
         else:
-            _save_folder(unfinished, opened.component, place)
+            _save_folder(unfinished, opened.component, place, components.forces_zeros(folders))
 
 
 def save_tuned(
@@ -178,17 +178,18 @@ def _widest(place: Path, component: str, stored: set[str]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path) -> None:
+def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path, forces_zeros: bool) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
-    index["force_zeros_for_empty_prompt"] = True
+    index["force_zeros_for_empty_prompt"] = forces_zeros
     for name in components.COMPONENTS:
         model = tuned(name)
         try:
             model.save_pretrained(folder / name)
             if name in components.MODELS:
                 _verify(folder / name, model)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        except Exception as error:
+            if (reason := write_failure(error)) is None:
+                raise
             raise UserError(f"{place} cannot be written: {reason}. Make room, or give another place.") from error
         library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]

@@ -45,6 +45,7 @@ except ImportError as error:
     sys.exit(2)
 
 HISTORY, KEPT = 24, 200  # pairs that a page shows again, and that are kept on disk for all pages
+SHOWN_S = 20  # of an error, which lies over the pictures
 STYLE = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important }
 .gradio-container main { width: 100% }
@@ -132,7 +133,7 @@ class Page:
             pair = self.drawer.draw(settings, self.adapter(path, lora_alpha or None), lora_scale, on_step)
         except UserError as error:
             # The message may have names in it from a stranger's file, and the page takes markup.
-            raise gr.Error(self.shown(error), duration=None, print_exception=False) from error
+            raise gr.Error(self.shown(error), duration=SHOWN_S, print_exception=False) from error
         for sentence in self.drawer.warnings(settings):
             gr.Warning(html.escape(sentence))
         tuned_by = f"{adapter} at scale {lora_scale:g}"

@@ -36,6 +36,7 @@ from rasengan.files import check_name, check_writable
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODEL_LAYOUTS = ("pipeline", "single_file")
+DORA = "lora_magnitude_vector"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -181,6 +182,10 @@ def convert_adapter(args: argparse.Namespace) -> None:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(output, adapter, args.format, DTYPES[args.dtype or "fp32"])
+    modules = [parts for weights in adapter.weights.values() for parts in by_module(weights).values()]
+    # Every kind is a product, of which one factor begins as zeros; but DoRA's vector acts by itself.
+    if all(any(not tensor.any() for tensor in parts.values()) and DORA not in parts for parts in modules):
+        print("warning: this adapter changes nothing: it was saved before it was trained")
     for name, config in adapter.configs.items():
         modules = len(by_module(adapter.weights[name]))
         print(f"{name}: {modules} modules, alpha {default_alpha(config):g} / rank {config.r}")

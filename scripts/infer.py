@@ -131,6 +131,8 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.lora_weights and args.lora:
         raise UserError("--lora_weights and --lora both name adapters. Give each by a --lora of its own.")
     has_adapter = bool(args.lora or args.lora_weights)
+    if args.compare and args.lora_scale == [0.0]:
+        raise UserError("--compare at --lora_scale 0 has the base on both sides. Give another scale.")
     if not has_adapter and (args.compare or args.save_merged):
         raise UserError("--compare and --save_merged need an adapter: give --lora_weights.")
     if not has_adapter and not (args.lora_alpha is None and args.lora_scale is None):
@@ -343,6 +345,8 @@ def main(args: argparse.Namespace) -> None:
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    if args.negative_prompt is None and args.guidance_scale > 1 and not components.forces_zeros(folders):
+        args.negative_prompt = ""
     drawing.check_steps(sdxl.make_sampler(load_scheduler(args, folders), args.scheduler), args.num_inference_steps)
 
     if args.prompt:

@@ -15,13 +15,19 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, first_line, memory
+from rasengan import UserError, components, memory
 from rasengan.command_line import Parser, path_type
 from rasengan.endings import in_one_line
-from rasengan.files import check_writable, give_default_mode, read_json_or_empty, sync, write_atomically
+from rasengan.files import (
+    check_writable,
+    give_default_mode,
+    read_json_or_empty,
+    sync,
+    write_atomically,
+    write_failure,
+)
 
 
 MANIFEST = "components.json"
@@ -116,9 +122,11 @@ def main(args: argparse.Namespace) -> None:
                     manifest["components"][name] = known
                     write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
                 put_in_place(directory / name, known)
-            except (OSError, SafetensorError) as error:
+            except Exception as error:
+                if isinstance(error, UserError) or (reason := write_failure(error)) is None:
+                    raise
                 raise UserError(
-                    f"{directory / name} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}. "
+                    f"{directory / name} cannot be written: {reason}. "
                     "Make room (7 GB in fp16), or give another folder; what is finished stays."
                 ) from error
             memory.give_back()

@@ -36,6 +36,7 @@ KINDS = {
     "LoHa of convolutions": LoHaConfig(r=3, alpha=6, target_modules=CONVOLUTIONS, use_effective_conv2d=True),
     "LoKr": LoKrConfig(r=2, alpha=3, target_modules=ATTENTION, decompose_both=True),
     "LoKr by 4": LoKrConfig(r=2, alpha=3, target_modules=ATTENTION, decompose_factor=4),
+    "LoKr of convolutions": LoKrConfig(r=2, alpha=3, target_modules=CONVOLUTIONS),
     "LoKr of whole matrices": LoKrConfig(r=64, alpha=64, target_modules=ATTENTION),
 }
 LORAS = [name for name, config in KINDS.items() if isinstance(config, LoraConfig)]
@@ -142,6 +143,21 @@ def test_diffusers_own_loader_fuses_the_file_to_the_same_weights(tiny_base, live
         assert_close(getattr(pipeline, name).state_dict(), tuned.state_dict())
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_the_projection_of_the_pooled_text_is_merged_from_every_layout(tiny_base, tmp_path, layout):
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "text_projection"])
+    model = trained(tiny_base, config, name="text_encoder_2")
+    file = write(tmp_path / f"a{'' if layout == 'peft' else '.safetensors'}", adapter_of(text_encoder_2=model), layout)
+    tuned = merged(tiny_base, read_adapter(file), name="text_encoder_2")
+    expected = model.merge_and_unload().state_dict()
+    assert not torch.equal(
+        expected["text_projection.weight"], load(tiny_base, "text_encoder_2").text_projection.weight
+    )
+    assert_close(tuned.state_dict(), expected)
+    if layout == "kohya":  # as ComfyUI and OneTrainer have it
+        assert "lora_te2_text_projection.lora_down.weight" in load_file(file)
+
+
 TEXT = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "out_proj", "fc1"])
 
 
@@ -197,7 +213,7 @@ def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
         merged(tiny_base, adapter_of(unet=live["LoHa"]), idle)
     opposite = [(adapter_of(unet=live["LoRA"]), scale) for scale in (1.0, -1.0)]
     for dtype in (torch.float16, torch.float32):
-        with pytest.raises(UserError, match="All adapters together changes? nothing"):
+        with pytest.raises(UserError, match="The adapters cancel each other in the unet"):
             merged(tiny_base, *opposite, dtype=dtype)
     merged(tiny_base, opposite[0], (opposite[1][0], -0.99))
 

@@ -421,7 +421,7 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_the_others(run, 
     writer.save(2, WHERE)
     while not writer.pending.done():
         time.sleep(0.01)
-    with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: .*It takes .* MiB, and .* MiB are free"):
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: .*It takes .* KiB, and .*B are free there"):
         writer.check()
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-1"]
     assert checkpoint.find_damage(tmp_path / "checkpoint-1") is None

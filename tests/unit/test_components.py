@@ -153,10 +153,15 @@ def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component
     refuse(words, components.check_components, folders_of(base))
 
 
-def test_a_scheduler_of_another_family_is_refused(base):
+@pytest.mark.parametrize("schedule", [None, "scaled_linear"])
+def test_a_scheduler_of_another_family_is_refused(base, schedule):
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(base / "scheduler")
-    words = "scheduler without a beta_schedule, as of SD 3 or Flux.*--pretrained_scheduler_name_or_path"
-    refuse(words, components.check_components, folders_of(base) | {"scheduler": base / "scheduler"})
+    file = base / "scheduler" / "scheduler_config.json"
+    if schedule:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_schedule": schedule}))
+    words = f"holds a FlowMatchEulerDiscreteScheduler with{'' if schedule else 'out'} a beta_schedule, as of SD 3 or"
+    where = folders_of(base) | {"scheduler": base / "scheduler"}
+    refuse(f"{words} Flux.*--pretrained_scheduler_name_or_path", components.check_components, where)
 
 
 @pytest.mark.parametrize("content", ["{", "", "[1]", "\x00"])

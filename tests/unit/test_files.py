@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from rasengan import UserError
 from rasengan.files import (
@@ -16,7 +18,9 @@ from rasengan.files import (
     give_default_mode,
     lost_place,
     remove_left_behind,
+    room,
     write_atomically,
+    write_failure,
 )
 
 
@@ -54,9 +58,25 @@ def test_a_write_that_fails_names_the_file_and_not_its_temporary_name(tmp_path, 
         write_atomically(tmp_path / "file", b"content")
     said = lost_place(error.value, "--output_dir")
     assert said.startswith(
-        f"{tmp_path / 'file'} cannot be written or read: No space left on device. It takes 0.0 MiB, and "
+        f"{tmp_path / 'file'} cannot be written or read: No space left on device. It takes 0.0 KiB, and "
     )
-    assert said.endswith(" MiB are free there. Make room, or mend it.")
+    assert said.endswith("iB are free there. Make room, or mend it.")
+
+
+def test_a_full_disk_without_a_size_says_what_is_free_and_one_without_inodes_that(tmp_path, monkeypatch):
+    said = lost_place(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "not" / "there")), "x")
+    assert re.search(r"not/there cannot be .* device\. [\d.,]+ MiB are free there\. Make room", said)
+    found = list(os.statvfs(tmp_path))
+    found[7] = 0  # of the files that a user may make
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(found))
+    assert room(tmp_path, 5).endswith(" MiB are free there, but no further files can be made")
+
+
+def test_what_a_library_of_rust_says_of_a_disk_is_known():
+    assert write_failure(Exception("No space left on device (os error 28)")) == "No space left on device (os error 28)"
+    assert write_failure(OSError(errno.EFBIG, "File too large")) == "File too large"
+    assert write_failure(SafetensorError("I/O error.")) == "I/O error"
+    assert write_failure(ValueError("of ours")) is None
 
 
 @pytest.mark.parametrize("number", ["EACCES", "EPERM", "EEXIST", "EISDIR", "ENOTDIR", "ENOENT"])
