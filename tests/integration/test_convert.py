@@ -80,6 +80,17 @@ def test_every_layout_draws_the_same_picture(convert, draw, trained, tmp_path):
     assert len(drawn) == 1
 
 
+def test_an_adapter_that_changes_nothing_is_told_of(convert, trained, tmp_path, capsys):
+    tensors = load_file(trained / adapters.DIFFUSERS_FILE)
+    idle = {key: 0 * tensor if ".up." in key else tensor for key, tensor in tensors.items()}
+    save_file(idle, tmp_path / "idle.safetensors")
+    given = ["--input", tmp_path / "idle.safetensors", "--lora_alpha", 32, "--format", "kohya"]
+    convert(tmp_path / "a.safetensors", *given)
+    assert "warning: this adapter changes nothing" in capsys.readouterr().out
+    convert(tmp_path / "b.safetensors", "--input", trained, "--format", "kohya")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_script_says_what_it_wrote(convert, trained, tmp_path, capsys):
     file = convert(tmp_path / "a.safetensors", "--input", trained, "--format", "kohya", "--dtype", "fp16")
     assert capsys.readouterr().out.splitlines() == [

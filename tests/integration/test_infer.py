@@ -123,6 +123,22 @@ def test_a_negative_prompt_is_the_one_of_diffusers(compared, draw, tiny_base):
     assert image.text["negative_prompt"] == "blue, dotted"
 
 
+def test_no_negative_prompt_is_what_the_bases_index_says(compared, draw, trained, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in components.COMPONENTS:
+        (base / name).symlink_to(tiny_base / name)
+    (base / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
+    where = ["--pretrained_model_name_or_path", base, "--prompt", PROMPT, "--seed", 3]
+    image = draw(*where)[BASE]
+    assert not same(image, compared[BASE])
+    pipeline = load_pipeline(tiny_base)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    assert np.abs(draw_with_diffusers(pipeline) - pixels(image)).max() <= 1
+    draw(*where, "--lora_weights", trained, "--save_merged", tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
+
+
 def test_a_saved_merged_model_is_a_pipeline_that_draws_the_same(compared, draw, trained, tmp_path):
     draw("--lora_weights", trained, "--save_merged", tmp_path / "tuned")
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "tuned")
@@ -408,6 +424,7 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     refused("Every --lora has the weight 0", draw, *words, "--lora", f"{trained}:0")
     refused("--lora_weights names a place twice", draw, *words, "--lora_weights", trained, trained)
     one = ["--lora_weights", trained]
+    refused("--compare at --lora_scale 0 has the base on both", draw, *words, *one, "--compare", "--lora_scale", 0)
     refused("--save_merged at --lora_scale 0", draw, *one, "--lora_scale", 0, "--save_merged", tmp_path / "merged")
     refused(
         "--save_merged writes one model", draw, *one, "--lora_scale", "0.5,1", "--save_merged", tmp_path / "merged"

@@ -1,5 +1,6 @@
 """Pictures against diffusers' own pipelines, on the tiny SDXL in fp32."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -80,6 +81,18 @@ def test_the_latents_are_the_pipelines_for_every_sampler(pipeline, name, guidanc
     assert sampler.config.beta_start == 0.00085
     assert sampler.config.timestep_spacing == "leading"
     assert sampler.config.get("use_karras_sigmas", False) == (name == "dpmpp_2m_karras")
+
+
+@pytest.mark.parametrize("name", ["TCDScheduler", "LCMScheduler", "DDPMScheduler", "DEISMultistepScheduler"])
+def test_the_latents_are_the_pipelines_for_a_bases_own_sampler(pipeline, name):
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    made = [getattr(diffusers, name).from_config(pipeline.scheduler.config) for _ in range(2)]
+    reference = StableDiffusionXLPipeline(**pipeline.components | {"scheduler": made[0]}, add_watermarker=False)
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(PROMPTS[0], generator=generators([5]), output_type="latent", **SIZE, **options).images
+    denoiser = drawing.Denoiser(pipeline.unet)
+    latents = drawing.draw(denoiser, made[1], rows_of(pipeline, PROMPTS[0]), [5], **SIZE, **options)
+    assert (latents - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_drawing_depends_on_prompt_negative_prompt_and_guidance(pipeline):

@@ -152,9 +152,11 @@ def test_a_contact_sheet_holds_its_pictures_and_escapes_what_people_typed(tmp_pa
         Image.new("RGB", size, color).save(tmp_path / f"{name}.png")
     text = '<script>alert("らせんがん")</script> & {braces}'
     rows = [(text, [tmp_path / "a.png", tmp_path / "b.png"])]
-    page = sheets.contact_sheet("a <b>title</b>", {"seed": "<i>0</i>"}, rows, ["base", "LoRA x 1"])
+    page = sheets.contact_sheet("a <b>title</b>", {"seed": "<i>0</i>"}, rows, ["base", "<u>LoRA</u> x 1"])
     assert "<script" not in page
     assert "&lt;script&gt;alert(&quot;らせんがん&quot;)&lt;/script&gt; &amp; {braces}" in page
+    assert "<u>" not in page
+    assert "&lt;u&gt;LoRA&lt;/u&gt; x 1" in page
     assert "<title>a &lt;b&gt;title&lt;/b&gt;</title>" in page
     assert "&lt;i&gt;0&lt;/i&gt;" in page
     assert not re.findall(r"(?:src|href)=.(?!data:)", page)
