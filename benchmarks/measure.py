@@ -118,7 +118,7 @@ def source_version(folder: Path) -> str:
 def command_line() -> str:
     """Return this command as it was typed, but with the last part alone of each absolute path."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    return shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *words])
 
 
 # --- keep every result ---

@@ -90,6 +90,8 @@ from rasengan.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+MOST_RANK, MOST_ALPHA = 4096, 1e6  # far beyond what helps, and within what fp32 and a card hold
+FOLDERS_WRITTEN = {"peft", "evaluation", checkpoint.BEST_FOLDER}
 FILES_WRITTEN = (export.DIFFUSERS_FILE, "args.json", "validation.png", "README.md")
 
 # --- the command line ---
@@ -111,8 +113,8 @@ def make_parser() -> Parser:
     add("--encode_batch_size", type=count, help="pictures encoded together [2 at 512 px, 1 at 1024]")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=count, default=16, help="[%(default)s]")
-    add("--lora_alpha", type=number_type(1e-8, float), help="the strength is alpha / rank [2 x rank]")
+    add("--rank", type=number_type(1, most=MOST_RANK), default=16, help="[%(default)s]")
+    add("--lora_alpha", type=number_type(1e-8, float, most=MOST_ALPHA), help="the strength is alpha / rank [2 x rank]")
     add("--lora_dropout", type=amount, default=0.0, help="[%(default)s]")
     targets = list(lora.UNET_TARGETS)
     add("--lora_target_modules", nargs="+", default=targets, help=f"ends of names in the UNet [{' '.join(targets)}]")
@@ -298,11 +300,16 @@ def validate_args(args: argparse.Namespace) -> None:
         make_optimizer(args, torch.nn.Parameter(torch.zeros(1)), args.learning_rate)
     except ValueError as error:  # Prodigy takes no rate of 0, for example
         raise UserError(f"--optimizer {args.optimizer} cannot be used so: {first_line(error)}.") from error
-    if args.train_data_dir and Path(args.output_dir).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
-        raise UserError(
-            f"--output_dir {args.output_dir} lies in --train_data_dir {args.train_data_dir}: when the run is resumed, "
-            "its own pictures would be among those to train on. Give a folder outside of it."
-        )
+    for flag in ("output_dir", "conditioning_cache_dir", "cache_dir"):
+        place = getattr(args, flag)
+        if place and args.train_data_dir and Path(place).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
+            raise UserError(
+                f"--{flag} {place} lies in --train_data_dir {args.train_data_dir}: what is written there would be "
+                "among what to train on when the run is resumed. Give a folder outside of it."
+            )
+    begin = next(iter(Path(args.logging_dir).parts), "")
+    if begin in FOLDERS_WRITTEN or begin.startswith("checkpoint-"):
+        raise UserError(f"--logging_dir {args.logging_dir} is for other files in --output_dir. Give another name.")
     check_writable(Path(args.output_dir), "--output_dir")
     written = {
         **dict.fromkeys(FILES_WRITTEN, False),

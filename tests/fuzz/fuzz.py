@@ -10,6 +10,8 @@ import argparse
 import itertools
 import json
 import logging
+import mmap
+import os
 import shutil
 import sys
 import tempfile
@@ -26,9 +28,10 @@ from peft import LoraConfig, inject_adapter_in_model
 
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from conftest import load_script  # noqa: E402
+from measure import Results  # noqa: E402
 
 from rasengan import (  # noqa: E402
     UserError,
@@ -216,8 +219,11 @@ def draw_with_hypothesis(targets: Targets, until_s: float, first_seed: int) -> i
     return tried
 
 
-def search_with_atheris(targets: Targets, until_s: float, first_seed: int) -> None:
-    """Search for bytes that reach new code in what reads headers and configurations; ends the process."""
+def search_with_atheris(targets: Targets, until_s: float, first_seed: int, tried: mmap.mmap) -> None:
+    """Search for bytes that reach new code in what reads headers and configurations; ends the process.
+
+    How many inputs were tried is written to a memory that outlives it.
+    """
     import atheris
 
     for module in (adapter_reader, tensor_files, checkpoint, resuming, components, command_line):
@@ -227,7 +233,10 @@ def search_with_atheris(targets: Targets, until_s: float, first_seed: int) -> No
                     setattr(module, name, atheris.instrument_func(function))
     files = [entry for name, entry in targets.files().items() if not name.startswith("picture")]
 
+    numbers = itertools.count(1)
+
     def one(content: bytes) -> None:
+        tried[:] = next(numbers).to_bytes(8, "little")
         if content:
             file, read = files[content[0] % len(files)]
             read_changed(file, content[1:], read)
@@ -250,20 +259,34 @@ def search_with_atheris(targets: Targets, until_s: float, first_seed: int) -> No
     atheris.Fuzz()
 
 
+def keep(engine: str, tried: int, out: Path | None) -> None:
+    """Print how many inputs were tried, none of which failed, and add it to the results, if asked for."""
+    print(f"{tried} inputs, each read or refused", flush=True)
+    if out:
+        Results(out, None, {}).keep({"engine": engine}, {"inputs": tried})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="[%(default)s]")
     parser.add_argument("--engine", choices=["hypothesis", "atheris"], required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file to add the number of inputs to")
     args = parser.parse_args()
     logging.disable()  # what is told of each input
     with tempfile.TemporaryDirectory() as work:
         targets = Targets(Path(work))
         until_s = time.monotonic() + 60 * args.minutes
         if args.engine == "atheris":
-            search_with_atheris(targets, until_s, args.seed)
+            tried, child = mmap.mmap(-1, 8), os.fork()
+            if not child:
+                search_with_atheris(targets, until_s, args.seed, tried)
+            if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+                sys.exit(code)
+            keep("atheris", int.from_bytes(tried[:], "little"), args.out)
+            return
         try:
-            print(f"{draw_with_hypothesis(targets, until_s, args.seed)} inputs, each read or refused")
+            keep("hypothesis", draw_with_hypothesis(targets, until_s, args.seed), args.out)
         except BaseException:
             failures = ROOT / "fuzz-failures"
             failures.mkdir(exist_ok=True)

@@ -105,7 +105,7 @@ def test_fp16_on_a_cpu_is_refused_with_the_remedy(start, refused):
     ("name", "words", "said"),
     [
         ("train", ["--lr_scheduler", "sine"], "invalid choice: 'sine'"),
-        ("train", ["--rank", "0"], "argument --rank: '0' is not a whole number of 1 or more"),
+        ("train", ["--rank", "0"], "argument --rank: '0' is not a whole number from 1 to 4096"),
         ("train", ["--learning_rate", "nan"], "argument --learning_rate: 'nan' is not"),
         ("train", ["--seed", "4294967296"], "argument --seed: '4294967296' is not"),
         ("train", ["--lora_rank", "4"], "unrecognized arguments: --lora_rank. --help"),
@@ -191,7 +191,19 @@ def test_a_plan_without_a_card_is_refused(train, refused):
 def test_an_output_folder_among_the_pictures_is_refused(train, refused, picture_set, tmp_path):
     (tmp_path / "link").symlink_to(picture_set)
     refused("--output_dir .*run lies in --train_data_dir", train, output_dir=tmp_path / "link" / "run")
+    for flag in ("--conditioning_cache_dir", "--cache_dir"):
+        refused(f"{flag} .*run lies in --train_data_dir", train, flag, tmp_path / "link" / "run")
     assert not (picture_set / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-7", "peft", "best/logs", "evaluation"])
+def test_a_log_folder_with_the_name_of_something_else_is_refused(train, refused, name):
+    refused(f"--logging_dir {name} is for other files in --output_dir", train, "--logging_dir", name)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--rank", 10**8), ("--lora_alpha", 1e300)])
+def test_a_rank_or_alpha_beyond_all_use_is_refused(train, refused, flag, value):
+    refused(rf"{flag}.* from .* to ", train, flag, value)
 
 
 def test_a_size_that_is_no_multiple_of_8_is_refused(train, draw, refused):
