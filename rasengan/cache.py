@@ -53,6 +53,10 @@ class ShardedCache:
         """Return the numbers of the shards that are not there, or are damaged; reads all that are there."""
         return [number for number, path in enumerate(self._paths) if not _is_whole(path)]
 
+    def paths(self) -> list[Path]:
+        """Return the files of its shards."""
+        return list(self._paths)
+
     def items_in(self, shards: list[int]) -> list[str]:
         """Return the items of some shards, in order."""
         return [item for n in shards for item in self.items[n * ITEMS_PER_SHARD : (n + 1) * ITEMS_PER_SHARD]]
@@ -188,6 +192,12 @@ def latent_caches(
 def together(caches: list[ShardedCache]) -> Mapping[str, dict[str, torch.Tensor]]:
     """Return caches of different items as one."""
     return caches[0] if len(caches) == 1 else ChainMap(*caches)
+
+
+def disk_bytes(*groups: Mapping | None) -> int:
+    """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none."""
+    caches = [part for rows in groups if rows is not None for part in getattr(rows, "maps", [rows])]
+    return sum(path.stat().st_size for path in {path for part in caches for path in part.paths()})
 
 
 def prompt_cache(

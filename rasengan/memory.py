@@ -96,14 +96,20 @@ def limit(budget_gib: float | None, device: torch.device, processes: int = 1) ->
     Raises:
         UserError: the card does not have it.
     """
-    free, total = torch.cuda.mem_get_info(device)
-    there = (free + torch.cuda.memory_reserved(device)) / GIB / processes
+    left = left_gib(device, processes)
     if budget_gib is None:
-        budget_gib = there - MARGIN_GIB
-    elif budget_gib > there:
-        raise UserError(f"--vram_budget_gib is {budget_gib:g}, but this card has {there:.2f} GiB left. Give less.")
+        budget_gib = left - MARGIN_GIB
+    elif budget_gib > left:
+        raise UserError(f"--vram_budget_gib is {budget_gib:g}, but this card has {left:.2f} GiB left. Give less.")
+    total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * GIB / total), device)
     return budget_gib
+
+
+def left_gib(device: torch.device, processes: int = 1) -> float:
+    """Return what this process may have of the card's memory, with what it has; `processes` of the run share it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device)) / GIB / processes
 
 
 def make_plan(
@@ -221,11 +227,14 @@ def _fewest_blocks(blocks: int, measure: Callable[[Plan], int | None], budget_by
     return found
 
 
-def describe(plan: Plan, blocks: int, samples: int, parts_bytes: dict[str, int], budget_gib: float) -> str:
+def describe(
+    plan: Plan, blocks: int, samples: int, parts_bytes: dict[str, int], budget_gib: float, cached_bytes: int
+) -> str:
     """Return the plan as a table, with a line for each part of the memory; what no part names are the activations."""
     parts = parts_bytes | {"activations and the rest": plan.predicted_bytes - sum(parts_bytes.values())}
     parts |= {"predicted peak": plan.predicted_bytes, "budget": budget_gib * GIB}
     lines = [f"  {name:<26}{size / GIB:8.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'conditioning cache':<26}{cached_bytes / GIB:8.2f} GiB, on the disk, of which a batch is read")
     how = f"{plan.micro_batch_size} pictures at once, {samples // plan.micro_batch_size} times a step"
     return "\n".join([f"Memory plan: {how}; {plan.recomputed_blocks} of {blocks} blocks recomputed", *lines])
 
@@ -240,19 +249,30 @@ def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Para
     }
 
 
-def out_of_memory(plan: Plan, blocks: int, global_step: int, saved: str) -> str:
+def out_of_memory(
+    plan: Plan, blocks: int, global_step: int, saved: str, plan_now: Callable[[], Plan], left_gib: float
+) -> str:
     """Return what to say, and how to go on, when a step that was planned to fit does not fit any more.
+
+    What would fit is measured: nothing else runs any more.
 
     Args:
         plan: of the step.
         blocks: that could be recomputed.
         global_step: optimizer steps done.
         saved: the name of the last checkpoint; empty where there is none.
+        plan_now: plans for what is left.
+        left_gib: that is left.
     """
-    if plan.micro_batch_size == 1 and plan.recomputed_blocks >= blocks:
-        remedy = "once the card has more room: no plan takes less at this --resolution"
-    else:
-        remedy = f"and with --vram_budget_gib {plan.predicted_bytes / GIB - 0.5:.1f}, say, for a smaller plan"
+    try:
+        fits = plan_now()
+        remedy = (
+            f"and with --vram_budget_gib {left_gib:.2f}, which is what this card has left: {fits.micro_batch_size} "
+            f"pictures at once with {fits.recomputed_blocks} of {blocks} blocks recomputed take "
+            f"{fits.predicted_bytes / GIB:.2f} GiB, as measured"
+        )
+    except DoesNotFit as error:
+        remedy = f"once the card has more room. {str(error).rstrip('.')}"
     return (
         f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
         f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the start'} is where to resume, "

@@ -649,7 +649,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         plan = processes.as_on_main(make_plan, UserError)
         if is_main:
             parts_bytes = memory.parts_bytes(unet, [vae, *text_encoders], flat, update_bytes)
-            print(memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib), flush=True)
+            cached_bytes = cache.disk_bytes(latents, prompts, validation_prompts)
+            table = memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib, cached_bytes)
+            print(table, flush=True)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:
@@ -770,7 +772,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
             saved = save_before_end(memory_plan=None)
-            raise UserError(memory.out_of_memory(plan, blocks, global_step, saved)) from error
+            left_gib = min(budget_gib, memory.left_gib(device, processes.sharing_a_gpu(os.environ)))
+            plan_now = partial(make_plan, budget_gib=left_gib, remembered=None)
+            raise UserError(memory.out_of_memory(plan, blocks, global_step, saved, plan_now, left_gib)) from error
         except samples.WorkerDied as error:
             raise UserError(samples.worker_died(error, global_step, save_before_end())) from error
         except imaging.PictureChanged as error:

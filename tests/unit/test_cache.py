@@ -53,6 +53,13 @@ def test_every_item_finds_its_own_row(tmp_path):
         shards["another item"]
 
 
+def test_what_caches_take_on_the_disk_is_counted_once(tmp_path):
+    one, other = built(tmp_path / "one"), built(tmp_path / "other", ITEMS[:70])
+    whole = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert cache.disk_bytes(cache.together([one, other]), None, one) == whole > 0
+    assert cache.disk_bytes(None) == 0
+
+
 @pytest.mark.parametrize("was_read", [True, False])
 def test_a_shard_that_is_cut_off_while_it_is_used_is_named(was_read, tmp_path):
     shards = built(tmp_path)

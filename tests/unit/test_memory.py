@@ -128,15 +128,16 @@ def test_a_checkpoints_plan_is_used_where_it_still_holds(recompute, samples, bud
 
 def test_the_table_adds_up():
     plan = Plan(4, 3, 10 * GIB)
-    text = memory.describe(plan, BLOCKS, 8, {"base weights": 5 * GIB, "optimizer": GIB}, 14.3)
+    text = memory.describe(plan, BLOCKS, 8, {"base weights": 5 * GIB, "optimizer": GIB}, 14.3, GIB // 4)
     assert text.splitlines()[0] == "Memory plan: 4 pictures at once, 2 times a step; 3 of 20 blocks recomputed"
-    rows = {line[:28].strip(): float(line[28:].removesuffix(" GiB")) for line in text.splitlines()[1:]}
+    rows = {line[:28].strip(): float(line[28:].split(" GiB")[0]) for line in text.splitlines()[1:]}
     assert rows == {
         "base weights": 5.0,
         "optimizer": 1.0,
         "activations and the rest": 4.0,
         "predicted peak": 10.0,
         "budget": 14.3,
+        "conditioning cache": 0.25,
     }
 
 
@@ -147,15 +148,17 @@ def test_weights_are_counted_without_what_is_trained():
 
 
 @pytest.mark.parametrize(("saved", "named"), [("checkpoint-7", "checkpoint-7"), ("", "the start")])
-def test_a_step_that_does_not_fit_any_more_says_how_to_go_on(saved, named):
-    text = memory.out_of_memory(Plan(4, 3, 10 * GIB), 3, 7, saved)
-    assert text.startswith("Out of memory in step 8, with 4 pictures at once and 3 blocks recomputed")
-    assert f"{named} is where to resume" in text
-    assert "--vram_budget_gib 9.5" in text
+def test_a_step_that_does_not_fit_any_more_says_what_fits_and_how_to_go_on(saved, named):
+    text = memory.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, lambda: Plan(2, 3, 4 * GIB), 4.5)
+    assert text.startswith("Out of memory in step 8, with 4 pictures at once and 0 blocks recomputed")
+    assert f"{named} is where to resume, with --resume_from_checkpoint latest, and with --vram_budget_gib 4.50" in text
+    assert "2 pictures at once with 3 of 5 blocks recomputed take 4.00 GiB, as measured." in text
 
 
-def test_out_of_memory_under_the_smallest_plan_names_no_smaller_one():
-    assert "--vram_budget_gib 2.5" in memory.out_of_memory(Plan(1, 3, 3 * GIB), 5, 7, "checkpoint-7")
-    text = memory.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7")
-    assert "once the card has more room: no plan takes less" in text
+def test_out_of_memory_where_nothing_fits_any_more_says_what_the_smallest_plan_takes():
+    def plan_now():
+        raise memory.DoesNotFit("The smallest plan takes 3.00 GiB.")
+
+    text = memory.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7", plan_now, 2.0)
+    assert text.endswith("latest, once the card has more room. The smallest plan takes 3.00 GiB.")
     assert "--vram_budget_gib" not in text
