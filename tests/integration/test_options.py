@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from rasengan import components, memory
+from rasengan import components, fused, memory
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -44,6 +44,7 @@ def plain(train):
         ["--optimizer", "prodigy"],
         ["--max_grad_norm", 0.001, "--adam_epsilon", 0.01],
         ["--scale_lr"],
+        ["--base_quantization", "nf4"],
         ["--mixed_precision", "bf16"],
     ],
     ids=lambda flags: flags[0][2:],
@@ -68,6 +69,23 @@ def test_an_option_changes_what_is_trained(flags, train, plain):
 )
 def test_an_option_changes_nothing_that_is_trained(flags, train, plain):
     assert bits(train(*SHORT, *flags)) == bits(plain)
+
+
+@pytest.mark.parametrize(("flag", "share"), [("--gradient_checkpointing", 1), ("--no-gradient_checkpointing", 0)])
+def test_the_plan_is_what_the_steps_do_and_a_checkpoint_keeps_it(flag, share, train, monkeypatch):
+    asked, recompute = [], fused.FusedUNet.recompute
+
+    def note_and_recompute(unet, count):
+        asked.append((count, len(unet.units())))
+        recompute(unet, count)
+
+    monkeypatch.setattr(fused.FusedUNet, "recompute", note_and_recompute)
+    output_dir = train(*SHORT, *QUIET, flag)
+    count, blocks = asked[-1]
+    assert count == share * blocks
+    assert blocks > 5
+    (saved,) = output_dir.glob("checkpoint-*")
+    assert json.loads((saved / "trainer_state.json").read_text())["memory_plan"] == [2, count, 0]
 
 
 def test_a_flag_without_effect_makes_no_other_cache(train, tmp_path):

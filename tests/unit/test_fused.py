@@ -2,6 +2,7 @@
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -195,6 +196,10 @@ def test_a_quantized_base_is_near_the_whole_one(load_unet, batch):
     whole = memory.weight_bytes(unet)
     unet, flat, fused_unet = load_unet(fuse=True, dtype=torch.float32, quantize=True)
     assert memory.weight_bytes(unet) < 0.6 * whole  # convolutions and embeddings stay as they are
+    weights = [module.weight for module in unet.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(weights) > 50
+    for weight in weights:  # NF4, and its scales quantized once more
+        assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True)
     quantized_loss, quantized_gradient = loss_and_gradient(unet, flat, batch, torch.float32)
     torch.testing.assert_close(quantized_loss, loss, rtol=0.02, atol=0)
     assert not torch.equal(quantized_loss, loss)
