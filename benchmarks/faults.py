@@ -445,7 +445,8 @@ def shrink_the_disk(faults: Faults, shrinks: int, seed: int, results: Results) -
     draw, left, after, at = random.Random(seed), [], Counter(), Counter()
     while sum(after.values()) < shrinks:
         left = left or draw.sample(points, len(points))  # each of them once, before any comes again
-        point, wait_s = left.pop(), draw.uniform(0, MOST_WAIT_S)
+        # Short ones mostly: some writes follow each other within a millisecond.
+        point, wait_s = left.pop(), MOST_WAIT_S * draw.random() ** 3
         try:
             place = run_on_shrinking_disk(faults, point, wait_s, expected)
         except RuntimeError as error:
@@ -529,6 +530,7 @@ def run_on_shrinking_disk(faults: Faults, point: str, wait_s: float, expected: d
 
 
 def resize(mount: Path, size_bytes: int) -> None:
+    # Of what it holds now, the last page of each file can still be filled.
     subprocess.run(["mount", "-o", f"remount,size={size_bytes}", str(mount)], check=True)
 
 
@@ -561,7 +563,12 @@ def main() -> None:
     )
     add("--base", type=Path, help="a base to use, such as train_step.py leaves in --work_dir [built]")
     add("--disk_sizes", type=int, default=40, help="file systems to fill; 0 for none [%(default)s]")
-    add("--shrinks", type=int, default=40, help="file systems that shrink under a run; 0 for none [%(default)s]")
+    add(
+        "--shrinks",
+        type=int,
+        default=40,
+        help="file systems that shrink under a run of one process; 0 for none [%(default)s]",
+    )
     add("--seed", type=int, default=0, help="of the moments [%(default)s]")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json", help="added to [%(default)s]")
     add("--commit", help="of this project, where there is no git")
