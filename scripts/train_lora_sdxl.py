@@ -680,7 +680,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         write_settings(args)
     settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
     hush_writers(output_dir / args.logging_dir)
-    accelerator.init_trackers("text2image-fine-tune", config=settings)
+    try:
+        accelerator.init_trackers("text2image-fine-tune", config=settings)
+    except OSError as error:
+        error.filename = error.filename or str(output_dir / args.logging_dir)
+        raise
     validation.log_settings(accelerator.trackers, settings)
     adapted = list(models.values())
     if args.validation_prompt:
@@ -773,7 +777,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             train_step.release()
             saved = save_before_end(memory_plan=None)
             left_gib = min(budget_gib, memory.left_gib(device, processes.sharing_a_gpu(os.environ)))
-            plan_now = partial(make_plan, budget_gib=left_gib, remembered=None)
+            state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)
+            plan_now = partial(make_plan, budget_gib=left_gib, state_bytes=state_bytes, remembered=None)
             raise UserError(memory.out_of_memory(plan, blocks, global_step, saved, plan_now, left_gib)) from error
         except samples.WorkerDied as error:
             raise UserError(samples.worker_died(error, global_step, save_before_end())) from error

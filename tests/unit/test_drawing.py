@@ -83,10 +83,17 @@ def test_the_latents_are_the_pipelines_for_every_sampler(pipeline, name, guidanc
     assert sampler.config.get("use_karras_sigmas", False) == (name == "dpmpp_2m_karras")
 
 
-@pytest.mark.parametrize("name", ["TCDScheduler", "LCMScheduler", "DDPMScheduler", "DEISMultistepScheduler"])
-def test_the_latents_are_the_pipelines_for_a_bases_own_sampler(pipeline, name):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in ("TCDScheduler", "LCMScheduler", "DDPMScheduler", "DEISMultistepScheduler")),
+        ("UniPCMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5}),  # which is not linear
+        ("UniPCMultistepScheduler", {"solver_order": 3, "prediction_type": "v_prediction"}),
+    ],
+)
+def test_the_latents_are_the_pipelines_for_a_bases_own_sampler(pipeline, name, changes):
     options = {"num_inference_steps": 5, "guidance_scale": 3.0}
-    made = [getattr(diffusers, name).from_config(pipeline.scheduler.config) for _ in range(2)]
+    made = [getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes) for _ in range(2)]
     reference = StableDiffusionXLPipeline(**pipeline.components | {"scheduler": made[0]}, add_watermarker=False)
     reference.set_progress_bar_config(disable=True)
     expected = reference(PROMPTS[0], generator=generators([5]), output_type="latent", **SIZE, **options).images
