@@ -46,10 +46,15 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
     return 2
 
 
+def name_log(error: OSError, directory: Path) -> None:
+    """Say of an error of a tracker's, which names no file, where its files are and what they need."""
+    error.filename, error.needed_bytes = error.filename or str(directory), LOG_BYTES
+
+
 def hush_writers(directory: Path) -> None:
     """Keep TensorBoard's thread from printing a traceback where its file cannot be written.
 
-    Its writer raises the same error again in the thread that gives it the next scalar, and names no file of its own.
+    Its writer raises the same error again in the thread that gives it the next scalar.
 
     Args:
         directory: where its file is.
@@ -61,7 +66,6 @@ def hush_writers(directory: Path) -> None:
         if not (is_writer and isinstance(end.exc_value, OSError)):
             show(end)
             return
-        end.exc_value.filename = end.exc_value.filename or str(directory)
-        end.exc_value.needed_bytes = LOG_BYTES
+        name_log(end.exc_value, directory)
 
     threading.excepthook = show_others

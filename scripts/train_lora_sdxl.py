@@ -82,7 +82,7 @@ from rasengan.command_line import (
     token_type,
     words_of_file,
 )
-from rasengan.endings import hush_writers, in_one_line
+from rasengan.endings import hush_writers, in_one_line, name_log
 from rasengan.files import check_kinds, check_writable, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
@@ -683,7 +683,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     try:
         accelerator.init_trackers("text2image-fine-tune", config=settings)
     except OSError as error:
-        error.filename = error.filename or str(output_dir / args.logging_dir)
+        name_log(error, output_dir / args.logging_dir)
         raise
     validation.log_settings(accelerator.trackers, settings)
     adapted = list(models.values())
