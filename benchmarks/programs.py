@@ -240,7 +240,9 @@ def joined_path(*first: Path) -> str:
 def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / out, help="added to, run by run [%(default)s]")
+    results = ROOT / "benchmarks" / "results" / out
+    parser.set_defaults(results=results)
+    add("--out", type=Path, help=f"added to, run by run [{results}; with --tiny, {out} in --work_dir]")
     add("--logs", type=Path, help="where the runs' output goes [in --work_dir]")
     add("--work_dir", type=Path, default=ROOT / ".benchmarks", help="weights, pictures, caches; kept [%(default)s]")
     add("--commit", help="of this project, where there is no git")
@@ -269,6 +271,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
                 raise UserError(f"--{name} {getattr(args, name)} is not a folder.")
     if (args.diffusers_examples or args.sd_scripts) and importlib.util.find_spec("torchvision") is None:
         raise UserError("The peers need torchvision, which is not installed: `pip install torchvision`.")
+    args.out = args.out or (args.work_dir / args.results.name if args.tiny else args.results)
     names = {"diffusers": folders["diffusers_examples"], "sd-scripts": folders["sd_scripts"]}
     results = Results(args.out, args.commit, {name: folder for name, folder in names.items() if folder})
     if folders["sd_scripts_packages"]:
