@@ -281,6 +281,8 @@ def _decompose_factor(modules: dict[str, dict[str, torch.Tensor]]) -> int:
 
 def _lokr_shape(parts: dict[str, torch.Tensor], number: int) -> tuple[int, int]:
     name = f"lokr_w{number}"
+    if flat := next((part for part in parts if part.startswith(name) and parts[part].ndim < 2), None):
+        raise ValueError(f"a {flat} has the shape ({shown(parts[flat].shape)}), and is no matrix")
     if name in parts:
         return tuple(parts[name].shape[:2])
     a, b = parts.get(f"{name}_a"), parts.get(f"{name}_b")

@@ -256,6 +256,13 @@ def read_state(path: Path) -> dict:
             value = state.get(name)
             if type(value) is not int or not 0 <= value < end:  # true and false are integers too
                 raise ValueError(f"it does not say where the run was: {name} is {value!r}"[:200])
+        losses = state.get("validation_losses")
+        if losses is not None and not (
+            isinstance(losses, dict)
+            and losses.keys() == {"base", "last", "best", "best_step"}
+            and all(value is None or type(value) in {int, float} for value in losses.values())
+        ):
+            raise ValueError(f"validation_losses is {losses!r}"[:200])
         for name in SKIPPED:
             if type(state.get(name, 0)) is not int:
                 raise ValueError(f"{name} is {state[name]!r}"[:200])

@@ -154,6 +154,8 @@ def path_type(text: str) -> str:
     """Return a path or a hub id, with ~ as the home folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, as an unset variable is")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("it holds a null byte")
     return os.path.expanduser(text)
 
 

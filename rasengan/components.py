@@ -3,6 +3,8 @@
 import fnmatch
 import hashlib
 import json
+import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,8 @@ COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONE
 
 
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+MOST_TOKENS = 77  # that CLIP's text encoders see
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 BAD_TOKEN = (
     "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
@@ -146,10 +150,11 @@ def _weight_patterns(variant: str | None) -> list[str]:
 
 def _download(component: str, source: Source, weight_patterns: list[str]) -> Path:
     name = source.name_or_path
-    if Path(name).is_file():
+    if Path(name).expanduser().is_file():
+        command = f"python scripts/convert.py --input {shlex.quote(name)} --base {SDXL_ID} --format pipeline"
         raise UserError(
             f"{name} is a file, where the {component}'s folder is to be. Of an SDXL in one .safetensors file make a "
-            f"folder: `python scripts/convert.py --input {name} --base {SDXL_ID} --format pipeline --output FOLDER`."
+            f"folder: `{command} --output FOLDER`."
         )
     try:
         validate_repo_id(name)
@@ -182,20 +187,35 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
 
 
 def sampled_digest(folders: dict[str, Path], variant: str | None) -> str:
-    """Return a digest of a base: its small files, and of each file of weights the size and 4 MiB, evenly spread.
+    """Return a digest of a base: its settings, and of each file of weights the size and 4 MiB, evenly spread.
 
     That is soon done where reading all takes a minute, and sees another model, or one that something was merged into.
+    What a configuration says of who wrote it and where, by names that begin with _, may differ.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in COMPONENTS:
         for file in component_files(name, folders[name], variant):
-            size = file.stat().st_size
-            digest.update(f"{name} {size} ".encode())
-            with open(file, "rb") as content:
-                for number in range(SAMPLES if file.suffix == ".safetensors" else 1):
-                    content.seek(number * size // SAMPLES)
-                    digest.update(content.read(SAMPLE_BYTES if file.suffix == ".safetensors" else -1))
+            if file.suffix == ".safetensors":
+                size = file.stat().st_size
+                digest.update(f"{name} {size} ".encode())
+                with open(file, "rb") as content:
+                    for number in range(SAMPLES):
+                        content.seek(number * size // SAMPLES)
+                        digest.update(content.read(SAMPLE_BYTES))
+            elif file.name in (*TOKENIZER_FILES, _config_name(name)):
+                digest.update(f"{name} {file.name} ".encode() + _settings(file))
     return digest.hexdigest()
+
+
+def _settings(file: Path) -> bytes:
+    content = file.read_bytes()
+    try:
+        found = json.loads(content)
+    except ValueError:  # merges.txt is no JSON
+        return content
+    if isinstance(found, dict):
+        found = {key: value for key, value in found.items() if not key.startswith("_") or key == "_class_name"}
+    return json.dumps(found, sort_keys=True).encode()
 
 
 def component_files(component: str, folder: Path, variant: str | None = None) -> list[Path]:
@@ -221,6 +241,12 @@ def check_components(folders: dict[str, Path]) -> None:
             f"{'' if 'beta_schedule' in scheduler else 'out'} a beta_schedule, as of SD 3 or Flux, not the scheduler "
             f"of a diffusion model. Correct {COMPONENT_FLAGS['scheduler']}."
         )
+    timesteps = scheduler.get("num_train_timesteps", 1000)
+    if type(timesteps) is not int or timesteps < 2:
+        raise UserError(
+            f"{folders['scheduler']} holds a scheduler of {timesteps!r} num_train_timesteps; SDXL's has 1000. Correct "
+            f"{COMPONENT_FLAGS['scheduler']}."
+        )
     for component, config in configs.items():
         expected = MODELS[component].__name__
         found = config.get("_class_name") or (config.get("architectures") or ["model of no named class"])[0]
@@ -233,6 +259,11 @@ def check_components(folders: dict[str, Path]) -> None:
         raise UserError(
             f"{folders['vae']} holds a VAE without a scaling_factor, as of Stable Diffusion 1.x; SDXL's is 0.13025. "
             f"Correct {COMPONENT_FLAGS['vae']}."
+        )
+    if "vae" in configs and not _is_positive(configs["vae"]["scaling_factor"]):
+        raise UserError(
+            f"{folders['vae']} holds a VAE whose scaling_factor is {configs['vae']['scaling_factor']!r}; SDXL's is "
+            f"0.13025. Correct {COMPONENT_FLAGS['vae']}."
         )
     if "vae" in configs and any(configs["vae"].get(name) is not None for name in ("latents_mean", "latents_std")):
         raise UserError(
@@ -285,6 +316,10 @@ def check_components(folders: dict[str, Path]) -> None:
         )
 
 
+def _is_positive(value: object) -> bool:
+    return type(value) in {int, float} and 0 < value < math.inf
+
+
 def _setting(component: str, folders: dict[str, Path], name: str) -> int:
     value = read_config(component, folders[component]).get(name)
     if not isinstance(value, int):
@@ -304,11 +339,16 @@ def read_config(component: str, folder: Path) -> dict:
     file = folder / _config_name(component)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is not JSON ({error}). Fetch the {component} again.") from error
+    except (RecursionError, ValueError) as error:  # of nested brackets, of bytes or JSON, of endless digits
+        raise UserError(f"{file} is not JSON ({first_line(error)}). Fetch the {component} again.") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a configuration, but a {type(config).__name__}. Fetch the {component} again.")
     return config
+
+
+def negative_prompt(given: str | None, folders: dict[str, Path]) -> str | None:
+    """Return the negative prompt to encode; None for zeros, which stand for none where the base says so."""
+    return "" if given is None and not forces_zeros(folders) else given
 
 
 def forces_zeros(folders: dict[str, Path]) -> bool:
@@ -382,7 +422,12 @@ def load(component: str, folder: Path, dtype: torch.dtype = torch.float32, varia
         if scheduler_class is not None:
             return scheduler_class.from_pretrained(str(folder))
         if component in TOKENIZERS:
-            return CLIPTokenizer.from_pretrained(str(folder))
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+            # Without a length in its settings it has an endless one.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, MOST_TOKENS)
+            if tokenizer.model_max_length < MOST_TOKENS:
+                raise ValueError(f"its model_max_length is {tokenizer.model_max_length}; SDXL's is {MOST_TOKENS}.")
+            return tokenizer
         model, report = MODELS[component].from_pretrained(str(folder), **options)
         absent = sorted(report["missing_keys"])
     except Exception as error:  # the loaders raise OSError, ValueError, RuntimeError and SafetensorError alike
@@ -410,8 +455,8 @@ def load_text_encoders(
 
 
 def _scheduler_class(folder: Path) -> type[SchedulerMixin]:
-    name = read_config("scheduler", folder).get("_class_name", "")
-    found = getattr(diffusers, name, None)
+    name = read_config("scheduler", folder).get("_class_name")
+    found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise UserError(
             f"{folder} names the scheduler class {name!r}, which diffusers does not have. Correct "

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from rasengan.imaging import Picture, is_picture_name
 logger = logging.getLogger(__name__)
 
 ARCHIVES = {".zip", ".tar", ".tgz", ".gz"}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -69,10 +71,12 @@ def load_pictures(
             f"{len(odd)} names of files in {ascii(given)[1:-1]} are not UTF-8, such as {ascii(odd[0].name)}. Rename "
             "them, and the folder if its own name is not."
         )
-    packed = [file for file in files if file.suffix.lower() in ARCHIVES]
+    packed = {file for file in files if file.suffix.lower() in ARCHIVES}
     if dataset_name is None and not count:
         if packed:
-            raise UserError(f"{given} holds no pictures but in archives such as {packed[0].name}. Unpack them there.")
+            raise UserError(
+                f"{given} holds no pictures but in archives such as {min(packed).name}. Unpack them there."
+            )
         raise none_there
     used_cache, beside = cache_dir, None
     try:
@@ -95,9 +99,10 @@ def load_pictures(
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
         cause = error.__cause__ or error
         where = cache_dir or datasets.config.HF_DATASETS_CACHE
-        if isinstance(cause, OSError) and (
-            cause.errno in NO_ROOM or str(cause.filename or "").startswith(os.path.abspath(where))
-        ):
+        is_there = isinstance(cause, OSError) and Path(str(cause.filename or "/")).is_relative_to(
+            os.path.abspath(where)
+        )
+        if isinstance(cause, OSError) and (cause.errno in NO_ROOM or (is_there and cause.errno in NOT_WRITABLE)):
             raise UserError(
                 f"{where} cannot be written: {cause.strerror}. Make room, or give another --cache_dir."
             ) from error
@@ -110,7 +115,7 @@ def load_pictures(
     if len(dataset) == 0:
         raise none_there
     if outside := _outside(dataset, image_column, [dataset_name, train_data_dir, *_downloads(used_cache)]):
-        listed = "".join(f"\n  {printable(path)}" for path in outside)
+        listed = "".join(f"\n  {printable(path)}" for path in outside[:20]) + "\n  ..." * (len(outside) > 20)
         raise UserError(
             f"{given} names pictures outside of it, {len(outside)} in all. A data set may hold only pictures of its "
             f"own: put them there, or use another data set:{listed}"
@@ -182,7 +187,8 @@ def _check_data_files(given: str, name: str, config_name: str | None, data_dir: 
     if outside:
         raise UserError(
             f"{given} takes its data from {printable(outside[0])}, which is outside of it. A data set may hold only "
-            "data of its own: put them there and correct its README.md, or use another data set."
+            "data of its own: put them there and correct what its README.md or .huggingface.yaml says, or use another "
+            "data set."
         )
 
 
@@ -193,11 +199,13 @@ def _urls_in_settings(folder: Path) -> Iterator[str]:
         found.append(huggingface_hub.RepoCard.load(card, ignore_metadata_errors=True).data.get("configs"))
     if settings.is_file():
         found.append((yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("configs"))
+    seen = set()  # aliases of YAML may lead round in a circle
     while found:
         value = found.pop()
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
             found.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, str) and "://" in value:
+        elif isinstance(value, str) and ("://" in value or "::" in value):
             yield value
 
 
@@ -208,7 +216,7 @@ def _starts(folders: Iterable[str | None]) -> tuple[str, ...]:
 
 def _is_inside(path: str, starts: tuple[str, ...]) -> bool:
     # Only the name is looked at, so links are followed. Of "zip://inner::archive" the place is the archive's.
-    place = path.rpartition("::")[2] if path.partition("::")[0].count("://") else path
+    inner, is_packed, place = path.partition("::") if re.match(r"(zip|tar)://", path) else ("", "", path)
     return "://" not in place and os.path.abspath(place).startswith(starts)
 
 

@@ -67,9 +67,12 @@ def explain(
     tensors = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not torch.isfinite(flat).all():
-        where, cause = "the LoRA's weights are not finite", "the run diverged: lower --learning_rate"
+        cause = "the run diverged: lower --learning_rate, or give the default --adam_epsilon if that was changed"
+        where = "the LoRA's weights are not finite"
     elif damaged := next((n for n, weight in unet.named_parameters() if not torch.isfinite(weight).all()), None):
         where, cause = f"the UNet's {damaged} is not finite", "the base is damaged: fetch it again"
+    elif "noise" in broken:
+        where, cause = "the noise is not finite", "--noise_offset is too great: lower it"
     elif "latents" in broken:
         where, cause = "the latents are not finite", "the VAE is damaged: give another by its flag"
     elif broken:

@@ -178,7 +178,7 @@ def draw(
 
     A picture's noise comes from its own CPU generator, in fp32: it is the same on every device and in every batch.
     The steps are those of diffusers' pipelines, but that latents and guidance are fp32 whatever the UNet's dtype, and
-    that the loop does not wait for the card, but for euler_a, which brings the noise of each step to it.
+    that the loop does not wait for the card, but where a sampler brings the noise of each step to it, as euler_a does.
 
     Args:
         denoiser: of the UNet, in this precision.

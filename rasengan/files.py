@@ -110,8 +110,8 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
 
 def room(folder: Path, needed_bytes: int | None) -> str:
     """Say how much a write takes, where that is known, and how much is free where it goes."""
-    folder = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     try:
+        folder = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
         found, free = os.statvfs(folder), shutil.disk_usage(folder).free
         there = f"{_size(free)} are free there"
         if free > (needed_bytes or 0) and not found.f_favail and found.f_files:

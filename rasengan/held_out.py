@@ -280,7 +280,8 @@ def resumed_record(state: dict, size: float | int | None, output_dir: Path | Non
     folder = output_dir / BEST_FOLDER
     kept = read_json_or_empty(folder / BEST_FILE) if (folder / DIFFUSERS_FILE).is_file() else {}
     step, loss = kept.get("step"), kept.get("loss")
-    if not isinstance(step, int) or not isinstance(loss, int | float):  # there is none, or it was damaged
+    # There is none, or it was damaged.
+    if not isinstance(step, int) or not isinstance(loss, int | float) or not math.isfinite(loss):
         step = loss = math.inf
     known = math.inf if record["best"] is None else record["best"]
     if loss < known and step <= state["global_step"]:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from rasengan import UserError, first_line
 from rasengan.adapters import DIFFUSERS_FILE
@@ -47,7 +47,10 @@ def create_repository(name: str, token: str | None) -> str:
                 "as a space (it is not shown here). Copy it again."
             )
         return HfApi(token=token or None).create_repo(name, exist_ok=True).repo_id
-    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    # What answers may be no hub, but a gateway's page: that is no JSON, a ValueError.
+    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"--push_to_hub: the hub refused {name}: {first_line(error)} Log in with `hf auth login`."
         ) from error
@@ -62,7 +65,7 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
     patterns = [DIFFUSERS_FILE, "peft/*", "README.md", "validation.png"]
     try:
         HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=patterns)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"--push_to_hub: the upload to {repo_id} failed: {first_line(error)} The adapter is in {directory}; "
             f"upload it with `hf upload {repo_id} {directory}`."

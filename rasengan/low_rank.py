@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from rasengan import UserError, single_file
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, infer_config, kind_of, strength_of
@@ -168,11 +167,11 @@ def _tensors(component: str, place: Path, variant: str | None, model: torch.nn.M
     found = {}
     for file in component_files(component, place, variant):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as content:
+            with single_file.opened(file) as content:
                 found |= {key.removeprefix("text_model."): partial(_read, file, key) for key in content.keys()}  # noqa: SIM118
     return found
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as content:
+    with single_file.opened(file) as content:
         return content.get_tensor(name)

@@ -1,6 +1,7 @@
 """How much memory a run takes, and the plan that keeps it inside a budget."""
 
 import gc
+import logging
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from rasengan import UserError
+from rasengan import UserError, first_line
 
+
+logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 # Beside PyTorch's memory, libraries take some of the card when they are first used.
 MARGIN_GIB = 0.2
+STEP_DOWN_GIB = 0.1  # by which a plan is to be smaller than one that did not fit
 # More pictures at once than this make a step no faster for each of them.
 LARGEST_JOINED = 8
 
@@ -250,29 +254,33 @@ def parts_bytes(unet: nn.Module, encoders: list[nn.Module | None], flat: nn.Para
 
 
 def out_of_memory(
-    plan: Plan, blocks: int, global_step: int, saved: str, plan_now: Callable[[], Plan], left_gib: float
+    plan: Plan, blocks: int, global_step: int, saved: str, room_gib: float, plan_for: Callable[[float], Plan] | None
 ) -> str:
     """Return what to say, and how to go on, when a step that was planned to fit does not fit any more.
-
-    What would fit is measured: nothing else runs any more.
 
     Args:
         plan: of the step.
         blocks: that could be recomputed.
         global_step: optimizer steps done.
         saved: the name of the last checkpoint; empty where there is none.
-        plan_now: plans for what is left.
-        left_gib: that is left.
+        room_gib: the budget, or what the card has left by now if that is less.
+        plan_for: measures what fits into a `budget_gib`; None where that cannot be measured now.
     """
-    try:
-        fits = plan_now()
-        remedy = (
-            f"and with --vram_budget_gib {left_gib:.2f}, which is what this card has left: {fits.micro_batch_size} "
-            f"pictures at once with {fits.recomputed_blocks} of {blocks} blocks recomputed take "
-            f"{fits.predicted_bytes / GIB:.2f} GiB, as measured"
-        )
-    except DoesNotFit as error:
-        remedy = f"once the card has more room. {str(error).rstrip('.')}"
+    # A plan that is measured to take no less would fail again.
+    budget_gib = min(room_gib, plan.predicted_bytes / GIB - STEP_DOWN_GIB)
+    remedy = f"and with --vram_budget_gib {budget_gib:.1f}, say, for a smaller plan"
+    if plan.micro_batch_size == 1 and plan.recomputed_blocks >= blocks:
+        remedy = "once the card has more room: no plan takes less at this --resolution"
+    elif plan_for is not None:
+        try:
+            fits = plan_for(budget_gib=budget_gib)
+            takes = f"{fits.recomputed_blocks} of {blocks} blocks recomputed take {fits.predicted_bytes / GIB:.2f} GiB"
+            size = fits.micro_batch_size
+            remedy = f"and with --vram_budget_gib {budget_gib:.2f}: as measured, {size} pictures at once with {takes}"
+        except DoesNotFit as error:  # whose remedies are of a run that begins
+            remedy = f"once the card has more room. {str(error).partition('. To make')[0]}"
+        except Exception as error:  # on a full card each library raises what it likes
+            logger.warning("What would fit could not be measured: %s", first_line(error))
     return (
         f"Out of memory in step {global_step + 1}, with {plan.micro_batch_size} pictures at once and "
         f"{plan.recomputed_blocks} blocks recomputed; {saved or 'the start'} is where to resume, "

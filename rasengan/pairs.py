@@ -183,8 +183,7 @@ class PairDrawer:
             merge = partial(weights.merge, [pair for pair in adapters if name in pair[0].weights])
             changes[name] = self._with_room(merge)
         changes["unet"] = self._with_room(partial(self.pipeline.use, adapters))
-        text = settings.negative_prompt
-        text = "" if text is None and not components.forces_zeros(self.pipeline.folders) else text
+        text = components.negative_prompt(settings.negative_prompt, self.pipeline.folders)
         negative = None if text is None else self._encode(text)
         prompts = sdxl.conditioning(self._encode(settings.prompt), negative, 1)
         scheduler = sdxl.make_sampler(self.scheduler, settings.scheduler)

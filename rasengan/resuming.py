@@ -36,6 +36,8 @@ FREE_SETTINGS = {
 # Where the base is, which may move: what it holds is told by its digest.
 BASE_PLACES = {"pretrained_model_name_or_path", "revision", "variant"}
 BASE_PLACES |= {flag.removeprefix("--") for flag in COMPONENT_FLAGS.values()}
+# How a step is split: dropout draws for each part of it anew.
+SPLIT = {"train_batch_size", "gradient_accumulation_steps", "num_processes"}
 RUN_LENGTH = {"total_steps"}  # told of below, where it changes what is trained
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup", "piecewise_constant"}
 
@@ -59,6 +61,7 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False, idl
     unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
     changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
     may_change = FREE_SETTINGS.union(idle, BASE_PLACES if state.get("base_digest") else ()) - BOUND_SETTINGS
+    may_change -= SPLIT if settings.get("lora_dropout") else set()
     free = "; ".join(_change(name, state, settings) for name in changed if name in may_change)
     bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
     both = may_change | BOUND_SETTINGS

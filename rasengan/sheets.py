@@ -26,6 +26,7 @@ PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
 h1 {{ font-size: 1.4rem }}
 table.settings td {{ padding: 0 1rem 0 0; vertical-align: top; color: #555; overflow-wrap: anywhere }}
+table.settings td:first-child {{ overflow-wrap: normal; white-space: nowrap }}
 section {{ margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }}
 section p {{ margin: 0 0 .6rem; max-width: 60rem; overflow-wrap: anywhere }}
 .row {{ display: flex; flex-wrap: wrap; gap: 12px }}
@@ -111,11 +112,19 @@ def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
-    """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer."""
+    """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
+
+    A number in parentheses at its end, a seed, stays behind the ellipsis.
+    """
+    number = re.search(r" \(\d+\)$", text)
     # A letter is a pixel wide at least: of a prompt of thousands no more is looked at.
     lines, rest = [], _drawable(" ".join(text.split())[: max_lines * math.ceil(width_px)], font)
     while rest and len(lines) < max_lines:
-        ellipsis = " ..." if len(lines) == max_lines - 1 and font.getlength(rest) > width_px else ""
+        ellipsis = (
+            f" ...{number[0] if number else ''}"
+            if len(lines) == max_lines - 1 and font.getlength(rest) > width_px
+            else ""
+        )
         sizes = range(1, len(rest) + 1)
         over = partial(_is_wider, rest, ellipsis, font, width_px)
         fits = max(1, bisect.bisect_left(sizes, True, key=over))

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,6 +91,31 @@ def _bigg(weights: Weights) -> dict[str, torch.Tensor]:
     return original
 
 
+def stored(file: Path) -> dict[str, tuple[str, torch.Size]]:
+    """Return the dtype, as safetensors names it, and the shape of each tensor in a file of weights.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with opened(file) as content:
+        slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+        return {key: (part.get_dtype(), torch.Size(part.get_shape())) for key, part in slices.items()}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """Open a file of weights.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            yield content
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {write_failure(error)}. Give a whole .safetensors file.") from error
+
+
 # Where OpenCLIP stacks what transformers has in three.
 _STACKED = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
@@ -110,7 +136,7 @@ def read_tensor(file: Path, component: str, name: str, shape: torch.Size) -> tor
     # The names of the other two of three are needed to find that of all.
     names = [f"{stacked[1]}.{part}_proj.{stacked[3]}" for part in "qkv"] if stacked else [name]
     ((original, whole),) = original_weights(component, {n: torch.empty(shape, device="meta") for n in names}).items()
-    with safe_open(file, framework="pt") as content:
+    with opened(file) as content:
         there = original in content.keys()  # noqa: SIM118
         tensor = content.get_tensor(original) if there else None
     if tensor is None or tensor.shape != whole.shape:
@@ -129,7 +155,7 @@ def write_single_file(
     skeletons: Mapping[str, torch.nn.Module],
     dtypes: Mapping[str, torch.dtype],
     load_weights: Callable[[str], Weights],
-    prediction_type: str = "epsilon",
+    markers: Iterable[str] = (),
 ) -> None:
     """Write all components as one file, one of them in memory at a time; it appears under its name whole.
 
@@ -140,7 +166,7 @@ def write_single_file(
         skeletons: the model of each of `COMPONENTS`, on the meta device say: its names and shapes.
         dtypes: of each component in the file.
         load_weights: called once for each component, gives its state dict.
-        prediction_type: of the model; programs that read single files know v_prediction by an empty tensor.
+        markers: names of empty tensors, by which programs that read single files know what a scheduler's file says.
 
     Raises:
         UserError: the file cannot be written.
@@ -148,8 +174,7 @@ def write_single_file(
     """
     shapes = {name: _shapes(original_weights(name, skeletons[name].state_dict())) for name in COMPONENTS}
     planned = {key: (dtypes[name], shape) for name in COMPONENTS for key, shape in shapes[name].items()}
-    if prediction_type == "v_prediction":
-        planned["v_pred"] = (torch.float32, torch.Size([0]))
+    planned |= dict.fromkeys(markers, (torch.float32, torch.Size([0])))
     header, places, size = _header(planned)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -197,19 +222,19 @@ def _header(planned: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, 
 def _write(file: BinaryIO, tensors: Weights, dtype: torch.dtype, places: dict[str, int]) -> None:
     for key, tensor in tensors.items():
         file.seek(places[key])
-        file.write(memoryview(_bytes(tensor, dtype).numpy()))
+        file.write(memoryview(as_bytes(tensor, dtype).numpy()))
     file.flush()
 
 
 def _verify(path: Path, tensors: Weights, dtype: torch.dtype) -> None:
     with safe_open(path, framework="pt") as found:
         for key, tensor in tensors.items():
-            if not torch.equal(_bytes(found.get_tensor(key), dtype), _bytes(tensor, dtype)):
+            if not torch.equal(as_bytes(found.get_tensor(key), dtype), as_bytes(tensor, dtype)):
                 raise RuntimeError(
                     f"{path.name}: {key} does not read back as it was written. The disk may be damaged."
                 )
 
 
-def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # Compared as numbers, NaN would differ from itself; and NumPy has no bf16.
+def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a tensor is stored as: compared as numbers, NaN would differ from itself; and NumPy has no bf16."""
     return tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)

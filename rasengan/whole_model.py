@@ -9,13 +9,16 @@ from typing import NamedTuple
 import diffusers
 import torch
 from diffusers import SchedulerMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from rasengan import UserError, components, first_line, locks, merging, single_file
+from rasengan import UserError, components, locks, merging, single_file
 from rasengan.adapters import Adapter, fit_names
 from rasengan.files import give_default_mode, sync, write_atomically, write_failure
 
 
+# Empty tensors of a single file, as ComfyUI reads them, and what a scheduler's configuration says in their place.
+MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "weight_scale_2")  # of weights in 8 bits and fewer
 KEPT_DTYPES = {stored: dtype for dtype, stored in single_file.DTYPES.items()}
 
 
@@ -42,8 +45,9 @@ def save(place: Path, folders: dict[str, Path], opened: Opened, flag: str) -> No
     with locks.only_writer(place, flag) as unfinished:
         if place.suffix == ".safetensors":
             skeletons = {name: components.skeleton(name, folders[name]) for name in single_file.COMPONENTS}
-            prediction_type = opened.component("scheduler").config.prediction_type
-            how = skeletons, opened.dtypes, lambda name: opened.component(name).state_dict(), prediction_type
+            settings = opened.component("scheduler").config
+            markers = [marker for marker, (name, value) in MARKERS.items() if settings.get(name) == value]
+            how = skeletons, opened.dtypes, lambda name: opened.component(name).state_dict(), markers
             single_file.write_single_file(unfinished, *how)
         else:
             _save_folder(unfinished, opened.component, place, components.forces_zeros(folders))
@@ -100,11 +104,17 @@ def open_folders(folders: dict[str, Path], variant: str | None, dtype: torch.dty
     dtypes = _dtypes(dtype)
     for name in dtypes if dtype is None else ():
         files = components.component_files(name, folders[name], variant)
-        stored = [_stored(file) for file in files if file.suffix == ".safetensors"]
-        dtypes[name] = _widest(folders[name], name, {kind for part in stored for kind, _ in part.values()})
+        stored = [single_file.stored(file) for file in files if file.suffix == ".safetensors"]
+        # Not of what older versions of transformers saved besides, such as position_ids, which are whole numbers.
+        known = {key.removeprefix("text_model.") for key in components.skeleton(name, folders[name]).state_dict()}
+        found = {
+            kind for part in stored for key, (kind, _) in part.items() if key.removeprefix("text_model.") in known
+        }
+        dtypes[name] = _widest(folders[name], name, found)
 
     def component(name: str):
-        return components.load(name, folders[name], dtypes.get(name, torch.float32), variant)
+        model = components.load(name, folders[name], dtypes.get(name, torch.float32), variant)
+        return model if dtype is None or name not in components.MODELS else _finite(model, name, dtype)
 
     return Opened(component, dtypes)
 
@@ -121,7 +131,7 @@ def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -
     Raises:
         UserError: the file is damaged, lacks tensors, or holds them in other shapes or in a dtype not to be kept.
     """
-    stored, dtypes, known = _stored(file), _dtypes(dtype), {"v_pred"}
+    stored, dtypes, known = single_file.stored(file), _dtypes(dtype), set(MARKERS)
     for name in single_file.COMPONENTS:
         expected = single_file.original_weights(name, components.skeleton(name, folders[name]).state_dict())
         wrong = [key for key, tensor in expected.items() if key not in stored or stored[key][1] != tensor.shape]
@@ -138,7 +148,7 @@ def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -
     def component(name: str):
         if name == "scheduler":
             scheduler = components.load(name, folders[name])
-            changes = {"prediction_type": "v_prediction"} if "v_pred" in stored else {}
+            changes = dict(setting for marker, setting in MARKERS.items() if marker in stored)
             return scheduler.from_config(scheduler.config, **changes)
         if name not in components.MODELS:
             return components.load(name, folders[name])
@@ -149,24 +159,34 @@ def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -
             # A copy, since safetensors writes no views of one tensor.
             weights[key] = found.to(dtypes[name], copy=True, memory_format=torch.contiguous_format)
         model.load_state_dict(weights, assign=True)
-        return model.requires_grad_(False)
+        model.requires_grad_(False)
+        return model if dtype is None else _finite(model, name, dtype)
 
-    return Opened(component, dtypes, tuple(sorted(stored.keys() - known)))
+    left_out = tuple(sorted(stored.keys() - known))
+    if edm := [key for key in left_out if key.startswith("edm_")]:
+        raise UserError(
+            f"{file} is an EDM model, as {edm[0]} says, not one of SDXL's kind: its steps are others. Give another."
+        )
+    if scales := [key for key in left_out if key.endswith(SCALES)]:
+        raise UserError(
+            f"{file} holds weights that are to be multiplied by others, such as {scales[0]}, which is not done here. "
+            "Give a file in fp16, bf16 or fp32."
+        )
+    return Opened(component, dtypes, left_out)
+
+
+def _finite(model: torch.nn.Module, component: str, dtype: torch.dtype) -> torch.nn.Module:
+    wrong = next((name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()), None)
+    if wrong:
+        raise UserError(
+            f"The {component}'s {wrong} is not finite in {str(dtype).removeprefix('torch.')}. Drop --dtype, or give "
+            "fp32; if that does not help, the model is damaged."
+        )
+    return model
 
 
 def _dtypes(dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     return {name: torch.float32 if name == "vae" else dtype for name in single_file.COMPONENTS}
-
-
-def _stored(file: Path) -> dict[str, tuple[str, torch.Size]]:
-    """Return the dtype, as safetensors names it, and the shape of each tensor in a file."""
-    try:
-        with safe_open(file, framework="pt") as content:
-            slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
-            return {key: (part.get_dtype(), torch.Size(part.get_shape())) for key, part in slices.items()}
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
-        raise UserError(f"{file} cannot be read: {reason}. Give a whole .safetensors file.") from error
 
 
 def _widest(place: Path, component: str, stored: set[str]) -> torch.dtype:
@@ -206,7 +226,8 @@ def _verify(folder: Path, model: torch.nn.Module) -> None:
             for key in content.keys():  # noqa: SIM118
                 ((name, found),) = fit_names({key: content.get_tensor(key)}, model).items()
                 expected = weights.pop(name, None)
-                if expected is None or not torch.equal(found, expected.cpu()):
+                is_equal = expected is not None and (found.dtype, found.shape) == (expected.dtype, expected.shape)
+                if not (is_equal and torch.equal(*(single_file.as_bytes(t, found.dtype) for t in (found, expected)))):
                     raise RuntimeError(
                         f"{file.name}: {key} does not read back as it was written. The disk may be damaged."
                     )

@@ -97,6 +97,8 @@ def validate_model(args: argparse.Namespace) -> None:
             f"--format {args.format} writes a whole SDXL: --extract_from, --rank, --resize_rank, --lora_alpha and "
             "--allow_pickle belong to adapters. Drop them."
         )
+    if args.input.endswith(".safetensors") and not Path(args.input).is_file():
+        raise UserError(f"There is no file at {args.input}. Correct --input.")
     if Path(args.input).is_file() != bool(args.base):
         raise UserError(
             "--base is for a whole SDXL that is a single file, which does not hold its configuration and tokenizers: "
@@ -157,6 +159,7 @@ def convert_model(args: argparse.Namespace) -> None:
     if args.base:
         folders = find_model(args, "base", components.COMPONENTS, weights=False)
         opened = whole_model.open_file(Path(args.input), folders, dtype)
+        print(f"prediction type: {opened.component('scheduler').config.prediction_type}")
         if opened.left_out:
             print(f"{len(opened.left_out)} tensors that this SDXL has not are left out, such as {opened.left_out[0]}")
     else:
@@ -182,9 +185,9 @@ def convert_adapter(args: argparse.Namespace) -> None:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(output, adapter, args.format, DTYPES[args.dtype or "fp32"])
-    modules = [parts for weights in adapter.weights.values() for parts in by_module(weights).values()]
+    products = [parts for weights in adapter.weights.values() for parts in by_module(weights).values()]
     # Every kind is a product, of which one factor begins as zeros; but DoRA's vector acts by itself.
-    if all(any(not tensor.any() for tensor in parts.values()) and DORA not in parts for parts in modules):
+    if all(any(not tensor.any() for tensor in parts.values()) and DORA not in parts for parts in products):
         print("warning: this adapter changes nothing: it was saved before it was trained")
     for name, config in adapter.configs.items():
         modules = len(by_module(adapter.weights[name]))

@@ -124,6 +124,8 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.strength is not None and not args.init_image:
         raise UserError("--strength acts on --init_image, which is not given. Drop it, or give a picture.")
     args.strength = 0.6 if args.strength is None else args.strength
+    if args.compare and args.init_image and not args.strength:
+        raise UserError("--compare at --strength 0 has --init_image itself on both sides. Give a greater one.")
     if args.init_image and args.strength and not int(args.num_inference_steps * args.strength):
         raise UserError(
             f"--strength {args.strength:g} of --num_inference_steps {args.num_inference_steps} is no step. Raise one."
@@ -345,8 +347,8 @@ def main(args: argparse.Namespace) -> None:
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    if args.negative_prompt is None and args.guidance_scale > 1 and not components.forces_zeros(folders):
-        args.negative_prompt = ""
+    if args.guidance_scale > 1:
+        args.negative_prompt = components.negative_prompt(args.negative_prompt, folders)
     drawing.check_steps(sdxl.make_sampler(load_scheduler(args, folders), args.scheduler), args.num_inference_steps)
 
     if args.prompt:

@@ -127,7 +127,7 @@ def make_parser() -> Parser:
     add("--num_train_epochs", type=count, default=100, help="[%(default)s]")
     add("--max_train_steps", type=count, help="overrides --num_train_epochs")
     add("--optimizer", choices=[*optim.LEARNING_RATES], default="adamw", help="prodigy finds its rate [%(default)s]")
-    add("--learning_rate", type=amount, help="[1e-4; for prodigy a factor, 1]")
+    add("--learning_rate", type=number_type(0, float, most=1e6), help="[1e-4; for prodigy a factor, 1]")
     add("--scale_lr", action=switch, default=False, help="multiply the rate by GPUs x accumulation x batch size [off]")
     schedules = [kind.value for kind in SchedulerType]
     add("--lr_scheduler", default="constant", choices=schedules, help="[%(default)s]")
@@ -168,7 +168,12 @@ def make_parser() -> Parser:
     add("--validation_prompt", nargs="+", help="one or several prompts to draw [none]")
     add("--num_validation_images", type=count, default=4, help="for each prompt [%(default)s]")
     add("--validation_epochs", type=count, default=1, help="after epoch 1, and then every so many [%(default)s]")
-    add("--validation_inference_steps", type=count, default=25, help="denoising steps [%(default)s]")
+    add(
+        "--validation_inference_steps",
+        type=number_type(1, most=1000),
+        default=25,
+        help="denoising steps [%(default)s]",
+    )
 
     add = parser.add_argument_group("validation loss", "of pictures that are held out of training").add_argument
     share = "hold out a share, such as 0.05, or a number, such as 40 [none]"
@@ -307,8 +312,12 @@ def validate_args(args: argparse.Namespace) -> None:
                 f"--{flag} {place} lies in --train_data_dir {args.train_data_dir}: what is written there would be "
                 "among what to train on when the run is resumed. Give a folder outside of it."
             )
-    begin = next(iter(Path(args.logging_dir).parts), "")
-    if begin in FOLDERS_WRITTEN or begin.startswith("checkpoint-"):
+    log_folder, outputs = (
+        Path(os.path.abspath(place)) for place in (Path(args.output_dir, args.logging_dir), args.output_dir)
+    )
+    begin = log_folder.relative_to(outputs).parts[:1] if log_folder.is_relative_to(outputs) else ("elsewhere",)
+    taken = not begin or begin[0] in {*FOLDERS_WRITTEN, *FILES_WRITTEN} or begin[0].startswith(("checkpoint-", "."))
+    if taken:
         raise UserError(f"--logging_dir {args.logging_dir} is for other files in --output_dir. Give another name.")
     check_writable(Path(args.output_dir), "--output_dir")
     written = {
@@ -497,6 +506,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     args.prediction_type = objective.check_prediction_type(prediction_type)
     scheduler.register_to_config(prediction_type=prediction_type)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+    if not torch.isfinite(alphas_cumprod).all():
+        raise UserError(
+            f"The scheduler's betas give no noise levels. Correct {components.COMPONENT_FLAGS['scheduler']}."
+        )
     if resume_from:  # the settings that are known only now
         known_now = ("data_digest", "base_digest", "prediction_type", "total_steps", "lr_scheduler")
         settings = {name: getattr(args, name) for name in known_now}
@@ -776,10 +789,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
             saved = save_before_end(memory_plan=None)
-            left_gib = min(budget_gib, memory.left_gib(device, processes.sharing_a_gpu(os.environ)))
+            room_gib = min(budget_gib, memory.left_gib(device, processes.sharing_a_gpu(os.environ)))
             state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)
-            plan_now = partial(make_plan, budget_gib=left_gib, state_bytes=state_bytes, remembered=None)
-            raise UserError(memory.out_of_memory(plan, blocks, global_step, saved, plan_now, left_gib)) from error
+            is_alone = accelerator.num_processes == 1  # others may be computing on the card, or waiting for this one
+            plan_for = partial(make_plan, state_bytes=state_bytes, remembered=None) if is_alone else None
+            raise UserError(memory.out_of_memory(plan, blocks, global_step, saved, room_gib, plan_for)) from error
         except samples.WorkerDied as error:
             raise UserError(samples.worker_died(error, global_step, save_before_end())) from error
         except imaging.PictureChanged as error:

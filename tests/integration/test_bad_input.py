@@ -196,12 +196,17 @@ def test_an_output_folder_among_the_pictures_is_refused(train, refused, picture_
     assert not (picture_set / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["checkpoint-7", "peft", "best/logs", "evaluation"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-7", "peft", "best/logs", "evaluation", "logs/../peft", ".", ".saving-3", "README.md"]
+)
 def test_a_log_folder_with_the_name_of_something_else_is_refused(train, refused, name):
     refused(f"--logging_dir {name} is for other files in --output_dir", train, "--logging_dir", name)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--rank", 10**8), ("--lora_alpha", 1e300)])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--rank", 10**8), ("--lora_alpha", 1e300), ("--learning_rate", 1e300), ("--validation_inference_steps", 10**15)],
+)
 def test_a_rank_or_alpha_beyond_all_use_is_refused(train, refused, flag, value):
     refused(rf"{flag}.* from .* to ", train, flag, value)
 

@@ -240,6 +240,61 @@ def test_what_a_single_file_has_besides_is_counted_and_v_prediction_kept(
     assert load_file(back).keys() - load_file(tuned_file).keys() == {"v_pred"}
 
 
+def test_a_file_of_zero_terminal_snr_stays_one(convert, tuned_file, tiny_base, tmp_path):
+    save_file(load_file(tuned_file) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "a.safetensors")
+    given = ["--input", tmp_path / "a.safetensors", "--base", tiny_base, "--format", "pipeline"]
+    folder = convert(tmp_path / "sdxl", *given)
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["rescale_betas_zero_snr"] is True
+    back = convert(tmp_path / "back.safetensors", "--input", folder, "--format", "single_file")
+    assert load_file(back).keys() - load_file(tuned_file).keys() == {"v_pred", "ztsnr"}
+
+
+def test_damaged_weights_are_carried_over_and_none_is_rounded_to_infinity(convert, tuned_file, tiny_base, tmp_path):
+    tensors = load_file(tuned_file)
+    key = next(key for key in tensors if "attn1.to_q" in key)
+    given = ["--base", tiny_base, "--format", "pipeline"]
+    for value, name in ((float("nan"), "nan"), (1e6, "great")):
+        tensors[key] = torch.full_like(tensors[key], value)
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    found = load_file(convert(tmp_path / "nan", "--input", tmp_path / "nan.safetensors", *given) / UNET)
+    assert sum(torch.isnan(tensor).any() for tensor in found.values()) == 1
+    with pytest.raises(UserError, match="to_q.weight is not finite in float16. Drop --dtype"):
+        convert(tmp_path / "half", "--input", tmp_path / "great.safetensors", *given, "--dtype", "fp16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_what_older_libraries_saved_besides_does_not_count(convert, tuned, tuned_file, tmp_path):
+    shutil.copytree(tuned, tmp_path / "old")
+    file = tmp_path / "old" / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file, {"format": "pt"})
+    again = convert(tmp_path / "a.safetensors", "--input", tmp_path / "old", "--format", "single_file")
+    assert again.read_bytes() == tuned_file.read_bytes()
+
+
+def test_weights_that_are_scaled_by_others_are_refused(convert, tuned_file, tiny_base, tmp_path):
+    tensors = load_file(tuned_file)
+    key = next(key for key in tensors if "attn1.to_q" in key)
+    scale = {key.replace("weight", "scale_weight"): torch.ones(1)}
+    save_file(tensors | scale, tmp_path / "a.safetensors")
+    given = ["--input", tmp_path / "a.safetensors", "--base", tiny_base, "--format", "pipeline"]
+    with pytest.raises(UserError, match="holds weights that are to be multiplied by others, such as .*scale_weight"):
+        convert(tmp_path / "sdxl", *given, "--dtype", "fp16")
+    save_file(tensors | {"edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "edm.safetensors")
+    with pytest.raises(UserError, match="is an EDM model, as edm_vpred.sigma_max says, not one of SDXL's kind"):
+        convert(tmp_path / "sdxl", "--input", tmp_path / "edm.safetensors", *given[2:])
+
+
+def test_a_damaged_model_has_no_lora(convert, tuned, tuned_file, tiny_base, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(tuned_file.read_bytes()[:100_000])
+    shutil.copytree(tuned, tmp_path / "cut")
+    (tmp_path / "cut" / UNET).write_bytes((tuned / UNET).read_bytes()[:100_000])
+    for place in (tmp_path / "cut.safetensors", tmp_path / "cut"):
+        for places in ((place, tiny_base), (tiny_base, place)):
+            words = ["--extract_from", places[0], "--base", places[1], "--rank", 4, "--format", "kohya"]
+            with pytest.raises(UserError, match="cut.* cannot be read: .* Give a whole .safetensors file"):
+                convert(tmp_path / "a.safetensors", *words)
+
+
 def test_what_is_no_whole_model_is_refused(convert, trained, tuned_file, tuned, tiny_base, tmp_path):
     tensors = load_file(tuned_file)
     key = next(key for key in tensors if "attn1.to_q" in key)
@@ -259,6 +314,7 @@ def test_what_is_no_whole_model_is_refused(convert, trained, tuned_file, tuned, 
         ([tmp_path / "small.safetensors", "--base", tiny_base], "the unet is stored in F8_E4M3. Give a --dtype"),
         ([tmp_path / "cut.safetensors", "--base", tiny_base], "cut.safetensors cannot be read: .* Give a whole"),
         ([tuned_file], "--base is for a whole SDXL that is a single file"),
+        ([tmp_path / "no.safetensors", "--base", tiny_base], "There is no file at .*no.safetensors. Correct --input"),
         ([tuned, "--base", tiny_base], "--base is for a whole SDXL that is a single file"),
         ([tuned_file, "--base", tuned_file], "--base .*sdxl.safetensors is a file, which holds no configuration"),
         ([trained], "holds no tokenizer: .* or a base by --input"),

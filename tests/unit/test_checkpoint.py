@@ -198,6 +198,10 @@ def test_each_difference_is_listed_whatever_becomes_of_it(saved, caplog):
         *[("seed", value) for value in (-1, 2**32, 2**40, True, 1.0)],
         *[("global_step", value) for value in (-1, "2", None, False)],
         *[("samples_seen", value) for value in (-8, None)],
+        *[
+            ("validation_losses", value)
+            for value in ("x", {}, [1], {"base": "x", "last": 1, "best": 1, "best_step": 1})
+        ],
     ],
 )
 def test_a_state_that_no_run_writes_is_damage(saved, name, value):
@@ -245,6 +249,15 @@ def test_a_base_may_move_where_its_digest_is_known_and_what_is_idle_may_change(s
     resuming.check_resumable(path, before | {"lr_power": 2.0}, idle=["lr_power"])
     with pytest.raises(UserError, match="--rank was 16, and is 4"):
         resuming.check_resumable(path, before | {"rank": 4}, idle=["rank"])
+
+
+def test_with_dropout_a_step_that_is_split_otherwise_needs_the_flag(saved):
+    path = saved / "checkpoint-2"
+    before = with_state(path, train_batch_size=4, lora_dropout=0.0)
+    resuming.check_resumable(path, before | {"train_batch_size": 2})
+    before = with_state(path, lora_dropout=0.5)
+    with pytest.raises(UserError, match="--train_batch_size was 4, and is 2.*--resume_with_changes"):
+        resuming.check_resumable(path, before | {"train_batch_size": 2})
 
 
 @pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])

@@ -153,6 +153,48 @@ def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component
     refuse(words, components.check_components, folders_of(base))
 
 
+@pytest.mark.parametrize(
+    ("component", "file", "changes", "words"),
+    [
+        (
+            "scheduler",
+            "scheduler_config.json",
+            {"_class_name": 5},
+            "names the scheduler class 5, which diffusers does",
+        ),
+        ("scheduler", "scheduler_config.json", {"num_train_timesteps": 0}, "a scheduler of 0 num_train_timesteps"),
+        ("vae", "config.json", {"scaling_factor": "x"}, "whose scaling_factor is 'x'; SDXL's is 0.13025"),
+        ("vae", "config.json", {"scaling_factor": float("inf")}, "whose scaling_factor is inf"),
+        ("tokenizer", "tokenizer_config.json", {"model_max_length": 5}, "its model_max_length is 5; SDXL's is 77"),
+        ("tokenizer_2", "tokenizer_config.json", {"model_max_length": "x"}, "cannot be loaded"),
+    ],
+)
+def test_values_that_nothing_can_be_done_with_are_refused(base, component, file, changes, words):
+    path = base / component / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    where = {name: base / name for name in components.COMPONENTS}
+
+    def check_and_load():
+        components.check_components(where)
+        components.load(component, where[component])
+
+    refuse(words, check_and_load)
+
+
+def test_a_tokenizer_that_says_no_length_has_that_of_the_encoders(base):
+    path = base / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    assert components.load("tokenizer", base / "tokenizer").model_max_length == 77
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 10_000 + "}"])
+def test_a_configuration_that_cannot_be_read_is_refused(base, content):
+    (base / "unet" / "config.json").write_text(content)
+    refuse("config.json is not JSON", components.read_config, "unet", base / "unet")
+
+
 @pytest.mark.parametrize("schedule", [None, "scaled_linear"])
 def test_a_scheduler_of_another_family_is_refused(base, schedule):
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(base / "scheduler")

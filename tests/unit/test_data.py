@@ -396,6 +396,7 @@ def test_a_data_file_names_no_picture_outside_of_its_data_set(tmp_path, monkeypa
     (tmp_path / "secret.png").write_bytes(encoded(noise_image(20, 30)))
     monkeypatch.chdir(tmp_path)
     leading_out = [tmp_path / "secret.png", "secret.png", "set-0/../secret.png", "zip://a.png::/etc/a.zip"]
+    leading_out += [f"https://elsewhere/x.png::{tmp_path}/set-4/a.png"]
     leading_out += ["http://127.0.0.1/secret.png", f"{tmp_path}/set-5-of-another/a.png"]
     for number, path in enumerate(leading_out):
         write_paths(tmp_path / f"set-{number}" / "train.parquet", [tmp_path / f"set-{number}" / "a.png", path])
@@ -420,6 +421,10 @@ def test_the_settings_of_a_local_data_set_name_no_files_outside_of_it(tmp_path, 
     ) as error:
         data.load_pictures(str(stranger), None, None, "image", "text", str(tmp_path / "cache"))
     assert "which is outside of it" in str(error.value)
+    circle = "---\nconfigs: &a\n- *a\n- data_files: simplecache::/x.parquet\n---\n"
+    (stranger / "README.md").write_text(circle)
+    with pytest.raises(UserError, match="takes its data from simplecache::/x.parquet"):
+        data.load_pictures(str(stranger), None, None, "image", "text", str(tmp_path / "cache"))
     # The same settings of files of its own are followed.
     write_paths(stranger / "own" / "train.parquet", [stranger / "a.png"])
     (stranger / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: own/*.parquet\n---\n")

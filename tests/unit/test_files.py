@@ -72,6 +72,14 @@ def test_a_full_disk_without_a_size_says_what_is_free_and_one_without_inodes_tha
     assert room(tmp_path, 5).endswith(" MiB are free there, but no further files can be made")
 
 
+def test_a_dead_mount_is_no_error_of_its_own(tmp_path, monkeypatch):
+    def stat(*_, **__):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert room(tmp_path, 2048) == f"It takes 2.0 KiB, and {tmp_path} cannot be looked at"
+
+
 def test_what_a_library_of_rust_says_of_a_disk_is_known():
     assert write_failure(Exception("No space left on device (os error 28)")) == "No space left on device (os error 28)"
     assert write_failure(OSError(errno.EFBIG, "File too large")) == "File too large"

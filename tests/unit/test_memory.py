@@ -149,16 +149,33 @@ def test_weights_are_counted_without_what_is_trained():
 
 @pytest.mark.parametrize(("saved", "named"), [("checkpoint-7", "checkpoint-7"), ("", "the start")])
 def test_a_step_that_does_not_fit_any_more_says_what_fits_and_how_to_go_on(saved, named):
-    text = memory.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, lambda: Plan(2, 3, 4 * GIB), 4.5)
+    asked = []
+
+    def plan_for(budget_gib):
+        asked.append(budget_gib)
+        return Plan(2, 3, 4 * GIB)
+
+    text = memory.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, 4.5, plan_for)
     assert text.startswith("Out of memory in step 8, with 4 pictures at once and 0 blocks recomputed")
     assert f"{named} is where to resume, with --resume_from_checkpoint latest, and with --vram_budget_gib 4.50" in text
-    assert "2 pictures at once with 3 of 5 blocks recomputed take 4.00 GiB, as measured." in text
+    assert "as measured, 2 pictures at once with 3 of 5 blocks recomputed take 4.00 GiB." in text
+    # However much room there is, what failed is not to be planned again.
+    memory.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, 80.0, plan_for)
+    assert asked == [4.5, 9.9]
 
 
-def test_out_of_memory_where_nothing_fits_any_more_says_what_the_smallest_plan_takes():
-    def plan_now():
-        raise memory.DoesNotFit("The smallest plan takes 3.00 GiB.")
+def test_out_of_memory_where_nothing_fits_or_can_be_measured_says_so():
+    def too_small(budget_gib):
+        raise memory.DoesNotFit("The smallest plan takes 3.00 GiB, but 2. To make it fit: lower --resolution.")
 
-    text = memory.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7", plan_now, 2.0)
-    assert text.endswith("latest, once the card has more room. The smallest plan takes 3.00 GiB.")
+    def broken(budget_gib):
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+    text = memory.out_of_memory(Plan(2, 0, 3 * GIB), 5, 7, "checkpoint-7", 2.0, too_small)
+    assert text.endswith("latest, once the card has more room. The smallest plan takes 3.00 GiB, but 2.")
+    for plan_for in (broken, None):
+        text = memory.out_of_memory(Plan(1, 3, 3 * GIB), 5, 7, "checkpoint-7", 80.0, plan_for)
+        assert text.endswith("checkpoint latest, and with --vram_budget_gib 2.9, say, for a smaller plan.")
+    text = memory.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7", 80.0, broken)
+    assert "once the card has more room: no plan takes less" in text
     assert "--vram_budget_gib" not in text

@@ -144,6 +144,13 @@ def test_a_label_is_drawn_by_a_font_of_the_system_that_has_its_letters(text):
     assert sheets.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
 
 
+def test_a_seed_behind_a_long_prompt_is_not_cut_off():
+    font = ImageFont.load_default(28)
+    lines = [sheets.wrap(f"{'a very ' * 100}long road ({seed})", font, 500) for seed in (0, 11)]
+    assert [found[-1].rpartition(" ... ")[2] for found in lines] == ["(0)", "(11)"]
+    assert all(font.getlength(line) <= 500 for found in lines for line in found)
+
+
 # --- contact sheets ---
 
 

@@ -100,7 +100,7 @@ def test_the_file_is_the_same_in_fp16_with_the_vae_in_fp32(write, written, tmp_p
 
 
 def test_a_v_prediction_model_is_marked_as_one(write, written, tmp_path):
-    path = write(tmp_path / "v.safetensors", prediction_type="v_prediction")
+    path = write(tmp_path / "v.safetensors", markers=["v_pred"])
     assert load_file(path).keys() - load_file(written).keys() == {"v_pred"}
 
 
