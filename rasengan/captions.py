@@ -44,12 +44,12 @@ class Beside(NamedTuple):
 def find_beside(files: list[Path]) -> Beside | None:
     """Return which of a folder's files are pictures and captions; None where it has metadata, or no such captions."""
     pictures = sorted(filter(is_picture_name, files))
-    names = {picture.with_suffix(".txt") for picture in pictures}
-    all_texts = sorted(file for file in files if file.suffix == ".txt")
-    texts = [file for file in all_texts if file in names]
+    names = {picture.with_suffix("") for picture in pictures}
+    all_texts = sorted(file for file in files if file.suffix.lower() == ".txt")
+    texts = [file for file in all_texts if file.with_suffix("") in names]
     if not texts or any(file.name in METADATA for file in files):
         return None
-    return Beside(pictures, texts, [file for file in all_texts if file not in names])
+    return Beside(pictures, texts, [file for file in all_texts if file.with_suffix("") not in names])
 
 
 def hidden_by_metadata(files: list[Path]) -> list[Path]:
@@ -60,14 +60,17 @@ def hidden_by_metadata(files: list[Path]) -> list[Path]:
 
 def read_beside(found: Beside) -> dict[str, list[str | None]]:
     """Return the columns "image", of paths, and "text", and `FAULTS` if a picture has no caption that can be read."""
-    columns, there = {"image": [], "text": [], FAULTS: []}, set(found.texts)
+    columns, texts = {"image": [], "text": [], FAULTS: []}, {text.with_suffix(""): text for text in found.texts}
     for picture in found.pictures:
-        file, caption, fault = picture.with_suffix(".txt"), None, None
+        file, caption, fault = texts.get(picture.with_suffix("")), None, None
         try:
-            if file in there:
+            if file is not None:
                 caption = " ".join(file.read_text(encoding="utf-8-sig").split())
             else:
-                fault = f"has no {file.name} beside it"
+                file = picture.with_suffix(".txt")
+                fault = (
+                    f"has no {file.name} beside it" + ", but something of that name that is no file" * file.exists()
+                )
         except UnicodeDecodeError:
             fault = f"has a caption that is no text in UTF-8, in {file.name}"
         except OSError as error:

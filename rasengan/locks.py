@@ -117,6 +117,8 @@ class RunLock:
                         raise
                 return
             except FileExistsError:
+                if self.file.is_dir():
+                    raise UserError(f"{self.file} is a folder, where this run's lock is to be. Remove it.") from None
                 self._remove_if_stale()
         raise UserError(f"{self.file} is made by another run again and again. Give another {self.flag}.")
 

@@ -549,6 +549,17 @@ def read(folder, cache_dir):
     return captions.read_captions(dataset, "text", pictures)
 
 
+def test_captions_in_files_that_end_in_capitals_are_read_and_what_is_no_file_is_told_of(tmp_path):
+    for name in ("a.png", "b.PNG", "c.png"):
+        (tmp_path / name).write_bytes(encoded(noise_image(20, 30)))
+    (tmp_path / "a.TXT").write_text("one")
+    (tmp_path / "b.Txt").write_text("two")
+    (tmp_path / "c.txt").mkdir()
+    columns = captions.read_beside(captions.find_beside(data.list_files(str(tmp_path))))
+    assert columns["text"] == ["one", "two", None]
+    assert columns[captions.FAULTS][2] == "has no c.txt beside it, but something of that name that is no file"
+
+
 def test_captions_beside_some_of_the_pictures_or_that_are_no_text_are_all_named(tmp_path, caplog):
     for name in ("one.png", "two.png", "three.png"):
         noise_image(20, 30).save(tmp_path / name)

@@ -37,6 +37,12 @@ def test_a_folder_that_was_made_for_nothing_is_removed_again(tmp_path):
     assert (tmp_path / "a" / "b" / "result").exists()
 
 
+def test_a_folder_in_the_place_of_a_lock_is_told_of_at_once(tmp_path):
+    (tmp_path / locks.LOCK_FILE).mkdir()
+    with pytest.raises(UserError, match=r"\.lock is a folder, where this run's lock is to be. Remove it"):
+        locks.RunLock(tmp_path)
+
+
 def test_the_lock_of_a_process_that_was_killed_is_stale(tmp_path, caplog):
     code = "import sys, time; from pathlib import Path; from rasengan.locks import RunLock; "
     code += "lock = RunLock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
