@@ -127,7 +127,7 @@ def make_parser() -> Parser:
     add("--num_train_epochs", type=count, default=100, help="[%(default)s]")
     add("--max_train_steps", type=count, help="overrides --num_train_epochs")
     add("--optimizer", choices=[*optim.LEARNING_RATES], default="adamw", help="prodigy finds its rate [%(default)s]")
-    add("--learning_rate", type=number_type(0, float, most=1e6), help="[1e-4; for prodigy a factor, 1]")
+    add("--learning_rate", type=number_type(0, float, most=1e37), help="[1e-4; for prodigy a factor, 1]")
     add("--scale_lr", action=switch, default=False, help="multiply the rate by GPUs x accumulation x batch size [off]")
     schedules = [kind.value for kind in SchedulerType]
     add("--lr_scheduler", default="constant", choices=schedules, help="[%(default)s]")

@@ -78,6 +78,6 @@ def test_a_wrong_caption_names_its_picture(train, loaded, tmp_path):
     metadata[3]["text"] = None
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metadata))
     name = metadata[3]["file_name"]
-    with pytest.raises(UserError, match=rf"1 of 3 captions cannot be used.*:\n  picture 3, .*{name}, has None in the"):
+    with pytest.raises(UserError, match=rf"1 of 3 captions cannot be used.*:\n  picture 3, .*{name}, has no caption"):
         train("--train_data_dir", tmp_path, "--skip_bad_images")
     assert loaded == []
