@@ -3,7 +3,6 @@
 import fnmatch
 import hashlib
 import json
-import math
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rasengan import UserError, first_line
-from rasengan.families import OTHER_FAMILIES
 from rasengan.files import read_json_or_empty
 
 
@@ -109,11 +107,11 @@ def fetch(component: str, source: Source, weights: bool = True) -> Path:
     if not root.is_dir():
         root = _download(component, source, patterns)
     folder = root / source.subfolder if source.subfolder else root
-    if not (folder / _config_name(component)).is_file():
+    if not (folder / config_name(component)).is_file():
         if source.subfolder is None and (root / component).is_dir():
             return fetch(component, source._replace(subfolder=component), weights)
         raise UserError(
-            f"{folder} holds no {component}: it has no {_config_name(component)}. Give the folder that has it by "
+            f"{folder} holds no {component}: it has no {config_name(component)}. Give the folder that has it by "
             f"{COMPONENT_FLAGS[component]}, or a base by --pretrained_model_name_or_path."
         )
     names = {file.name for file in folder.iterdir()}
@@ -133,7 +131,8 @@ def fetch(component: str, source: Source, weights: bool = True) -> Path:
     return folder
 
 
-def _config_name(component: str) -> str:
+def config_name(component: str) -> str:
+    """Return the name of a component's configuration file."""
     if component in TOKENIZERS:
         return "tokenizer_config.json"
     return "scheduler_config.json" if component == "scheduler" else "config.json"
@@ -202,7 +201,7 @@ def sampled_digest(folders: dict[str, Path], variant: str | None) -> str:
                     for number in range(SAMPLES):
                         content.seek(number * size // SAMPLES)
                         digest.update(content.read(SAMPLE_BYTES))
-            elif file.name in (*TOKENIZER_FILES, _config_name(name)):
+            elif file.name in (*TOKENIZER_FILES, config_name(name)):
                 digest.update(f"{name} {file.name} ".encode() + _settings(file))
     return digest.hexdigest()
 
@@ -224,119 +223,13 @@ def component_files(component: str, folder: Path, variant: str | None = None) ->
     return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in patterns))
 
 
-def check_components(folders: dict[str, Path]) -> None:
-    """Check by their configurations alone that the components are of one SDXL base model.
-
-    Args:
-        folders: the folder of each component, or of some of them; what is absent is not checked, nor tokenizers.
-
-    Raises:
-        UserError: one is of another class or family, or its sizes do not fit the others'.
-    """
-    configs = {name: read_config(name, folder) for name, folder in folders.items() if name not in TOKENIZERS}
-    scheduler = configs.pop("scheduler", {"beta_schedule": None})
-    if "beta_schedule" not in scheduler or str(scheduler.get("_class_name")).startswith("FlowMatch"):
-        raise UserError(
-            f"{folders['scheduler']} holds a {scheduler.get('_class_name')} with"
-            f"{'' if 'beta_schedule' in scheduler else 'out'} a beta_schedule, as of SD 3 or Flux, not the scheduler "
-            f"of a diffusion model. Correct {COMPONENT_FLAGS['scheduler']}."
-        )
-    timesteps = scheduler.get("num_train_timesteps", 1000)
-    if type(timesteps) is not int or timesteps < 2:
-        raise UserError(
-            f"{folders['scheduler']} holds a scheduler of {timesteps!r} num_train_timesteps; SDXL's has 1000. Correct "
-            f"{COMPONENT_FLAGS['scheduler']}."
-        )
-    for component, config in configs.items():
-        expected = MODELS[component].__name__
-        found = config.get("_class_name") or (config.get("architectures") or ["model of no named class"])[0]
-        if found != expected:
-            raise UserError(
-                f"{folders[component]} holds a {found}, not SDXL's {component} ({expected}). Correct "
-                f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
-            )
-    if "vae" in configs and configs["vae"].get("scaling_factor") is None:
-        raise UserError(
-            f"{folders['vae']} holds a VAE without a scaling_factor, as of Stable Diffusion 1.x; SDXL's is 0.13025. "
-            f"Correct {COMPONENT_FLAGS['vae']}."
-        )
-    if "vae" in configs and not _is_positive(configs["vae"]["scaling_factor"]):
-        raise UserError(
-            f"{folders['vae']} holds a VAE whose scaling_factor is {configs['vae']['scaling_factor']!r}; SDXL's is "
-            f"0.13025. Correct {COMPONENT_FLAGS['vae']}."
-        )
-    if "vae" in configs and any(configs["vae"].get(name) is not None for name in ("latents_mean", "latents_std")):
-        raise UserError(
-            f"{folders['vae']} holds a VAE with latents_mean or latents_std, as Playground's is, by which SDXL's "
-            f"latents are not scaled. Correct {COMPONENT_FLAGS['vae']}."
-        )
-    unet = configs.get("unet")
-    if unet is None:
-        return
-    if unet.get("time_cond_proj_dim") is not None:
-        raise UserError(
-            f"{folders['unet']} holds a UNet that is told the guidance scale (time_cond_proj_dim), as a latent "
-            "consistency model's is, which SDXL's is not. Give the base that it was made from, and an LCM-LoRA."
-        )
-    correct = f"Correct --pretrained_model_name_or_path or {COMPONENT_FLAGS['unet']}."
-    width = _setting("unet", folders, "cross_attention_dim")
-    if unet.get("addition_embed_type") != "text_time":
-        family = OTHER_FAMILIES.get(width, "another model family")
-        raise UserError(
-            f"{folders['unet']} holds a UNet of {family}: it takes text of width {width} and no size "
-            f"conditioning, SDXL's takes both encoders' and the picture's size. {correct}"
-        )
-    in_channels = _setting("unet", folders, "in_channels")
-    if in_channels != 4:
-        raise UserError(
-            f"{folders['unet']} holds a UNet with {in_channels} input channels (inpainting or editing), "
-            f"not the base model's 4. {correct}"
-        )
-    if "text_encoder" in configs and "text_encoder_2" in configs:
-        text_width = sum(_setting(name, folders, "hidden_size") for name in TEXT_ENCODERS)
-        if width != text_width:
-            family = f" (as {OTHER_FAMILIES[width]} does)" if width in OTHER_FAMILIES else ""
-            raise UserError(
-                f"{folders['unet']} holds a UNet that takes text of width {width}{family}, but the text encoders "
-                f"give {text_width}. Give a UNet and text encoders of the same SDXL base model."
-            )
-    if "text_encoder_2" in configs:
-        added_width = _setting("unet", folders, "projection_class_embeddings_input_dim")
-        pooled_width = added_width - 6 * _setting("unet", folders, "addition_time_embed_dim")
-        given_width = _setting("text_encoder_2", folders, "projection_dim")
-        if pooled_width != given_width:
-            raise UserError(
-                f"{folders['unet']} holds a UNet for a pooled text width of {pooled_width}, but the text_encoder_2 "
-                f"gives {given_width}. Give both of the same SDXL base model."
-            )
-    if "vae" in configs and (latent_channels := _setting("vae", folders, "latent_channels")) != in_channels:
-        raise UserError(
-            f"{folders['vae']} holds a VAE with {latent_channels} latent channels, but the UNet "
-            f"takes {in_channels}. Correct {COMPONENT_FLAGS['vae']}."
-        )
-
-
-def _is_positive(value: object) -> bool:
-    return type(value) in {int, float} and 0 < value < math.inf
-
-
-def _setting(component: str, folders: dict[str, Path], name: str) -> int:
-    value = read_config(component, folders[component]).get(name)
-    if not isinstance(value, int):
-        raise UserError(
-            f"{folders[component] / _config_name(component)} has no {name} as SDXL's has, but {value!r}. Fetch the "
-            f"{component} again, or correct {COMPONENT_FLAGS[component]}."
-        )
-    return value
-
-
 def read_config(component: str, folder: Path) -> dict:
     """Return a component's configuration file as a dictionary.
 
     Raises:
         UserError: it is not JSON.
     """
-    file = folder / _config_name(component)
+    file = folder / config_name(component)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:  # of nested brackets, of bytes or JSON, of endless digits

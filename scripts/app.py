@@ -28,7 +28,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import diffusers
 import transformers
 
-from rasengan import UserError, components, first_line, memory, processes, sdxl, sheets
+from rasengan import UserError, component_checks, components, first_line, memory, processes, sdxl, sheets
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.command_line import Parser, number_type, path_type
@@ -245,7 +245,9 @@ def main(args: argparse.Namespace) -> None:
     device = processes.device_of(accelerator)
     dtype = components.weight_dtype(precision, device)
     sources = components.sources_of(vars(args))
-    components.check_components({name: components.fetch(name, source, False) for name, source in sources.items()})
+    component_checks.check_components(
+        {name: components.fetch(name, source, False) for name, source in sources.items()}
+    )
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     if device.type == "cuda":
         memory.limit(args.vram_budget_gib, device)

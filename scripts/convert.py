@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, low_rank, whole_model
+from rasengan import UserError, component_checks, components, low_rank, whole_model
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
@@ -136,7 +136,7 @@ def find_model(args: argparse.Namespace, flag: str, names: Iterable[str], weight
     sources = components.component_sources(getattr(args, flag), {}, None, args.variant, args.cache_dir)
     try:
         found = {name: components.fetch(name, sources[name], weights=False) for name in names}
-        components.check_components(found)
+        component_checks.check_components(found)
         return {name: components.fetch(name, sources[name]) for name in names} if weights else found
     except UserError as error:  # whose remedies are the flags of other scripts
         raise UserError(re.sub(r"--pretrained_\w+( or --pretrained_\w+)?", f"--{flag}", str(error))) from error

@@ -28,6 +28,7 @@ from rasengan import (
     UserError,
     cache,
     checkpoint,
+    component_checks,
     components,
     data,
     data_survey,
@@ -326,7 +327,7 @@ def main(args: argparse.Namespace) -> None:
     judge = miniature.load_judge(args.judge) if args.judge else None
     sources = components.sources_of(vars(args))
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    components.check_components(folders)
+    component_checks.check_components(folders)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     adapter = read_fitting(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
     measured, notes = find_measured(args, make_bar)

@@ -24,7 +24,19 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from rasengan import UserError, components, drawing, memory, merging, processes, prompts, sdxl, sheets, whole_model
+from rasengan import (
+    UserError,
+    component_checks,
+    components,
+    drawing,
+    memory,
+    merging,
+    processes,
+    prompts,
+    sdxl,
+    sheets,
+    whole_model,
+)
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapters
 from rasengan.adapters import ADAPTABLE, Adapter, default_alpha
@@ -336,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong, before anything is loaded.
     sources = components.sources_of(vars(args))
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    components.check_components(folders)
+    component_checks.check_components(folders)
     models = read_models(args)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     for adapter in {id(adapter): adapter for model in models for adapter, _ in model.adapters}.values():

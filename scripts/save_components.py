@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, memory
+from rasengan import UserError, component_checks, components, memory
 from rasengan.command_line import Parser, path_type
 from rasengan.endings import in_one_line
 from rasengan.files import (
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         )
     sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
     folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    components.check_components(folders)
+    component_checks.check_components(folders)
     check_writable(directory, "DIR")
     dtype = torch.float16 if args.dtype == "fp16" else torch.float32
     with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:

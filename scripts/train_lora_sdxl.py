@@ -51,6 +51,7 @@ from rasengan import (
     cache,
     checkpoint,
     checkpoint_writer,
+    component_checks,
     components,
     data,
     diagnosis,
@@ -491,7 +492,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     sources = components.sources_of(vars(args))
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-        components.check_components(folders)
+        component_checks.check_components(folders)
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}

@@ -40,6 +40,7 @@ from rasengan import (  # noqa: E402
     adapters,
     checkpoint,
     command_line,
+    component_checks,
     components,
     demo,
     export,
@@ -111,9 +112,9 @@ class Targets:
             ),
             "UNet's configuration": (
                 base / "unet" / "config.json",
-                lambda: components.check_components(folders),
+                lambda: component_checks.check_components(folders),
             ),
-            "VAE's configuration": (base / "vae" / "config.json", lambda: components.check_components(folders)),
+            "VAE's configuration": (base / "vae" / "config.json", lambda: component_checks.check_components(folders)),
             "scheduler's configuration": (
                 base / "scheduler" / "scheduler_config.json",
                 lambda: components.load("scheduler", base / "scheduler"),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rasengan import UserError, components
+from rasengan import UserError, component_checks, components
 from rasengan.components import Source, fetch, load
 
 
@@ -110,8 +110,8 @@ def test_a_variant_is_found_and_loaded_and_kept_apart(base, component, max_shard
 
 
 def test_the_tiny_base_is_one_sdxl(base):
-    components.check_components(folders_of(base))
-    components.check_components({"unet": base / "unet"})
+    component_checks.check_components(folders_of(base))
+    component_checks.check_components({"unet": base / "unet"})
 
 
 @pytest.mark.parametrize("component", MODELS)
@@ -119,7 +119,7 @@ def test_another_class_is_refused_by_its_name(base, component):
     other = MODELS[MODELS.index(component) - 1]
     found, expected = components.MODELS[other].__name__, components.MODELS[component].__name__
     words = f"{base / other} holds an? {found}, not .*{expected}.*{components.COMPONENT_FLAGS[component]}"
-    refuse(words, components.check_components, folders_of(base) | {component: base / other})
+    refuse(words, component_checks.check_components, folders_of(base) | {component: base / other})
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component
     edit(base / component, **changes)
     for file in base.rglob("*.safetensors"):
         file.unlink()
-    refuse(words, components.check_components, folders_of(base))
+    refuse(words, component_checks.check_components, folders_of(base))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_values_that_nothing_can_be_done_with_are_refused(base, component, file,
     where = {name: base / name for name in components.COMPONENTS}
 
     def check_and_load():
-        components.check_components(where)
+        component_checks.check_components(where)
         components.load(component, where[component])
 
     refuse(words, check_and_load)
@@ -203,13 +203,13 @@ def test_a_scheduler_of_another_family_is_refused(base, schedule):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_schedule": schedule}))
     words = f"holds a FlowMatchEulerDiscreteScheduler with{'' if schedule else 'out'} a beta_schedule, as of SD 3 or"
     where = folders_of(base) | {"scheduler": base / "scheduler"}
-    refuse(f"{words} Flux.*--pretrained_scheduler_name_or_path", components.check_components, where)
+    refuse(f"{words} Flux.*--pretrained_scheduler_name_or_path", component_checks.check_components, where)
 
 
 @pytest.mark.parametrize("content", ["{", "", "[1]", "\x00"])
 def test_a_damaged_configuration_is_refused(base, content):
     (base / "vae" / "config.json").write_text(content)
-    refuse("vae.*config.json is not", components.check_components, folders_of(base))
+    refuse("vae.*config.json is not", component_checks.check_components, folders_of(base))
 
 
 @pytest.mark.parametrize("component", MODELS)

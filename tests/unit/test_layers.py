@@ -23,7 +23,7 @@ FLOORS = [
     {"adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "memory", "miniature", "objective", "optim", "pages", "sdxl", "sheets"}
     | {"single_file"},
-    {"captions"},
+    {"captions", "component_checks"},
     {
         "adapter_places",
         "conversion",
