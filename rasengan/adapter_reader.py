@@ -295,6 +295,7 @@ def _peft_names(component: str, weights: Tensors) -> Tensors:
 
 
 WHOLE_MODELS = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "down_blocks.", "time_embedding.")
+WHOLE_MODELS += ("input_blocks.", "decoder.", "encoder.", "text_model.", "embeddings.")
 # Marks in the names of methods that PEFT does not merge, or not in this form.
 OTHER_METHODS = {
     ".oft_": "OFT",

@@ -244,6 +244,22 @@ def _forget_content(file: Path) -> None:
 # --- reading ---
 
 
+def is_record(losses: object) -> bool:
+    """Say whether something can be a record of validation losses: each positive, the best one with its step."""
+    if not isinstance(losses, dict) or losses.keys() != {"base", "last", "best", "best_step"}:
+        return False
+    step, values = losses["best_step"], [losses[name] for name in ("base", "last", "best")]
+    has_step = type(step) is int and step >= 0
+    return (has_step if losses["best"] is not None else step is None) and all(
+        value is None or is_loss(value) for value in values
+    )
+
+
+def is_loss(value: object) -> bool:
+    """Say whether something can be a loss."""
+    return type(value) in {int, float} and 0 < value < 1e30  # which NaN is not either
+
+
 def read_state(path: Path) -> dict:
     """Return the `trainer_state.json` of a checkpoint.
 
@@ -257,11 +273,7 @@ def read_state(path: Path) -> dict:
             if type(value) is not int or not 0 <= value < end:  # true and false are integers too
                 raise ValueError(f"it does not say where the run was: {name} is {value!r}"[:200])
         losses = state.get("validation_losses")
-        if losses is not None and not (
-            isinstance(losses, dict)
-            and losses.keys() == {"base", "last", "best", "best_step"}
-            and all(value is None or type(value) in {int, float} for value in losses.values())
-        ):
+        if losses is not None and not is_record(losses):
             raise ValueError(f"validation_losses is {losses!r}"[:200])
         for name in SKIPPED:
             if type(state.get(name, 0)) is not int:

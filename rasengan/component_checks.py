@@ -1,11 +1,13 @@
 """Are the components of one SDXL base, as far as their configurations tell?"""
 
-import math
 from pathlib import Path
 
 from rasengan import UserError
 from rasengan.components import COMPONENT_FLAGS, MODELS, TEXT_ENCODERS, TOKENIZERS, config_name, read_config
 from rasengan.families import OTHER_FAMILIES
+
+
+MOST_TIMESTEPS = 10**5
 
 
 def check_components(folders: dict[str, Path]) -> None:
@@ -26,14 +28,16 @@ def check_components(folders: dict[str, Path]) -> None:
             f"of a diffusion model. Correct {COMPONENT_FLAGS['scheduler']}."
         )
     timesteps = scheduler.get("num_train_timesteps", 1000)
-    if type(timesteps) is not int or timesteps < 2:
+    if type(timesteps) is not int or not 2 <= timesteps <= MOST_TIMESTEPS:
         raise UserError(
             f"{folders['scheduler']} holds a scheduler of {timesteps!r} num_train_timesteps; SDXL's has 1000. Correct "
             f"{COMPONENT_FLAGS['scheduler']}."
         )
     for component, config in configs.items():
         expected = MODELS[component].__name__
-        found = config.get("_class_name") or (config.get("architectures") or ["model of no named class"])[0]
+        architectures = config.get("architectures")
+        known = architectures[0] if isinstance(architectures, list) and architectures else "model of no named class"
+        found = config.get("_class_name") or known
         if found != expected:
             raise UserError(
                 f"{folders[component]} holds a {found}, not SDXL's {component} ({expected}). Correct "
@@ -49,10 +53,12 @@ def check_components(folders: dict[str, Path]) -> None:
             f"{folders['vae']} holds a VAE whose scaling_factor is {configs['vae']['scaling_factor']!r}; SDXL's is "
             f"0.13025. Correct {COMPONENT_FLAGS['vae']}."
         )
-    if "vae" in configs and any(configs["vae"].get(name) is not None for name in ("latents_mean", "latents_std")):
+    if "vae" in configs and any(
+        configs["vae"].get(name) is not None for name in ("latents_mean", "latents_std", "shift_factor")
+    ):
         raise UserError(
-            f"{folders['vae']} holds a VAE with latents_mean or latents_std, as Playground's is, by which SDXL's "
-            f"latents are not scaled. Correct {COMPONENT_FLAGS['vae']}."
+            f"{folders['vae']} holds a VAE with latents_mean, latents_std or a shift_factor, as Playground's and SD "
+            f"3's, by which SDXL's latents are not scaled. Correct {COMPONENT_FLAGS['vae']}."
         )
     unet = configs.get("unet")
     if unet is None:
@@ -101,7 +107,7 @@ def check_components(folders: dict[str, Path]) -> None:
 
 
 def _is_positive(value: object) -> bool:
-    return type(value) in {int, float} and 0 < value < math.inf
+    return type(value) in {int, float} and 1e-6 < value < 1e6  # which NaN is not either
 
 
 def _setting(component: str, folders: dict[str, Path], name: str) -> int:

@@ -170,7 +170,8 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
         return Path(
             snapshot_download(name, revision=source.revision, cache_dir=source.cache_dir, allow_patterns=patterns)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    # What answers may be a gateway's page, or JSON of another kind.
+    except (HfHubHTTPError, LocalEntryNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
         revision = f" at --revision {source.revision}" if source.revision else ""
         raise UserError(
             f"{name} is no folder here, and the hub did not give its {component}{revision}: {first_line(error)} "
@@ -210,7 +211,7 @@ def _settings(file: Path) -> bytes:
     content = file.read_bytes()
     try:
         found = json.loads(content)
-    except ValueError:  # merges.txt is no JSON
+    except (RecursionError, ValueError):  # merges.txt is no JSON
         return content
     if isinstance(found, dict):
         found = {key: value for key, value in found.items() if not key.startswith("_") or key == "_class_name"}

@@ -179,7 +179,13 @@ def _check_data_files(given: str, name: str, config_name: str | None, data_dir: 
     """
     if not Path(name).is_dir():
         return
-    outside = list(_urls_in_settings(Path(name)))  # which the library would open to look for files there
+    try:
+        outside = list(_urls_in_settings(Path(name)))  # which the library would open to look for files there
+    except RecursionError as error:
+        raise UserError(
+            f"{given}: the settings in its README.md or .huggingface.yaml repeat themselves by YAML aliases, which "
+            "may be without end. Write them out."
+        ) from error
     if not outside:
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
         files = [path for split in (builder.config.data_files or {}).values() for path in split]
@@ -199,10 +205,12 @@ def _urls_in_settings(folder: Path) -> Iterator[str]:
         found.append(huggingface_hub.RepoCard.load(card, ignore_metadata_errors=True).data.get("configs"))
     if settings.is_file():
         found.append((yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("configs"))
-    seen = set()  # aliases of YAML may lead round in a circle
+    seen = set()
     while found:
         value = found.pop()
-        if isinstance(value, dict | list) and id(value) not in seen:
+        if isinstance(value, dict | list):
+            if id(value) in seen:  # aliases may lead round in a circle, and multiply in the library's hands
+                raise RecursionError
             seen.add(id(value))
             found.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, str) and ("://" in value or "::" in value):

@@ -42,6 +42,7 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
         sys.stderr.write("\nEnded by Ctrl-C. What was finished before is whole.\n")
         return INTERRUPTED
     text = TOKENS.sub("(a token)", text)  # given where it does not belong
+    text = text.encode(errors="backslashreplace").decode()  # half a character of a stranger's JSON
     sys.stderr.write(f"error{f' (process {process})' if process else ''}: {text}\n")
     return 2
 

@@ -16,7 +16,7 @@ import torch
 
 from rasengan import UserError, memory
 from rasengan.adapters import DIFFUSERS_FILE
-from rasengan.checkpoint import BEST_FILE, BEST_FOLDER
+from rasengan.checkpoint import BEST_FILE, BEST_FOLDER, is_loss
 from rasengan.files import read_json_or_empty
 from rasengan.imaging import Picture
 from rasengan.processes import add_up
@@ -281,7 +281,7 @@ def resumed_record(state: dict, size: float | int | None, output_dir: Path | Non
     kept = read_json_or_empty(folder / BEST_FILE) if (folder / DIFFUSERS_FILE).is_file() else {}
     step, loss = kept.get("step"), kept.get("loss")
     # There is none, or it was damaged.
-    if not isinstance(step, int) or not isinstance(loss, int | float) or not math.isfinite(loss):
+    if type(step) is not int or not is_loss(loss):
         step = loss = math.inf
     known = math.inf if record["best"] is None else record["best"]
     if loss < known and step <= state["global_step"]:

@@ -28,6 +28,9 @@ RECIPE = (
     *("use_ema", "prediction_type", "snr_gamma", "noise_offset", "mixed_precision", "base_quantization", "seed"),
 )
 
+# What the library raises where a gateway's page answers, or JSON of another kind.
+NO_HUB = (KeyError, TypeError, ValueError)
+
 
 def create_repository(name: str, token: str | None) -> str:
     """Return the id of a hub repository, made if missing.
@@ -47,8 +50,7 @@ def create_repository(name: str, token: str | None) -> str:
                 "as a space (it is not shown here). Copy it again."
             )
         return HfApi(token=token or None).create_repo(name, exist_ok=True).repo_id
-    # What answers may be no hub, but a gateway's page: that is no JSON, a ValueError.
-    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, *NO_HUB) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -65,7 +67,7 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
     patterns = [DIFFUSERS_FILE, "peft/*", "README.md", "validation.png"]
     try:
         HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=patterns)
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, *NO_HUB) as error:
         raise UserError(
             f"--push_to_hub: the upload to {repo_id} failed: {first_line(error)} The adapter is in {directory}; "
             f"upload it with `hf upload {repo_id} {directory}`."

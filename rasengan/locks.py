@@ -112,8 +112,10 @@ class RunLock:
                     try:
                         json.dump(self.owner, file)
                         file.flush()
-                    except BaseException:  # a full disk, say
+                    except BaseException as error:  # a full disk, say, which names no open file
                         self.file.unlink(missing_ok=True)
+                        if isinstance(error, OSError):
+                            error.filename, error.needed_bytes = str(self.file), len(json.dumps(self.owner))
                         raise
                 return
             except FileExistsError:

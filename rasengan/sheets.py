@@ -26,7 +26,7 @@ PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
 h1 {{ font-size: 1.4rem }}
 table.settings td {{ padding: 0 1rem 0 0; vertical-align: top; color: #555; overflow-wrap: anywhere }}
-table.settings td:first-child {{ overflow-wrap: normal; white-space: nowrap }}
+table.settings td:first-child {{ overflow-wrap: break-word; max-width: 45vw }}
 section {{ margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }}
 section p {{ margin: 0 0 .6rem; max-width: 60rem; overflow-wrap: anywhere }}
 .row {{ display: flex; flex-wrap: wrap; gap: 12px }}

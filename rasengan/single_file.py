@@ -42,6 +42,7 @@ _BIGG_PLACES = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
+SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "weight_scale_2")  # of weights in 8 bits and fewer
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Weights = Mapping[str, torch.Tensor]
@@ -100,6 +101,24 @@ def stored(file: Path) -> dict[str, tuple[str, torch.Size]]:
     with opened(file) as content:
         slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
         return {key: (part.get_dtype(), torch.Size(part.get_shape())) for key, part in slices.items()}
+
+
+def check_plain(place: Path, names: Iterable[str]) -> None:
+    """Check that the tensors of a model are its weights as they are, and of SDXL's kind.
+
+    Raises:
+        UserError: they are to be multiplied by others, or are of an EDM model.
+    """
+    for name in names:
+        if name.startswith("edm_"):
+            raise UserError(
+                f"{place} is an EDM model, as {name} says, not one of SDXL's kind: its steps are others. Give another."
+            )
+        if name.endswith(SCALES):
+            raise UserError(
+                f"{place} holds weights that are to be multiplied by others, such as {name}, which is not done here. "
+                "Give a model in fp16, bf16 or fp32."
+            )
 
 
 @contextmanager

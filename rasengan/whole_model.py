@@ -18,7 +18,6 @@ from rasengan.files import give_default_mode, sync, write_atomically, write_fail
 
 # Empty tensors of a single file, as ComfyUI reads them, and what a scheduler's configuration says in their place.
 MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "weight_scale_2")  # of weights in 8 bits and fewer
 KEPT_DTYPES = {stored: dtype for dtype, stored in single_file.DTYPES.items()}
 
 
@@ -102,9 +101,12 @@ def open_folders(folders: dict[str, Path], variant: str | None, dtype: torch.dty
         UserError: weights are stored in a dtype that is not to be kept.
     """
     dtypes = _dtypes(dtype)
-    for name in dtypes if dtype is None else ():
+    for name in dtypes:
         files = components.component_files(name, folders[name], variant)
         stored = [single_file.stored(file) for file in files if file.suffix == ".safetensors"]
+        single_file.check_plain(folders[name], [key for part in stored for key in part])
+        if dtype is not None:
+            continue
         # Not of what older versions of transformers saved besides, such as position_ids, which are whole numbers.
         known = {key.removeprefix("text_model.") for key in components.skeleton(name, folders[name]).state_dict()}
         found = {
@@ -132,6 +134,7 @@ def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -
         UserError: the file is damaged, lacks tensors, or holds them in other shapes or in a dtype not to be kept.
     """
     stored, dtypes, known = single_file.stored(file), _dtypes(dtype), set(MARKERS)
+    single_file.check_plain(file, stored)
     for name in single_file.COMPONENTS:
         expected = single_file.original_weights(name, components.skeleton(name, folders[name]).state_dict())
         wrong = [key for key, tensor in expected.items() if key not in stored or stored[key][1] != tensor.shape]
@@ -162,25 +165,15 @@ def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -
         model.requires_grad_(False)
         return model if dtype is None else _finite(model, name, dtype)
 
-    left_out = tuple(sorted(stored.keys() - known))
-    if edm := [key for key in left_out if key.startswith("edm_")]:
-        raise UserError(
-            f"{file} is an EDM model, as {edm[0]} says, not one of SDXL's kind: its steps are others. Give another."
-        )
-    if scales := [key for key in left_out if key.endswith(SCALES)]:
-        raise UserError(
-            f"{file} holds weights that are to be multiplied by others, such as {scales[0]}, which is not done here. "
-            "Give a file in fp16, bf16 or fp32."
-        )
-    return Opened(component, dtypes, left_out)
+    return Opened(component, dtypes, tuple(sorted(stored.keys() - known)))
 
 
 def _finite(model: torch.nn.Module, component: str, dtype: torch.dtype) -> torch.nn.Module:
     wrong = next((name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()), None)
     if wrong:
         raise UserError(
-            f"The {component}'s {wrong} is not finite in {str(dtype).removeprefix('torch.')}. Drop --dtype, or give "
-            "fp32; if that does not help, the model is damaged."
+            f"The {component}'s {wrong} is not finite in {str(dtype).removeprefix('torch.')}. Give another --dtype, "
+            "fp32 say; if it is so there too, the model is damaged."
         )
     return model
 

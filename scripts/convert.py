@@ -138,8 +138,13 @@ def find_model(args: argparse.Namespace, flag: str, names: Iterable[str], weight
         found = {name: components.fetch(name, sources[name], weights=False) for name in names}
         component_checks.check_components(found)
         return {name: components.fetch(name, sources[name]) for name in names} if weights else found
-    except UserError as error:  # whose remedies are the flags of other scripts
-        raise UserError(re.sub(r"--pretrained_\w+( or --pretrained_\w+)?", f"--{flag}", str(error))) from error
+    except UserError as error:
+        raise with_flag(error, flag) from error
+
+
+def with_flag(error: UserError, flag: str) -> UserError:
+    """Return an error whose remedies, which are the flags of other scripts, name this one's."""
+    return UserError(re.sub(r"--pretrained_\w+( or --pretrained_\w+)?", f"--{flag}", str(error)))
 
 
 def extract(args: argparse.Namespace) -> tuple[Adapter, dict[str, low_rank.Kept]]:
@@ -167,7 +172,10 @@ def convert_model(args: argparse.Namespace) -> None:
         opened = whole_model.open_folders(folders, args.variant, dtype)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    whole_model.save(output, folders, opened, "--output")
+    try:
+        whole_model.save(output, folders, opened, "--output")
+    except UserError as error:
+        raise with_flag(error, "base" if args.base else "input") from error
 
 
 def convert_adapter(args: argparse.Namespace) -> None:

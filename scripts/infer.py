@@ -136,8 +136,9 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.strength is not None and not args.init_image:
         raise UserError("--strength acts on --init_image, which is not given. Drop it, or give a picture.")
     args.strength = 0.6 if args.strength is None else args.strength
-    if args.compare and args.init_image and not args.strength:
-        raise UserError("--compare at --strength 0 has --init_image itself on both sides. Give a greater one.")
+    several = args.compare or len(args.lora_weights) > 1 or len(args.lora_scale or []) > 1
+    if several and args.init_image and not args.strength:
+        raise UserError("At --strength 0 --init_image itself stands in every column. Give a greater one.")
     if args.init_image and args.strength and not int(args.num_inference_steps * args.strength):
         raise UserError(
             f"--strength {args.strength:g} of --num_inference_steps {args.num_inference_steps} is no step. Raise one."

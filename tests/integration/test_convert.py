@@ -258,7 +258,7 @@ def test_damaged_weights_are_carried_over_and_none_is_rounded_to_infinity(conver
         save_file(tensors, tmp_path / f"{name}.safetensors")
     found = load_file(convert(tmp_path / "nan", "--input", tmp_path / "nan.safetensors", *given) / UNET)
     assert sum(torch.isnan(tensor).any() for tensor in found.values()) == 1
-    with pytest.raises(UserError, match="to_q.weight is not finite in float16. Drop --dtype"):
+    with pytest.raises(UserError, match="to_q.weight is not finite in float16. Give another"):
         convert(tmp_path / "half", "--input", tmp_path / "great.safetensors", *given, "--dtype", "fp16")
     assert not (tmp_path / "half").exists()
 
@@ -282,6 +282,23 @@ def test_weights_that_are_scaled_by_others_are_refused(convert, tuned_file, tiny
     save_file(tensors | {"edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "edm.safetensors")
     with pytest.raises(UserError, match="is an EDM model, as edm_vpred.sigma_max says, not one of SDXL's kind"):
         convert(tmp_path / "sdxl", "--input", tmp_path / "edm.safetensors", *given[2:])
+
+
+def test_scaled_weights_have_no_lora_either_and_are_none_of_a_folder(convert, tuned, tuned_file, tiny_base, tmp_path):
+    key = "model.diffusion_model.input_blocks.0.0.scale_weight"
+    save_file(load_file(tuned_file) | {key: torch.ones(1)}, tmp_path / "a.safetensors")
+    shutil.copytree(tuned, tmp_path / "folder")
+    tensors = load_file(tuned / UNET) | {"conv_in.scale_weight": torch.ones(1)}
+    save_file(tensors, tmp_path / "folder" / UNET, {"format": "pt"})
+    said = "holds weights that are to be multiplied by others, such as .*scale_weight"
+    for place in (tmp_path / "a.safetensors", tmp_path / "folder"):
+        words = ["--extract_from", place, "--base", tiny_base, "--rank", 4, "--format", "kohya"]
+        with pytest.raises(UserError, match=said):
+            convert(tmp_path / "b.safetensors", *words)
+    for dtype in ([], ["--dtype", "fp16"]):
+        words = ["--input", tmp_path / "folder", "--format", "single_file", *dtype]
+        with pytest.raises(UserError, match=said):
+            convert(tmp_path / "b.safetensors", *words)
 
 
 def test_a_damaged_model_has_no_lora(convert, tuned, tuned_file, tiny_base, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -198,9 +199,10 @@ def test_each_difference_is_listed_whatever_becomes_of_it(saved, caplog):
         *[("seed", value) for value in (-1, 2**32, 2**40, True, 1.0)],
         *[("global_step", value) for value in (-1, "2", None, False)],
         *[("samples_seen", value) for value in (-8, None)],
+        *[("validation_losses", value) for value in ("x", {}, [1])],
         *[
-            ("validation_losses", value)
-            for value in ("x", {}, [1], {"base": "x", "last": 1, "best": 1, "best_step": 1})
+            ("validation_losses", dict(zip(("base", "last", "best", "best_step"), values, strict=True)))
+            for values in (("x", 1, 1, 1), (0, 0, 0, 0), (10**400, 1, 1, 1), (None, 1, 1, None), (math.nan, 1, 1, 1))
         ],
     ],
 )

@@ -143,7 +143,7 @@ def test_another_class_is_refused_by_its_name(base, component):
         ("unet", {"_class_name": "absent"}, "not SDXL's unet"),
         ("unet", {"time_cond_proj_dim": 256}, "told the guidance scale .time_cond_proj_dim.*Give the base"),
         ("vae", {"latents_mean": [0.0] * 4}, "VAE with latents_mean.*--pretrained_vae_model_name_or_path"),
-        ("vae", {"latents_std": [1.0] * 4}, "VAE with latents_mean or latents_std"),
+        ("vae", {"latents_std": [1.0] * 4}, "VAE with latents_mean, latents_std or a shift_factor"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component, changes, words):
@@ -165,6 +165,10 @@ def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component
         ("scheduler", "scheduler_config.json", {"num_train_timesteps": 0}, "a scheduler of 0 num_train_timesteps"),
         ("vae", "config.json", {"scaling_factor": "x"}, "whose scaling_factor is 'x'; SDXL's is 0.13025"),
         ("vae", "config.json", {"scaling_factor": float("inf")}, "whose scaling_factor is inf"),
+        ("vae", "config.json", {"scaling_factor": 10**400}, "whose scaling_factor is 1000"),
+        ("vae", "config.json", {"shift_factor": 0.5}, "latents_std or a shift_factor"),
+        ("scheduler", "scheduler_config.json", {"num_train_timesteps": 10**9}, "scheduler of 1000000000 num"),
+        ("text_encoder", "config.json", {"architectures": 5}, "holds a model of no named class"),
         ("tokenizer", "tokenizer_config.json", {"model_max_length": 5}, "its model_max_length is 5; SDXL's is 77"),
         ("tokenizer_2", "tokenizer_config.json", {"model_max_length": "x"}, "cannot be loaded"),
     ],

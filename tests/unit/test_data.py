@@ -423,6 +423,9 @@ def test_the_settings_of_a_local_data_set_name_no_files_outside_of_it(tmp_path, 
     assert "which is outside of it" in str(error.value)
     circle = "---\nconfigs: &a\n- *a\n- data_files: simplecache::/x.parquet\n---\n"
     (stranger / "README.md").write_text(circle)
+    with pytest.raises(UserError, match="repeat themselves by YAML aliases"):
+        data.load_pictures(str(stranger), None, None, "image", "text", str(tmp_path / "cache"))
+    (stranger / "README.md").write_text(circle.replace("- *a\n", ""))
     with pytest.raises(UserError, match="takes its data from simplecache::/x.parquet"):
         data.load_pictures(str(stranger), None, None, "image", "text", str(tmp_path / "cache"))
     # The same settings of files of its own are followed.

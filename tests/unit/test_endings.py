@@ -59,6 +59,11 @@ def test_an_error_of_ours_stays_one(error):
         endings.in_one_line(failing(error), "--here")
 
 
+def test_half_a_character_in_an_error_is_written_out(capsys):
+    assert endings.in_one_line(failing(UserError("the class '\ud800' is unknown")), "--here") == 2
+    assert capsys.readouterr().err == "error: the class '\\ud800' is unknown\n"
+
+
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
 def test_a_code_is_handed_on(returned, code):
     assert endings.in_one_line(lambda: returned, "--here") == code

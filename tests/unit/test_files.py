@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from rasengan import UserError
+from rasengan import UserError, files
 from rasengan.files import (
     MOST_NAME_BYTES,
     check_name,
@@ -70,6 +70,15 @@ def test_a_full_disk_without_a_size_says_what_is_free_and_one_without_inodes_tha
     found[7] = 0  # of the files that a user may make
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(found))
     assert room(tmp_path, 5).endswith(" MiB are free there, but no further files can be made")
+
+
+def test_of_a_full_folder_its_own_disk_counts_which_may_be_mounted_there(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    asked = []
+    monkeypatch.setattr(files, "room", lambda folder, needed_bytes: asked.append(folder) or "no room")
+    for name in ("logs", "file"):
+        assert "no room." in lost_place(OSError(errno.ENOSPC, "full", str(tmp_path / name)), "x")
+    assert asked == [tmp_path / "logs", tmp_path]
 
 
 def test_a_dead_mount_is_no_error_of_its_own(tmp_path, monkeypatch):
