@@ -30,7 +30,7 @@ from rasengan.adapters import (
     split_key,
     what_is_malformed,
 )
-from rasengan.families import SDXL, guess_family
+from rasengan.families import SDXL, guess_family, is_whole_model, other_method
 from rasengan.naming import KOHYA_PARTS, parse_kohya_name
 from rasengan.tensor_files import found_file, read_tensors
 
@@ -294,33 +294,17 @@ def _peft_names(component: str, weights: Tensors) -> Tensors:
     return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
 
 
-WHOLE_MODELS = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "down_blocks.", "time_embedding.")
-WHOLE_MODELS += ("input_blocks.", "decoder.", "encoder.", "text_model.", "embeddings.")
-# Marks in the names of methods that PEFT does not merge, or not in this form.
-OTHER_METHODS = {
-    ".oft_": "OFT",
-    ".lora_mid": "a LoRA with a Tucker core",
-    ".diff": "full weight changes (LyCORIS full)",
-    "bundle_emb.": "an embedding that was trained beside it",
-    ".w_norm": "norms (LyCORIS)",
-    ".scalar": "a LyCORIS adapter with a trained factor",
-    ".boft_": "BOFT",
-    ".on_input": "(IA)3",
-}
-
-
 def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserError:
     if all(key.startswith(PEFT_PREFIX) for key in tensors):
         return UserError(f"{file} is a part of a PEFT folder. Give the folder, whose {PEFT_CONFIG} says its alpha.")
     shown = ", ".join(repr(key) for key in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-    is_adapter = any(mark in key for key in tensors for mark in ("lora", "hada", "lokr"))
-    if not is_adapter and any(key.startswith(WHOLE_MODELS) for key in tensors):
+    if is_whole_model(tensors):
         return UserError(
             f"{file} is a whole model, or a part of one, and no adapter: it holds {next(iter(tensors))}. Give an SDXL "
             "adapter; `convert.py --extract_from` makes one from a tuned model."
         )
     family = guess_family(tensors)
-    method = next((name for mark, name in OTHER_METHODS.items() if any(mark in key for key in strangers)), None)
+    method = other_method(strangers)
     how = f" They are of {method}, which is not read here." if method and family in {None, SDXL} else ""
     known = not how and (family is not None or len(strangers) == len(tensors))
     guess = f"It looks as if made for {family or 'another model family'}. " if known else ""

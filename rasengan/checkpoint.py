@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -245,19 +246,23 @@ def _forget_content(file: Path) -> None:
 
 
 def is_record(losses: object) -> bool:
-    """Say whether something can be a record of validation losses: each positive, the best one with its step."""
+    """Say whether something can be a record of validation losses: the best one finite and with its step.
+
+    The base's and the last one may be of a model that overflows, or of a run that went wrong.
+    """
     if not isinstance(losses, dict) or losses.keys() != {"base", "last", "best", "best_step"}:
         return False
-    step, values = losses["best_step"], [losses[name] for name in ("base", "last", "best")]
-    has_step = type(step) is int and step >= 0
-    return (has_step if losses["best"] is not None else step is None) and all(
-        value is None or is_loss(value) for value in values
+    best, step = losses["best"], losses["best_step"]
+    is_best = (best is step is None) or (is_loss(best) and type(step) is int and step >= 0)
+    return is_best and all(
+        value is None or is_loss(value) or (type(value) is float and not math.isfinite(value))
+        for value in (losses["base"], losses["last"])
     )
 
 
 def is_loss(value: object) -> bool:
-    """Say whether something can be a loss."""
-    return type(value) in {int, float} and 0 < value < 1e30  # which NaN is not either
+    """Say whether something can be a finite loss."""
+    return type(value) in {int, float} and 0 < value <= sys.float_info.max  # which NaN is not either
 
 
 def read_state(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Which model family a file is of, told from its names and the width of the text that its UNet takes."""
+"""What a file is of, if it is no SDXL adapter: told from its names and the width of the text that its UNet takes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,19 @@ _MARKS = {  # kohya's names have underscores where others have dots
     "Flux": re.compile(r"(double|single|single_transformer)[._]blocks"),
     "Wan": re.compile(r"blocks[._]\d+[._](self_attn|cross_attn|ffn)|^transformer\.blocks\."),
     "Stable Diffusion 3": re.compile(r"joint[._]blocks|context_embedder|^transformer\.transformer_blocks"),
+}
+_WHOLE_MODELS = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "down_blocks.", "time_embedding.")
+_WHOLE_MODELS += ("input_blocks.", "decoder.", "encoder.", "text_model.", "embeddings.")
+# Marks in the names of methods that PEFT does not merge, or not in this form.
+_OTHER_METHODS = {
+    ".oft_": "OFT",
+    ".lora_mid": "a LoRA with a Tucker core",
+    ".diff": "full weight changes (LyCORIS full)",
+    "bundle_emb.": "an embedding that was trained beside it",
+    ".w_norm": "norms (LyCORIS)",
+    ".scalar": "a LyCORIS adapter with a trained factor",
+    ".boft_": "BOFT",
+    ".on_input": "(IA)3",
 }
 _TEXT_KEY = re.compile(r"attn2[._](?:processor\.)?to_[kv]")
 
@@ -40,6 +53,19 @@ def guess_family(tensors: Mapping[str, torch.Tensor]) -> str | None:
     if any(name.startswith("lora_te_") for name in tensors):  # one text encoder, without a number
         return "Stable Diffusion 1.x or 2.x"
     return None
+
+
+def is_whole_model(names: Iterable[str]) -> bool:
+    """Say whether the names in a file are those of a model, or a part of one, and no adapter's."""
+    names = list(names)
+    is_adapter = any(mark in name for name in names for mark in ("lora", "hada", "lokr"))
+    return not is_adapter and any(name.startswith(_WHOLE_MODELS) for name in names)
+
+
+def other_method(names: Iterable[str]) -> str | None:
+    """Return the method, not read here, that an adapter was trained by; None where no name tells."""
+    names = list(names)
+    return next((method for mark, method in _OTHER_METHODS.items() if any(mark in name for name in names)), None)
 
 
 def not_in_sdxl(component: str, modules: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ from rasengan import UserError, first_line
 
 # What a disk says that is full, read-only, over its quota, broken or gone: for the user to mend.
 LOST_PLACES = {errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE}
+BLOCK_BYTES = 4096  # of most file systems
 # What it says of one name: missing, not allowed, or a folder where a file should be, or the other way round.
 WRONG_NAMES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 # What a name may have, so that a hidden one for what is not whole yet, longer by 34, is one of 255 at most.
@@ -110,7 +111,7 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
 
 
 def room(folder: Path, needed_bytes: int | None) -> str:
-    """Say how much a write takes, where that is known, and how much is free where it goes."""
+    """Say how much a write takes, as far as that is known, and how much is free where it goes."""
     try:
         folder = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
         found, free = os.statvfs(folder), shutil.disk_usage(folder).free
@@ -119,7 +120,9 @@ def room(folder: Path, needed_bytes: int | None) -> str:
             there += ", but no further files can be made"
     except OSError:
         there = f"{folder} cannot be looked at"
-    return there if needed_bytes is None else f"It takes {_size(needed_bytes)}, and {there}"
+    # Of a new folder or name nothing is told: it takes a block.
+    takes = f"{_size(BLOCK_BYTES)} at least" if needed_bytes is None else _size(needed_bytes)
+    return f"It takes {takes}, and {there}"
 
 
 def _size(size_bytes: int) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from rasengan import UserError, single_file
+from rasengan import UserError, single_file, tensor_files
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, infer_config, kind_of, strength_of
 from rasengan.components import component_files, skeleton
 
@@ -162,18 +162,18 @@ def _nearest(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 def _tensors(component: str, place: Path, variant: str | None, model: torch.nn.Module) -> dict[str, Callable]:
     """Return what reads each tensor, by its name without text_model, of a folder or the file of a whole model."""
     if place.is_file():
-        single_file.check_plain(place, single_file.stored(place))
+        tensor_files.check_plain(place, tensor_files.stored(place))
         shapes = {name.removeprefix("text_model."): tensor.shape for name, tensor in model.state_dict().items()}
         return {name: partial(single_file.read_tensor, place, component, name, shapes[name]) for name in shapes}
     found = {}
     for file in component_files(component, place, variant):
         if file.suffix == ".safetensors":
-            with single_file.opened(file) as content:
-                single_file.check_plain(place, content.keys())
+            with tensor_files.opened(file) as content:
+                tensor_files.check_plain(place, content.keys())
                 found |= {key.removeprefix("text_model."): partial(_read, file, key) for key in content.keys()}  # noqa: SIM118
     return found
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
-    with single_file.opened(file) as content:
+    with tensor_files.opened(file) as content:
         return content.get_tensor(name)

@@ -4,15 +4,14 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rasengan import UserError
+from rasengan import UserError, tensor_files
 from rasengan.files import room, sync, sync_folder, write_failure
 from rasengan.naming import original_unet_name
 
@@ -42,7 +41,6 @@ _BIGG_PLACES = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
-SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "weight_scale_2")  # of weights in 8 bits and fewer
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Weights = Mapping[str, torch.Tensor]
@@ -92,49 +90,6 @@ def _bigg(weights: Weights) -> dict[str, torch.Tensor]:
     return original
 
 
-def stored(file: Path) -> dict[str, tuple[str, torch.Size]]:
-    """Return the dtype, as safetensors names it, and the shape of each tensor in a file of weights.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    with opened(file) as content:
-        slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
-        return {key: (part.get_dtype(), torch.Size(part.get_shape())) for key, part in slices.items()}
-
-
-def check_plain(place: Path, names: Iterable[str]) -> None:
-    """Check that the tensors of a model are its weights as they are, and of SDXL's kind.
-
-    Raises:
-        UserError: they are to be multiplied by others, or are of an EDM model.
-    """
-    for name in names:
-        if name.startswith("edm_"):
-            raise UserError(
-                f"{place} is an EDM model, as {name} says, not one of SDXL's kind: its steps are others. Give another."
-            )
-        if name.endswith(SCALES):
-            raise UserError(
-                f"{place} holds weights that are to be multiplied by others, such as {name}, which is not done here. "
-                "Give a model in fp16, bf16 or fp32."
-            )
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[safe_open]:
-    """Open a file of weights.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as content:
-            yield content
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {write_failure(error)}. Give a whole .safetensors file.") from error
-
-
 # Where OpenCLIP stacks what transformers has in three.
 _STACKED = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
@@ -155,7 +110,7 @@ def read_tensor(file: Path, component: str, name: str, shape: torch.Size) -> tor
     # The names of the other two of three are needed to find that of all.
     names = [f"{stacked[1]}.{part}_proj.{stacked[3]}" for part in "qkv"] if stacked else [name]
     ((original, whole),) = original_weights(component, {n: torch.empty(shape, device="meta") for n in names}).items()
-    with opened(file) as content:
+    with tensor_files.opened(file) as content:
         there = original in content.keys()  # noqa: SIM118
         tensor = content.get_tensor(original) if there else None
     if tensor is None or tensor.shape != whole.shape:

@@ -1,5 +1,7 @@
-"""The tensors of an adapter's file: safetensors, or, where that is allowed, a pickle of nothing else."""
+"""Files of tensors: of a model's weights, and of an adapter, which may be a pickle of nothing else if allowed."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -8,11 +10,62 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from rasengan import UserError, first_line
+from rasengan.files import write_failure
 
 
+SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "weight_scale_2")  # of weights in 8 bits and fewer
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 
 Tensors = dict[str, torch.Tensor]
+
+
+# --- of a model ---
+
+
+def stored(file: Path) -> dict[str, tuple[str, torch.Size]]:
+    """Return the dtype, as safetensors names it, and the shape of each tensor in a file of weights.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with opened(file) as content:
+        slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+        return {key: (part.get_dtype(), torch.Size(part.get_shape())) for key, part in slices.items()}
+
+
+def check_plain(place: Path, names: Iterable[str]) -> None:
+    """Check that the tensors of a model are its weights as they are, and of SDXL's kind.
+
+    Raises:
+        UserError: they are to be multiplied by others, or are of an EDM model.
+    """
+    for name in names:
+        if name.startswith("edm_"):
+            raise UserError(
+                f"{place} is an EDM model, as {name} says, not one of SDXL's kind: its steps are others. Give another."
+            )
+        if name.endswith(SCALES):
+            raise UserError(
+                f"{place} holds weights that are to be multiplied by others, such as {name}, which is not done here. "
+                "Give a model in fp16, bf16 or fp32."
+            )
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """Open a file of weights.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            yield content
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {write_failure(error)}. Give a whole .safetensors file.") from error
+
+
+# --- of an adapter ---
 
 
 def found_file(file: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from safetensors import safe_open
 
-from rasengan import UserError, components, locks, merging, single_file
+from rasengan import UserError, components, locks, merging, single_file, tensor_files
 from rasengan.adapters import Adapter, fit_names
 from rasengan.files import give_default_mode, sync, write_atomically, write_failure
 
@@ -103,8 +103,8 @@ def open_folders(folders: dict[str, Path], variant: str | None, dtype: torch.dty
     dtypes = _dtypes(dtype)
     for name in dtypes:
         files = components.component_files(name, folders[name], variant)
-        stored = [single_file.stored(file) for file in files if file.suffix == ".safetensors"]
-        single_file.check_plain(folders[name], [key for part in stored for key in part])
+        stored = [tensor_files.stored(file) for file in files if file.suffix == ".safetensors"]
+        tensor_files.check_plain(folders[name], [key for part in stored for key in part])
         if dtype is not None:
             continue
         # Not of what older versions of transformers saved besides, such as position_ids, which are whole numbers.
@@ -133,8 +133,8 @@ def open_file(file: Path, folders: dict[str, Path], dtype: torch.dtype | None) -
     Raises:
         UserError: the file is damaged, lacks tensors, or holds them in other shapes or in a dtype not to be kept.
     """
-    stored, dtypes, known = single_file.stored(file), _dtypes(dtype), set(MARKERS)
-    single_file.check_plain(file, stored)
+    stored, dtypes, known = tensor_files.stored(file), _dtypes(dtype), set(MARKERS)
+    tensor_files.check_plain(file, stored)
     for name in single_file.COMPONENTS:
         expected = single_file.original_weights(name, components.skeleton(name, folders[name]).state_dict())
         wrong = [key for key, tensor in expected.items() if key not in stored or stored[key][1] != tensor.shape]

@@ -202,7 +202,7 @@ def test_each_difference_is_listed_whatever_becomes_of_it(saved, caplog):
         *[("validation_losses", value) for value in ("x", {}, [1])],
         *[
             ("validation_losses", dict(zip(("base", "last", "best", "best_step"), values, strict=True)))
-            for values in (("x", 1, 1, 1), (0, 0, 0, 0), (10**400, 1, 1, 1), (None, 1, 1, None), (math.nan, 1, 1, 1))
+            for values in (("x", 1, 1, 1), (0, 0, 0, 0), (10**400, 1, 1, 1), (None, 1, 1, None), (1, 1, math.nan, 1))
         ],
     ],
 )
@@ -211,6 +211,21 @@ def test_a_state_that_no_run_writes_is_damage(saved, name, value):
     with_state(path, **{name: value})
     with pytest.raises(UserError, match=rf"checkpoint-2 is damaged: trainer_state\.json: .*{name}"):
         checkpoint.read_state(path)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        (1.0, math.nan, 0.9, 3),  # a run that went wrong after step 3
+        (math.nan, math.nan, None, None),  # a base that overflows
+        (1.0, math.inf, 1e31, 0),
+        (None, None, None, None),
+    ],
+)
+def test_what_a_run_that_went_wrong_has_measured_is_no_damage(saved, losses):
+    record = dict(zip(("base", "last", "best", "best_step"), losses, strict=True))
+    with_state(saved / "checkpoint-2", validation_losses=record)
+    assert checkpoint.read_state(saved / "checkpoint-2")["validation_losses"].keys() == record.keys()
 
 
 def test_the_bounds_of_a_state_are_no_damage(saved):

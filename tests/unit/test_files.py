@@ -65,7 +65,9 @@ def test_a_write_that_fails_names_the_file_and_not_its_temporary_name(tmp_path, 
 
 def test_a_full_disk_without_a_size_says_what_is_free_and_one_without_inodes_that(tmp_path, monkeypatch):
     said = lost_place(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "not" / "there")), "x")
-    assert re.search(r"not/there cannot be .* device\. [\d.,]+ MiB are free there\. Make room", said)
+    assert re.search(
+        r"not/there cannot be .* device\. It takes 4\.0 KiB at least, and [\d.,]+ MiB are free there\. Make room", said
+    )
     found = list(os.statvfs(tmp_path))
     found[7] = 0  # of the files that a user may make
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(found))
