@@ -6,9 +6,11 @@ Full-size SDXL with random weights, fp16, 30 Euler steps, guidance 7.5, a LoRA o
 `scripts/infer.py`, whole; diffusers is its pipeline, with the adapter unmerged or without one. Each draws two prompts;
 the time of a step is the median over both. Memory is the peak of the whole run, the host's read from outside. "T4"
 settings run under a 14.3 GiB cap that fails like a smaller card, with flash attention off. "decode" is the VAE alone.
+Times of a start differ by seconds from one to the next on the same host: compare those of several --rounds.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -135,6 +137,7 @@ def main() -> None:
     parser: argparse.ArgumentParser = make_parser(__doc__, "drawing.json")
     parser.add_argument("--settings", help=f"separated by semicolons, of: {'; '.join([*SETTINGS, 'decode'])} [all]")
     parser.add_argument("--programs", help=f"separated by semicolons, of: {'; '.join(PROGRAMS)} [all]")
+    parser.add_argument("--rounds", type=int, default=1, help="so often, the programs in turns [%(default)s]")
     args = parser.parse_args()
     settings = chosen("--settings", args.settings, [*SETTINGS, "decode"])
     programs = chosen("--programs", args.programs, list(PROGRAMS))
@@ -146,11 +149,12 @@ def main() -> None:
             bench.results.keep({"setting": name}, measure_decode(bench))
             continue
         side_px, pictures, arguments, options = SETTINGS[name]
-        for program in programs:
+        for number, program in itertools.product(range(args.rounds), programs):
             if program == "ours" or not (arguments or options):
                 side = 64 if bench.tiny else side_px
                 found = draw(bench, program, side, pictures, arguments, options)
-                bench.results.keep({"setting": name, "program": program}, {"arguments": " ".join(arguments)} | found)
+                names = {"setting": name, "program": program} | ({"round": number + 1} if args.rounds > 1 else {})
+                bench.results.keep(names, {"arguments": " ".join(arguments)} | found)
 
 
 if __name__ == "__main__":
