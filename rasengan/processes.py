@@ -201,10 +201,11 @@ def add_up(tensor: torch.Tensor) -> int:
     return torch.distributed.get_world_size()
 
 
-def average(tensor: torch.Tensor) -> None:
-    """Replace the tensor by its mean over all processes, in place, as `add_up` does its sum."""
-    if (processes := add_up(tensor)) > 1:
-        tensor /= processes
+def average(*tensors: torch.Tensor) -> None:
+    """Replace each tensor by its mean over all processes, in place, as `add_up` does its sum."""
+    for tensor in tensors:
+        if (processes := add_up(tensor)) > 1:
+            tensor /= processes
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 
 from rasengan import memory
 from rasengan.diagnosis import SKIPPED
-from rasengan.processes import average
 
 
 # One step without a finite loss may be its samples' fault; so many in a row are not.
@@ -17,7 +16,7 @@ STUCK = 3
 
 
 class Progress:
-    """The losses, gradient norms and speed of the steps since the last reading, averaged over the processes."""
+    """The losses, gradient norms and speed of the steps since the last reading."""
 
     def __init__(
         self, first_step: int, global_batch: int, device: torch.device, skipped: dict[str, int] | None = None
@@ -30,15 +29,18 @@ class Progress:
         self.skipped_steps, self.skipped_in_a_row = ((skipped or {}).get(name, 0) for name in SKIPPED)
 
     def add(self, step_loss: torch.Tensor, grad_norm: torch.Tensor) -> int:
-        """Take what a step did, both scalars on the device, without waiting for it; return how many wait."""
+        """Take what a step did, without waiting for it; return how many wait.
+
+        Args:
+            step_loss: a scalar on the device, the same on all processes.
+            grad_norm: likewise.
+        """
         self.unread.append(torch.stack([step_loss, grad_norm]))
         return len(self.unread)
 
     def read(self) -> dict[int, dict[str, float]]:
-        """Return what the steps since the last reading did, by step, for the trackers; all processes read together."""
-        rows = torch.stack(self.unread)
-        average(rows)
-        rows = rows.tolist()
+        """Return what the steps since the last reading did, by step, for the trackers."""
+        rows = torch.stack(self.unread).tolist()
         now_s = time.perf_counter()
         self.images_per_second = len(rows) * self.global_batch / (now_s - self.started_s)
         self.started_s = now_s

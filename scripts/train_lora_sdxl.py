@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -763,35 +764,17 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         return state | {"samples_seen": samples_seen} | progress.skipped()
 
     def save_before_end(**changes) -> str:
-        return save_now(writer, is_main, global_step, state_now() | changes)
-
-    def end_here() -> None:  # on all processes together
         if progress.unread:
             log_losses()
-        if not progress.is_stuck():
-            save_before_end()
+        if progress.is_stuck():
+            return checkpoint.last_name(output_dir)
+        return save_now(writer, is_main, global_step, state_now() | changes)
 
-    while global_step < max_train_steps and not is_stopping:
-        # After the checkpoint of the step: a run that ends in between measures when it is resumed.
-        if validation_loss.due(global_step):
-            try:
-                with progress.paused(), validation.evaluating(adapted), averaged():
-                    note_loss(global_step)
-            except stopping.Interrupted:
-                end_here()
-                break
-        step.seed_step(args.seed, global_step, accelerator.process_index)
-        step_loss, names = torch.zeros((), device=device), []
+    @contextlib.contextmanager
+    def saving_before_errors() -> Iterator[None]:
+        """Keep the steps that were done where what is computed or read here fails, and say how to go on."""
         try:
-            while len(names) < samples_per_process:
-                batch = next(batches)
-                names += batch["name"]
-                losses = train_step(batch)
-                step_loss += losses.sum() / samples_per_process
-                if args.debug_loss:
-                    names_here = [os.path.relpath(name, args.train_data_dir or ".") for name in batch["name"]]
-                    named = zip(names_here, losses.tolist(), strict=True)
-                    accelerator.log({f"loss_for_{name}": value for name, value in named}, step=global_step + 1)
+            yield
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
@@ -805,7 +788,32 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             raise UserError(samples.worker_died(error, global_step, save_before_end())) from error
         except imaging.PictureChanged as error:
             raise UserError(samples.picture_changed(error, save_before_end())) from error
-        processes.average(flat.grad)
+        except UserError as error:
+            saved = save_before_end()
+            raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error
+
+    while global_step < max_train_steps and not is_stopping:
+        # After the checkpoint of the step: a run that ends in between measures when it is resumed.
+        if validation_loss.due(global_step):
+            try:
+                with saving_before_errors(), progress.paused(), validation.evaluating(adapted), averaged():
+                    note_loss(global_step)
+            except stopping.Interrupted:
+                save_before_end()
+                break
+        step.seed_step(args.seed, global_step, accelerator.process_index)
+        step_loss, names = torch.zeros((), device=device), []
+        with saving_before_errors():
+            while len(names) < samples_per_process:
+                batch = next(batches)
+                names += batch["name"]
+                losses = train_step(batch)
+                step_loss += losses.sum() / samples_per_process
+                if args.debug_loss:
+                    names_here = [os.path.relpath(name, args.train_data_dir or ".") for name in batch["name"]]
+                    named = zip(names_here, losses.tolist(), strict=True)
+                    accelerator.log({f"loss_for_{name}": value for name, value in named}, step=global_step + 1)
+            processes.average(flat.grad, step_loss)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(global_step)
@@ -817,7 +825,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         bar.update()
         writer.check()
 
-        # Reading a loss waits for the card, so they are read together, on all processes after the same step.
+        # Reading a loss waits for the card, so several are read together.
         is_last, minutes = global_step == max_train_steps, (time.monotonic() - saved_s) / 60
         is_late = args.checkpointing_minutes is not None and minutes >= args.checkpointing_minutes
         is_stopping, is_late = ballot.any(stopper.due(), is_main and is_late)
@@ -847,12 +855,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not (is_last or is_stopping)
         if args.validation_prompt and shows:
             try:
-                with progress.paused(), validation.evaluating(adapted), averaged():
+                with saving_before_errors(), progress.paused(), validation.evaluating(adapted), averaged():
                     train_step.release()
                     images = draw(prompts=embed(), should_stop=stopper.asked)
                     show_validation(args, accelerator, base_images, images, global_step)
             except stopping.Interrupted:
-                end_here()
+                save_before_end()
                 break
     bar.close()
     train_step.release()
@@ -869,13 +877,6 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             ended = f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}"
             tell(f"{ended}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
-    if rows.held_out:
-        try:
-            with validation.evaluating(adapted), averaged():
-                note_loss(global_step)
-            logger.info(validation_loss.summary())
-        except stopping.Interrupted:  # the adapter is worth more than its loss
-            logger.warning("The validation loss after the last step was not measured, since a signal came")
     if is_main and not progress.is_doubtful():
         writer.finish()
 
@@ -886,6 +887,17 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
         write_settings(args, optimizer_steps=global_step)
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
+    if rows.held_out:
+        try:
+            with validation.evaluating(adapted), averaged():
+                note_loss(global_step)
+            logger.info(validation_loss.summary())
+        except stopping.Interrupted:
+            logger.warning("The validation loss after the last step was not measured, since a signal came")
+        except UserError as error:
+            if accelerator.num_processes > 1:  # the others wait for this one
+                raise
+            logger.warning("The validation loss after the last step was not measured: %s", error)
     was_asked, _ = ballot.any(stopper.asked(), False)
     stopper.release()  # what comes now may be lost
     if args.validation_prompt and not was_asked:

@@ -392,3 +392,51 @@ def test_a_full_disk_leaves_the_former_best_and_says_so(train, monkeypatch, tmp_
     said, kept = best_of(tmp_path)
     assert said["step"] == 1
     assert kept == bits(tmp_path / "checkpoint-1")
+
+
+# --- what cannot be measured ---
+
+
+@pytest.fixture
+def losing_pictures(monkeypatch) -> dict[str, bytes]:
+    """Files that were removed right before each measurement of a tuned model: all that are held out."""
+    removed, measure = {}, held_out.ValidationLoss.measure_tuned
+
+    def remove_and_measure(self, global_step):
+        for row in self.held_out.rows:
+            file = Path(self.held_out.pictures[row].name)
+            removed[file] = file.read_bytes()
+            file.unlink()
+        return measure(self, global_step)
+
+    monkeypatch.setattr(held_out.ValidationLoss, "measure_tuned", remove_and_measure)
+    return removed
+
+
+def test_a_picture_that_is_gone_costs_neither_a_step_nor_a_loss(
+    train, losing_pictures, monkeypatch, picture_set, read_scalars, tmp_path
+):
+    pictures = shutil.copytree(picture_set, tmp_path / "set")
+    run = ["--train_data_dir", pictures, "--no-center_crop", *RUN, *FEW, "--validation_loss_steps", 2]
+    run += ["--checkpointing_steps", 100, "--logging_steps", 100]
+    with pytest.raises(UserError, match=r"was changed while the run used it: .* resume from checkpoint-2 with"):
+        train(*run, output_dir=tmp_path / "run")
+    assert len(losing_pictures) == HELD_OUT
+    monkeypatch.undo()
+    for file, content in losing_pictures.items():
+        file.write_bytes(content)
+    train(*run, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "run")
+    whole = train(*run)
+    assert bits(tmp_path / "run") == bits(whole)
+    for name in ("train_loss", "validation_loss"):
+        assert read_scalars(tmp_path / "run", name) == read_scalars(whole, name), name
+
+
+def test_the_adapter_is_worth_more_than_its_last_loss(train, losing_pictures, picture_set, caplog, tmp_path):
+    pictures = shutil.copytree(picture_set, tmp_path / "set")
+    run = ["--train_data_dir", pictures, "--no-center_crop", *RUN, *FEW, "--validation_loss_steps", 100]
+    output_dir = train(*run, "--max_train_steps", 2)
+    assert len(losing_pictures) == HELD_OUT
+    assert "The validation loss after the last step was not measured: " in caplog.text
+    assert bits(output_dir) == bits(output_dir / "checkpoint-2")
+    assert (output_dir / "README.md").is_file()
