@@ -56,15 +56,16 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False, idl
     Raises:
         UserError: some have changed that may not; they are listed. The others are logged.
     """
-    state = read_state(path)
+    state, idle = read_state(path), set(idle)
+    bound_names = BOUND_SETTINGS - idle
     names = [name for name in settings if name in state and name not in PLACES | RUN_LENGTH]
-    unknown = {n for n in names if n in BOUND_SETTINGS and None in (state[n], settings[n])}
+    unknown = {n for n in names if n in bound_names and None in (state[n], settings[n])}
     changed = [n for n in names if n not in unknown and _plain(state[n]) != _plain(settings[n])]
-    may_change = FREE_SETTINGS.union(idle, BASE_PLACES if state.get("base_digest") else ()) - BOUND_SETTINGS
+    may_change = FREE_SETTINGS | idle | (BASE_PLACES if state.get("base_digest") else set())
     may_change -= SPLIT if settings.get("lora_dropout") else set()
     free = "; ".join(_change(name, state, settings) for name in changed if name in may_change)
-    bound = "; ".join(_change(name, state, settings) for name in changed if name in BOUND_SETTINGS)
-    both = may_change | BOUND_SETTINGS
+    bound = "; ".join(_change(name, state, settings) for name in changed if name in bound_names)
+    both = may_change | bound_names
     others = "; ".join(_change(name, state, settings) for name in changed if name not in both)
     if free:
         logger.info("%s was written with other settings, which may change: %s", path, free)
@@ -85,6 +86,28 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False, idl
     if length and settings.get("lr_scheduler", "constant") not in CONSTANT_SCHEDULES:
         listed = "; ".join(_change(name, state, settings) for name in length)
         logger.warning("%s: --lr_scheduler %s goes on over the new length", listed, settings["lr_scheduler"])
+
+
+def check_split(path: Path, state: dict, lora_dropout: float, micro_batch_size: int, allow_changes: bool) -> None:
+    """Check that the memory plan of a run with dropout takes as many samples at once as its checkpoint's did.
+
+    Args:
+        path: the checkpoint.
+        state: what it says.
+        lora_dropout: of the run.
+        micro_batch_size: samples that the run takes at once.
+        allow_changes: whether another number may be.
+
+    Raises:
+        UserError: it does not.
+    """
+    before = (state.get("memory_plan") or [micro_batch_size])[0]  # none once it did not fit
+    if lora_dropout and before != micro_batch_size and not allow_changes:
+        raise UserError(
+            f"{path} was written by a run that took {before} samples at once, and this takes {micro_batch_size}, for "
+            "which --lora_dropout draws otherwise. Give the former --vram_budget_gib and --gradient_checkpointing on "
+            "such a card, or --resume_with_changes to go on as another run would."
+        )
 
 
 def _plain(value):

@@ -673,6 +673,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             cached_bytes = cache.disk_bytes(latents, prompts, validation_prompts)
             table = memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib, cached_bytes)
             print(table, flush=True)
+    if resume_from:
+        split_now = args.lora_dropout, plan.micro_batch_size, args.resume_with_changes
+        resuming.check_split(resume_from, resumed, *split_now)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:

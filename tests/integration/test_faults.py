@@ -249,7 +249,11 @@ def test_where_one_process_is_killed_the_others_end_and_it_is_named(start, tmp_p
     process.wait(timeout=60)
     wait_for(lambda: not processes_of(process), text)
     assert process.returncode != 0
-    assert "error: Another process of this run has ended (" in text()
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert checkpoint.find_damage(saved) is None
+    assert re.search(
+        rf"error: Another process of this run has ended \(.* The last checkpoint is {saved.name}\.", text()
+    )
     assert re.search(r"local_rank: 1|rank +: 1", text())  # the launcher says which
 
 

@@ -264,8 +264,10 @@ def test_a_base_may_move_where_its_digest_is_known_and_what_is_idle_may_change(s
     with pytest.raises(UserError, match="--lr_power was 1.0, and is 2.0.*--resume_with_changes"):
         resuming.check_resumable(path, before | {"lr_power": 2.0})
     resuming.check_resumable(path, before | {"lr_power": 2.0}, idle=["lr_power"])
-    with pytest.raises(UserError, match="--rank was 16, and is 4"):
-        resuming.check_resumable(path, before | {"rank": 4}, idle=["rank"])
+    before = with_state(path, bucket_step_px=64)
+    with pytest.raises(UserError, match="--bucket_step_px was 64, and is 32"):
+        resuming.check_resumable(path, before | {"bucket_step_px": 32})
+    resuming.check_resumable(path, before | {"bucket_step_px": 32}, idle=["bucket_step_px"])
 
 
 def test_with_dropout_a_step_that_is_split_otherwise_needs_the_flag(saved):
@@ -275,6 +277,16 @@ def test_with_dropout_a_step_that_is_split_otherwise_needs_the_flag(saved):
     before = with_state(path, lora_dropout=0.5)
     with pytest.raises(UserError, match="--train_batch_size was 4, and is 2.*--resume_with_changes"):
         resuming.check_resumable(path, before | {"train_batch_size": 2})
+
+
+def test_with_dropout_a_plan_that_takes_other_samples_at_once_needs_the_flag(tmp_path):
+    state = {"memory_plan": [4, 0, 1]}
+    resuming.check_split(tmp_path, state, 0.0, 2, False)
+    resuming.check_split(tmp_path, state, 0.5, 4, False)
+    resuming.check_split(tmp_path, state, 0.5, 2, True)
+    resuming.check_split(tmp_path, {"memory_plan": None}, 0.5, 2, False)
+    with pytest.raises(UserError, match="took 4 samples at once, and this takes 2.*--resume_with_changes"):
+        resuming.check_split(tmp_path, state, 0.5, 2, False)
 
 
 @pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])
