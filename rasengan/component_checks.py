@@ -8,6 +8,7 @@ from rasengan.families import OTHER_FAMILIES
 
 
 MOST_TIMESTEPS = 10**5
+MOST_LAYERS = 1000  # of a text encoder; SDXL's have 12 and 32
 
 
 def check_components(folders: dict[str, Path]) -> None:
@@ -42,6 +43,18 @@ def check_components(folders: dict[str, Path]) -> None:
             raise UserError(
                 f"{folders[component]} holds a {found}, not SDXL's {component} ({expected}). Correct "
                 f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
+            )
+        if config.get("quantization_config") is not None:
+            raise UserError(
+                f"{folders[component]} holds a {component} that is quantized already (quantization_config). Give one "
+                "in fp16, bf16 or fp32; --base_quantization nf4 quantizes the UNet in training."
+            )
+    for component in TEXT_ENCODERS:
+        layers = configs.get(component, {}).get("num_hidden_layers", 1)
+        if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+            raise UserError(
+                f"{folders[component]} holds a {component} of {layers!r} num_hidden_layers; SDXL's have 12 and 32. "
+                f"Correct {COMPONENT_FLAGS[component]}."
             )
     if "vae" in configs and configs["vae"].get("scaling_factor") is None:
         raise UserError(

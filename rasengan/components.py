@@ -38,6 +38,7 @@ COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONE
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 MOST_TOKENS = 77  # that CLIP's text encoders see
+ATTENTION = "sdpa"  # whatever a configuration says, which may name a kernel that the hub would send
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 BAD_TOKEN = (
     "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
@@ -259,7 +260,8 @@ def skeleton(component: str, folder: Path) -> torch.nn.Module:
     config = read_config(component, folder)
     with torch.device("meta"):
         if component in TEXT_ENCODERS:
-            return MODELS[component](CLIPTextConfig(**config))
+            config = {name: value for name, value in config.items() if "attn_implementation" not in name}
+            return MODELS[component](CLIPTextConfig(**config, attn_implementation=ATTENTION))
         return MODELS[component].from_config(config)
 
 
@@ -310,6 +312,8 @@ def load(component: str, folder: Path, dtype: torch.dtype = torch.float32, varia
     """
     options = {"variant": variant, "use_safetensors": True, "low_cpu_mem_usage": True, "output_loading_info": True}
     options["dtype" if component in TEXT_ENCODERS else "torch_dtype"] = torch.float32 if component == "vae" else dtype
+    if component in TEXT_ENCODERS:
+        options["attn_implementation"] = ATTENTION
     absent = []
     scheduler_class = _scheduler_class(folder) if component == "scheduler" else None
     try:

@@ -64,16 +64,19 @@ class Bench:
         embeds: Mapping[str, Mapping[str, torch.Tensor]],
         lora_scale: float,
         batch_size: int,
+        negative_prompt: str | None = None,
     ):
         """Take the model, and what it is asked.
 
         Args:
             pipeline: of the base.
             scheduler: the base's, with the prediction type of the training.
-            embeds: rows of a prompt cache, by text: of all captions and prompts.
+            embeds: rows of a prompt cache, by text: of all captions and prompts, the negative one too.
             lora_scale: on the change of each adapter.
             batch_size: samples that are measured at once, fewer where these do not fit.
+            negative_prompt: None for zeros.
         """
+        self.negative_prompt = negative_prompt
         self.pipeline, self.scheduler, self.lora_scale, self.batch_size = pipeline, scheduler, lora_scale, batch_size
         self.base_embeds = self.embeds = dict(embeds)
         noise_scheduler = DDPMScheduler.from_config(scheduler.config)
@@ -124,12 +127,16 @@ class Bench:
         latents = []
         for start in range(0, len(jobs), DRAWN_TOGETHER):
             part = jobs[start : start + DRAWN_TOGETHER]
-            texts = [tuple(self.embeds[one.prompt][name] for name in EMBEDS) for one in part]
-            rows = samples.collate([sdxl.conditioning(text, None, 1) for text in texts])
+            texts = [self._embeds(one.prompt) for one in part]
+            negative = None if self.negative_prompt is None else self._embeds(self.negative_prompt)
+            rows = samples.collate([sdxl.conditioning(text, negative, 1) for text in texts])
             rows = {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
             latents += self.pipeline.draw(sampler, rows, [one.seed for one in part], **options).cpu()
             on_pictures(len(part))
         return latents
+
+    def _embeds(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(self.embeds[prompt][name] for name in EMBEDS)
 
 
 # --- what they show ---

@@ -34,6 +34,8 @@ from rasengan import lora, nodes
 
 def why_not(unet: nn.Module) -> str | None:
     """Say what keeps a UNet, with a LoRA or without, from being run by this module; None where nothing does."""
+    if type(unet.conv_act) is not nn.SiLU or unet.encoder_hid_proj is not None:
+        return "it has another activation than SiLU, or projects the text first"
     inside = {id(layer) for block in unet.modules() for layer in _linear_layers(block)}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
@@ -44,7 +46,8 @@ def why_not(unet: nn.Module) -> str | None:
                 return f"{name} has dropout, or a variant of LoRA"
         elif isinstance(module, ResnetBlock2D):
             plain = (module.time_embedding_norm, module.output_scale_factor, module.upsample, module.downsample)
-            if plain != ("default", 1.0, None, None) or module.skip_time_act or module.dropout.p:
+            is_silu = type(module.nonlinearity) is nn.SiLU
+            if plain != ("default", 1.0, None, None) or module.skip_time_act or module.dropout.p or not is_silu:
                 return f"{name} is no plain residual block"
         elif isinstance(module, BasicTransformerBlock):
             plain = (module.norm_type, module.pos_embed, module.activation_fn, module.only_cross_attention)

@@ -77,6 +77,7 @@ def draw_share(
     vae: torch.nn.Module,
     scheduler: SchedulerMixin,
     prompts: list[tuple[torch.Tensor, torch.Tensor]],
+    negative: tuple[torch.Tensor, torch.Tensor] | None,
     seeds: list[int],
     side_px: int,
     num_inference_steps: int,
@@ -93,6 +94,7 @@ def draw_share(
         vae: fp32.
         scheduler: a sampler.
         prompts: embeddings (T, D) and pooled embeddings (P,) of each, on the device.
+        negative: likewise, of the negative prompt; None for zeros.
         seeds: one for each picture of a prompt.
         side_px: of the square pictures.
         num_inference_steps: denoising steps.
@@ -115,7 +117,7 @@ def draw_share(
     denoiser, drawn = drawing.Denoiser(unet), []
     for job in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         prompt, seed = jobs[job]
-        row = sdxl.conditioning(prompt, None, 1)
+        row = sdxl.conditioning(prompt, negative, 1)
         try:
             with accelerator.autocast():
                 size = (side_px, side_px, num_inference_steps)

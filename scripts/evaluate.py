@@ -270,7 +270,7 @@ def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[
     return drawn, scenes
 
 
-def encode(args, folders: dict, measured: Measured, drawn: list[Drawn], sizes, device, dtype, make_bar) -> tuple:
+def encode(args, folders: dict, measured: Measured, prompts: set[str], sizes, device, dtype, make_bar) -> tuple:
     """Return the latents, and the embeddings of what is measured and drawn, from training's cache if it is there."""
     directory, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
     options = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
@@ -278,13 +278,11 @@ def encode(args, folders: dict, measured: Measured, drawn: list[Drawn], sizes, d
     how = (folders["vae"], args.variant, device, share, bar, batch_size)
     latents = cache.cached_latents(directory, measured.column, measured.pictures, *how, **options)
     texts = [text for several in measured.captions for text in several]
-    others = {one.prompt for one in drawn}.difference(texts)
+    others = prompts.difference(texts)
     groups = texts, sorted(others)
     captions, rest = cache.cached_prompts(directory, groups, folders, args.variant, device, dtype, share, bar)
-    needed = {text for row in (*measured.held_out, *measured.trained) for text in measured.captions[row]} | {
-        one.prompt for one in drawn
-    }
-    return latents, {text: (rest if text in others else captions)[text] for text in needed}
+    needed = {text for row in (*measured.held_out, *measured.trained) for text in measured.captions[row]}
+    return latents, {text: (rest if text in others else captions)[text] for text in needed | prompts}
 
 
 # --- scores ---
@@ -348,7 +346,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- what is encoded once ---
     sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
-    latents, embeds = encode(args, folders, measured, drawn, sizes, device, dtype, make_bar)
+    negative = components.negative_prompt(None, folders)
+    texts = {one.prompt for one in drawn} | ({negative} - {None})
+    latents, embeds = encode(args, folders, measured, texts, sizes, device, dtype, make_bar)
     make_samples = partial(
         samples.TrainingSamples,
         measured.column,
@@ -369,7 +369,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- base and tuned: their losses, and what they draw ---
     pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size", 4)
-    bench = evaluation.Bench(pipeline, scheduler, embeds, args.lora_scale, batch_size)
+    bench = evaluation.Bench(pipeline, scheduler, embeds, args.lora_scale, batch_size, negative)
     sampler = sdxl.make_sampler(scheduler, args.scheduler)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"height": args.resolution, "width": args.resolution}

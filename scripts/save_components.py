@@ -130,6 +130,9 @@ def main(args: argparse.Namespace) -> None:
                     "Make room (7 GB in fp16), or give another folder; what is finished stays."
                 ) from error
             memory.give_back()
+    if not components.forces_zeros(folders):  # which SDXL 1.0 does, and a base without an index
+        index = {"force_zeros_for_empty_prompt": False}
+        write_atomically(directory / "model_index.json", json.dumps(index, indent=2).encode())
     print(f"{len(components.COMPONENTS)} components are in {directory}, each file verified by its hash")
 
 

@@ -49,6 +49,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType
+from PIL import Image
 
 from rasengan import (
     UserError,
@@ -525,6 +526,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
+    negative = components.negative_prompt(None, folders)
+    shown = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
     cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
     if args.cache_conditioning and args.center_crop:
         sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
@@ -536,7 +539,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
     if args.cache_conditioning and not args.train_text_encoder:
-        groups = [caption for several in captions for caption in several], args.validation_prompt or []
+        groups = [caption for several in captions for caption in several], shown
         where, bar = (folders, args.variant, device), partial(progress_bar, accelerator, "Encoding captions")
         prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *where, weight_dtype, share, bar)
     else:
@@ -713,13 +716,18 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     adapted = list(models.values())
     if args.validation_prompt:
         validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
-        prompts_of = (args.validation_prompt, validation_prompts, tokenizers, text_encoders)
-        embed = partial(validation.prompt_embeds, accelerator, *prompts_of)
-        seeds = [args.seed + number for number in range(args.num_validation_images)]
-        draw = partial(validation.draw_share, accelerator, unet, validation_vae, scheduler, seeds=seeds)
-        draw = partial(draw, side_px=args.resolution, num_inference_steps=args.validation_inference_steps)
+        embed = partial(validation.prompt_embeds, accelerator, shown, validation_prompts, tokenizers, text_encoders)
+        how = {"seeds": [args.seed + number for number in range(args.num_validation_images)]}
+        how |= {"side_px": args.resolution, "num_inference_steps": args.validation_inference_steps}
+        draw_share = partial(validation.draw_share, accelerator, unet, validation_vae, scheduler, **how)
+
+        def draw(**options) -> list[Image.Image]:
+            embeds = embed()
+            prompts, negatives = embeds[: len(args.validation_prompt)], embeds[len(args.validation_prompt) :]
+            return draw_share(prompts, negatives[0] if negatives else None, **options)
+
         with validation.evaluating(adapted), validation.adapters_disabled(adapted):
-            base_images = draw(prompts=embed())
+            base_images = draw()
 
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
     parts["check_held"] = partial(locks.check_held, output_dir)
@@ -860,7 +868,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             try:
                 with saving_before_errors(), progress.paused(), validation.evaluating(adapted), averaged():
                     train_step.release()
-                    images = draw(prompts=embed(), should_stop=stopper.asked)
+                    images = draw(should_stop=stopper.asked)
                     show_validation(args, accelerator, base_images, images, global_step)
             except stopping.Interrupted:
                 save_before_end()
@@ -905,7 +913,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     stopper.release()  # what comes now may be lost
     if args.validation_prompt and not was_asked:
         with validation.evaluating(adapted), averaged():
-            show_validation(args, accelerator, base_images, draw(prompts=embed()), global_step)
+            show_validation(args, accelerator, base_images, draw(), global_step)
     if is_main:
         grid = "validation.png" if args.validation_prompt and (output_dir / "validation.png").is_file() else None
         write_model_card(args, output_dir, global_step, grid)

@@ -123,18 +123,30 @@ def test_a_negative_prompt_is_the_one_of_diffusers(compared, draw, tiny_base):
     assert image.text["negative_prompt"] == "blue, dotted"
 
 
-def test_no_negative_prompt_is_what_the_bases_index_says(compared, draw, trained, tiny_base, tmp_path):
+@pytest.fixture
+def with_index(tiny_base, tmp_path):
+    """The tiny base with an index that says that no negative prompt is an empty one."""
     base = tmp_path / "base"
     base.mkdir()
     for name in components.COMPONENTS:
         (base / name).symlink_to(tiny_base / name)
     (base / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
+    return base
+
+
+def test_no_negative_prompt_is_what_the_bases_index_says(
+    compared, draw, trained, tiny_base, with_index, save_script, tmp_path
+):
+    base = with_index
     where = ["--pretrained_model_name_or_path", base, "--prompt", PROMPT, "--seed", 3]
     image = draw(*where)[BASE]
     assert not same(image, compared[BASE])
     pipeline = load_pipeline(tiny_base)
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     assert np.abs(draw_with_diffusers(pipeline) - pixels(image)).max() <= 1
+    save_script.main(save_script.parse_args([str(base), str(tmp_path / "saved"), "--dtype", "fp32"]))
+    again = draw("--pretrained_model_name_or_path", tmp_path / "saved", "--prompt", PROMPT, "--seed", 3)
+    assert same(again[BASE], image)
     draw(*where, "--lora_weights", trained, "--save_merged", tmp_path / "tuned")
     assert json.loads((tmp_path / "tuned" / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
 

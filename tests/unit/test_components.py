@@ -135,6 +135,9 @@ def test_another_class_is_refused_by_its_name(base, component):
         ("text_encoder_2", {"hidden_size": 128}, "width 96, but the text encoders give 160"),
         ("text_encoder_2", {"projection_dim": 1280}, "pooled text width of 64.*gives 1280"),
         ("vae", {"scaling_factor": "absent"}, "VAE without a scaling_factor.*--pretrained_vae_model_name_or_path"),
+        ("text_encoder", {"quantization_config": {"load_in_8bit": True}}, "quantized already.*Give one in fp16"),
+        ("unet", {"quantization_config": {"quant_method": "bitsandbytes"}}, "a unet that is quantized already"),
+        ("text_encoder_2", {"num_hidden_layers": 10**9}, "of 1000000000 num_hidden_layers; SDXL's have 12 and 32"),
         ("vae", {"scaling_factor": None}, "VAE without a scaling_factor.*--pretrained_vae_model_name_or_path"),
         ("vae", {"latent_channels": "absent"}, "vae/config.json has no latent_channels.*None.*Fetch the vae again"),
         ("unet", {"addition_time_embed_dim": None}, "unet/config.json has no addition_time_embed_dim.*Fetch the unet"),
@@ -435,3 +438,12 @@ def test_a_unet_in_half_precision_never_exists_in_fp32(base):
     with Watch():
         load("unet", base / "unet", torch.float32)
     assert torch.float32 in made  # so it would have been seen
+
+
+def test_no_configuration_chooses_the_code_of_the_attention(base):
+    edit(base / "text_encoder", _attn_implementation="kernels-community/x", attn_implementation="kernels-community/x")
+    for encoder in (
+        components.load("text_encoder", base / "text_encoder"),
+        components.skeleton("text_encoder", base / "text_encoder"),
+    ):
+        assert encoder.config._attn_implementation == components.ATTENTION

@@ -187,6 +187,13 @@ def test_pictures_are_drawn_each_from_its_own_seed_whatever_is_drawn_beside(benc
         alone = drawing.draw(bench.pipeline.denoiser, sampler, row, [one.seed], **SMALL)[0]
         assert torch.allclose(found, alone, atol=1e-4)
     assert not torch.allclose(latents[0], latents[1], atol=1e-2)
+    bench.negative_prompt = TEXTS[1]
+    (found,) = bench.draw(sampler, jobs[:1], done.append, **SMALL)
+    texts = [tuple(bench.base_embeds[text].values()) for text in TEXTS[:2]]
+    row = sdxl.conditioning(*texts, 1)
+    alone = drawing.draw(bench.pipeline.denoiser, sampler, row, [jobs[0].seed], **SMALL)[0]
+    assert torch.allclose(found, alone, atol=1e-4)
+    assert not torch.allclose(found, latents[0], atol=1e-2)
 
 
 def test_an_adapter_of_a_text_encoder_changes_the_embeddings_and_the_next_ones_do_not_keep_it(bench, folders):

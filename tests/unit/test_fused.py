@@ -189,6 +189,12 @@ def test_what_cannot_be_fused_is_named(load_unet):
     assert "time_embedding.linear_1 has a LoRA outside the transformer blocks" in fused.why_not(unet)
 
 
+@pytest.mark.parametrize("changed", [{"act_fn": "gelu"}, {"encoder_hid_dim": 40, "encoder_hid_dim_type": "text_proj"}])
+def test_a_unet_with_another_activation_or_a_projection_of_the_text_is_not_fused(changed, tiny_base):
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tiny_base / "unet"), **changed)
+    assert fused.why_not(unet) is not None
+
+
 def test_a_quantized_base_is_near_the_whole_one(load_unet, batch):
     # Each weight moves by a tenth of their spread: the loss by less than 2 %, and the gradient keeps its direction.
     unet, flat, _ = load_unet(fuse=True, dtype=torch.float32)

@@ -92,10 +92,14 @@ def test_each_prompt_is_drawn_with_each_seed_prompt_by_prompt(tiny_base):
     generator = torch.Generator().manual_seed(0)
     prompts = [(torch.randn(7, 96, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)]
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    images = validation.draw_share(accelerator, unet, vae, scheduler, prompts, [5, 6], 64, 2)
+    images = validation.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5, 6], 64, 2)
     expected = [drawn(unet, vae, scheduler, prompt, seed) for prompt in prompts for seed in (5, 6)]
     assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
     assert len({image.tobytes() for image in images}) == 4
+    (image,) = validation.draw_share(accelerator, unet, vae, scheduler, prompts[:1], prompts[1], [5], 64, 2)
+    row = sdxl.conditioning(prompts[0], prompts[1], 1)
+    (expected,) = drawing.decode(vae, drawing.draw(drawing.Denoiser(unet), scheduler, row, [5], 64, 64, 2, 5.0))
+    assert image.tobytes() == expected.tobytes() != images[0].tobytes()
 
 
 def test_a_picture_with_non_finite_values_is_grey_and_warned_of(tiny_base, caplog):
@@ -104,7 +108,7 @@ def test_a_picture_with_non_finite_values_is_grey_and_warned_of(tiny_base, caplo
     prompts = [(torch.randn(7, 96, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)]
     prompts[0][0][3, 3] = float("nan")
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    broken, whole = validation.draw_share(accelerator, unet, vae, scheduler, prompts, [5], 64, 2)
+    broken, whole = validation.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
     assert broken.size == whole.size == (64, 64)
     assert broken.getextrema() == ((128, 128),) * 3
     assert whole.getextrema() != broken.getextrema()
@@ -126,7 +130,7 @@ def test_a_picture_that_does_not_fit_is_grey_and_warned_of(tiny_base, caplog):
 
     unet.register_forward_pre_hook(full_at_first)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    missing, drawn = validation.draw_share(accelerator, unet, vae, scheduler, prompts, [5], 64, 2)
+    missing, drawn = validation.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
     assert missing.getextrema() == ((128, 128),) * 3
     assert drawn.getextrema() != missing.getextrema()
     (record,) = [record for record in caplog.records if record.name == "rasengan.validation"]
