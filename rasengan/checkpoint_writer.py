@@ -251,6 +251,8 @@ def _remove(path: Path) -> None:
     removed = path.with_name(f".removing-{path.name.split('-')[1]}")
     shutil.rmtree(removed, ignore_errors=True)  # of a removal that was not finished
     path.rename(removed)
+    if removed.is_symlink():
+        removed.unlink()
     shutil.rmtree(removed, ignore_errors=True)
 
 

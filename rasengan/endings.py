@@ -1,5 +1,6 @@
 """How a script ends: a user's error as one line and an exit code, whatever raised it."""
 
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -9,11 +10,11 @@ import torch
 
 from rasengan import TOKENS, UserError
 from rasengan.files import lost_place
+from rasengan.stopping import Terminated
 
 
 # What TensorBoard's log needs to go on, about: the scalars of some thousand steps and a few small pictures.
 LOG_BYTES = 2**20
-INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
 def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, once_mended: str = "") -> int:
@@ -23,7 +24,7 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
         run: returns an exit code, or None for 0.
         places: the flags of what is written, for an error that does not name the place.
         process: its number among those of a run, which all but the first say.
-        once_mended: how to go on when a place can be written again.
+        once_mended: how to go on when a place can be written again, or after an interruption.
     """
     try:
         return run() or 0
@@ -38,9 +39,10 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
         if text is None:
             raise
         text = f"{text} {once_mended}".rstrip()
-    except KeyboardInterrupt:
-        sys.stderr.write("\nEnded by Ctrl-C. What was finished before is whole.\n")
-        return INTERRUPTED
+    except KeyboardInterrupt as end:
+        by, number = ("SIGTERM", signal.SIGTERM) if isinstance(end, Terminated) else ("Ctrl-C", signal.SIGINT)
+        sys.stderr.write(f"\nEnded by {by}. What was finished before is whole. {once_mended}".rstrip() + "\n")
+        return 128 + number  # as shells have it
     text = TOKENS.sub("(a token)", text)  # given where it does not belong
     text = text.encode(errors="backslashreplace").decode()  # half a character of a stranger's JSON
     sys.stderr.write(f"error{f' (process {process})' if process else ''}: {text}\n")

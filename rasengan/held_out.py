@@ -262,6 +262,19 @@ class ValidationLoss:
         )
 
 
+def check_finite(last: float | None, output_dir: Path) -> None:
+    """Check that the last measured loss, None for none, is a number: else the adapter is ruined.
+
+    Raises:
+        UserError: it is not.
+    """
+    if last is not None and not math.isfinite(last):
+        raise UserError(
+            f"The validation loss is {last} after the last step: the adapter is ruined, and is not written over what "
+            f"{output_dir} holds. Lower --learning_rate, and start anew or resume from an older checkpoint."
+        )
+
+
 def resumed_record(state: dict, size: float | int | None, output_dir: Path | None) -> dict | None:
     """Return the record of a checkpoint's state, where it is of the same held-out pictures.
 
@@ -269,8 +282,8 @@ def resumed_record(state: dict, size: float | int | None, output_dir: Path | Non
         state: of the checkpoint, or empty.
         size: the run's share or number of held-out pictures.
         output_dir: where `best/` is; None where none is kept. What it holds may have been measured after the
-            checkpoint was written, of a step that the checkpoint has: then it counts. If it is not there, or its loss
-            is higher than the checkpoint's, the lowest begins anew, which is warned of.
+            checkpoint was written: it counts too. If it is not there, or its loss is higher than the checkpoint's,
+            the lowest begins anew, which is warned of.
     """
     record = state.get("validation_losses")
     if record is None or state.get("validation_split") != size:
@@ -284,7 +297,7 @@ def resumed_record(state: dict, size: float | int | None, output_dir: Path | Non
     if type(step) is not int or not is_loss(loss):
         step = loss = math.inf
     known = math.inf if record["best"] is None else record["best"]
-    if loss < known and step <= state["global_step"]:
+    if loss < known:
         return record | {"best": loss, "best_step": step}
     if loss > known:
         logger.warning(

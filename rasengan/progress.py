@@ -70,7 +70,7 @@ class Progress:
 
     def is_stuck(self) -> bool:
         """Say whether the last steps all had a loss that is not finite: what is saved now is no good checkpoint."""
-        return self._has_no_loss() and self.skipped_in_a_row >= STUCK
+        return self._has_no_loss() and self.skipped_in_a_row >= min(STUCK, self.step)
 
     def _has_no_loss(self) -> bool:
         return self.step > self.first_step and not math.isfinite(self.train_loss)

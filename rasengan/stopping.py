@@ -22,6 +22,20 @@ class Interrupted(Exception):  # noqa: N818, since nothing went wrong
     """Raised on all processes together by long work between two steps, when one was asked to end meanwhile."""
 
 
+class Terminated(KeyboardInterrupt):
+    """Raised where SIGTERM came, as Ctrl-C's own is, so that what is open is closed."""
+
+
+def raise_on_sigterm() -> None:
+    """Let the first SIGTERM raise `Terminated`, and the next one end the process at once."""
+
+    def end(number: int, _frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
 class Stopper:
     """Knows whether a run should end after this step, and why."""
 
@@ -48,7 +62,7 @@ class Stopper:
         self.tell(f"{name}: ending after this step, with a checkpoint. Ctrl-C{again} ends at once.")
 
     def asked(self) -> bool:
-        """Say whether a signal asked for the end, for which a launcher waits 30 s: a deadline can wait for longer."""
+        """Say whether a signal asked for the end."""
         return self.signal_number is not None
 
     def due(self) -> bool:

@@ -314,20 +314,20 @@ def validate_args(args: argparse.Namespace) -> None:
         make_optimizer(args, torch.nn.Parameter(torch.zeros(1)), args.learning_rate)
     except ValueError as error:  # Prodigy takes no rate of 0, for example
         raise UserError(f"--optimizer {args.optimizer} cannot be used so: {first_line(error)}.") from error
-    for flag in ("output_dir", "conditioning_cache_dir", "cache_dir"):
-        place = getattr(args, flag)
+    places = {name: getattr(args, name) for name in ("output_dir", "conditioning_cache_dir", "cache_dir")}
+    places["logging_dir"] = Path(args.output_dir, args.logging_dir)
+    for flag, place in places.items():
         if place and args.train_data_dir and Path(place).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
             raise UserError(
                 f"--{flag} {place} lies in --train_data_dir {args.train_data_dir}: what is written there would be "
                 "among what to train on when the run is resumed. Give a folder outside of it."
             )
-    log_folder, outputs = (
-        Path(os.path.abspath(place)) for place in (Path(args.output_dir, args.logging_dir), args.output_dir)
-    )
-    begin = log_folder.relative_to(outputs).parts[:1] if log_folder.is_relative_to(outputs) else ("elsewhere",)
-    taken = not begin or begin[0] in {*FOLDERS_WRITTEN, *FILES_WRITTEN} or begin[0].startswith(("checkpoint-", "."))
-    if taken:
-        raise UserError(f"--logging_dir {args.logging_dir} is for other files in --output_dir. Give another name.")
+    outputs = Path(os.path.abspath(args.output_dir))
+    for flag in ("conditioning_cache_dir", "cache_dir", "logging_dir"):
+        place = Path(os.path.abspath(places[flag] or "elsewhere"))
+        begin = place.relative_to(outputs).parts[:1] if place.is_relative_to(outputs) else ("elsewhere",)
+        if not begin or begin[0] in {*FOLDERS_WRITTEN, *FILES_WRITTEN} or begin[0].startswith(("checkpoint-", ".")):
+            raise UserError(f"--{flag} {getattr(args, flag)} is for other files in --output_dir. Give another name.")
     check_writable(Path(args.output_dir), "--output_dir")
     written = {
         **dict.fromkeys(FILES_WRITTEN, False),
@@ -713,6 +713,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         name_log(error, output_dir / args.logging_dir)
         raise
     validation.log_settings(accelerator.trackers, settings)
+    # From here on a signal or the deadline ends what is being done in order.
+    stopper, ballot, is_stopping = stopping.Stopper(args.max_train_minutes, began_s, tell), processes.Ballot(), False
+    at_end.callback(stopper.release)
     adapted = list(models.values())
     if args.validation_prompt:
         validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
@@ -726,8 +729,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             prompts, negatives = embeds[: len(args.validation_prompt)], embeds[len(args.validation_prompt) :]
             return draw_share(prompts, negatives[0] if negatives else None, **options)
 
-        with validation.evaluating(adapted), validation.adapters_disabled(adapted):
-            base_images = draw()
+        try:
+            with validation.evaluating(adapted), validation.adapters_disabled(adapted):
+                base_images = draw(should_stop=stopper.due)
+        except stopping.Interrupted:
+            is_stopping = True
 
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
     parts["check_held"] = partial(locks.check_held, output_dir)
@@ -746,9 +752,13 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         every=args.validation_loss_steps or steps_per_epoch,
         record=held_out.resumed_record(resumed, args.validation_split, output_dir if args.save_best else None),
     )
-    if rows.held_out and validation_loss.record["base"] is None:
-        with validation.evaluating(adapted), validation.adapters_disabled(adapted):
-            accelerator.log(validation_loss.measure_base(), step=0)
+    validation_loss.should_stop = stopper.due
+    if rows.held_out and validation_loss.record["base"] is None and not is_stopping:
+        try:
+            with validation.evaluating(adapted), validation.adapters_disabled(adapted):
+                accelerator.log(validation_loss.measure_base(), step=0)
+        except stopping.Interrupted:
+            is_stopping = True
     note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
 
     # What every checkpoint says of the run; the record is the live one.
@@ -759,13 +769,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the loop ---
     memory.reset_peak(device)
-    stopper, ballot = stopping.Stopper(args.max_train_minutes, began_s, tell), processes.Ballot()
-    at_end.callback(stopper.release)
     at_end.callback(samples.end_workers)
     progress = Progress(global_step, args.global_batch, device, resumed)
     bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
-    first_step, saved_s, is_stopping = global_step, time.monotonic(), False
-    validation_loss.should_stop = stopper.asked
+    first_step, saved_s = global_step, time.monotonic()
 
     def log_losses() -> None:
         for at_step, values in progress.read().items():
@@ -868,7 +875,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             try:
                 with saving_before_errors(), progress.paused(), validation.evaluating(adapted), averaged():
                     train_step.release()
-                    images = draw(should_stop=stopper.asked)
+                    images = draw(should_stop=stopper.due)
                     show_validation(args, accelerator, base_images, images, global_step)
             except stopping.Interrupted:
                 save_before_end()
@@ -888,6 +895,18 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             ended = f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}"
             tell(f"{ended}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
+    if rows.held_out:
+        try:
+            with validation.evaluating(adapted), averaged():
+                note_loss(global_step)
+            logger.info(validation_loss.summary())
+        except stopping.Interrupted:
+            logger.warning("The validation loss after the last step was not measured, since the run was to end")
+        except UserError as error:
+            if accelerator.num_processes > 1:  # the others wait for this one
+                raise
+            logger.warning("The validation loss after the last step was not measured: %s", error)
+        held_out.check_finite(validation_loss.record["last"], output_dir)
     if is_main and not progress.is_doubtful():
         writer.finish()
 
@@ -898,20 +917,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
         write_settings(args, optimizer_steps=global_step)
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
-    if rows.held_out:
-        try:
-            with validation.evaluating(adapted), averaged():
-                note_loss(global_step)
-            logger.info(validation_loss.summary())
-        except stopping.Interrupted:
-            logger.warning("The validation loss after the last step was not measured, since a signal came")
-        except UserError as error:
-            if accelerator.num_processes > 1:  # the others wait for this one
-                raise
-            logger.warning("The validation loss after the last step was not measured: %s", error)
-    was_asked, _ = ballot.any(stopper.asked(), False)
+    was_asked, is_over = ballot.any(stopper.asked(), stopper.due())
     stopper.release()  # what comes now may be lost
-    if args.validation_prompt and not was_asked:
+    if args.validation_prompt and not is_over:
         with validation.evaluating(adapted), averaged():
             show_validation(args, accelerator, base_images, draw(), global_step)
     if is_main:
@@ -951,6 +959,7 @@ def main(args: argparse.Namespace) -> int:
 def run(argv: list[str] | None = None) -> int:
     """Train by a command line, say in one line what is wrong, and return the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopping.raise_on_sigterm()
     places, go_on = "--output_dir or --conditioning_cache_dir", "Then go on with --resume_from_checkpoint latest."
     return in_one_line(lambda: main(parse_args(argv)), places, int(os.environ.get("RANK", 0)), go_on)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,6 +194,8 @@ def test_an_output_folder_among_the_pictures_is_refused(train, refused, picture_
     refused("--output_dir .*run lies in --train_data_dir", train, output_dir=tmp_path / "link" / "run")
     for flag in ("--conditioning_cache_dir", "--cache_dir"):
         refused(f"{flag} .*run lies in --train_data_dir", train, flag, tmp_path / "link" / "run")
+    logs = os.path.relpath(picture_set / "logs", tmp_path / "run")
+    refused("--logging_dir .*logs lies in --train_data_dir", train, "--logging_dir", logs, output_dir=tmp_path / "run")
     assert not (picture_set / "run").exists()
 
 
@@ -201,6 +204,12 @@ def test_an_output_folder_among_the_pictures_is_refused(train, refused, picture_
 )
 def test_a_log_folder_with_the_name_of_something_else_is_refused(train, refused, name):
     refused(f"--logging_dir {name} is for other files in --output_dir", train, "--logging_dir", name)
+
+
+def test_a_cache_with_the_name_of_something_else_is_refused(train, refused, tmp_path):
+    place = ["--conditioning_cache_dir", tmp_path / "checkpoint-1"]
+    said = "--conditioning_cache_dir .*checkpoint-1 is for other files in --output_dir"
+    refused(said, train, *place, output_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,34 @@ def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, 
     assert process.returncode != 0
 
 
+def test_sigterm_before_the_first_step_is_said_and_leaves_no_lock(train_arguments, tmp_path):
+    words = [sys.executable, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG]
+    words += ["--conditioning_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"]
+    process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run" / LOCK_FILE).exists() or process.poll() is not None)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Ended by SIGTERM. What was finished before is whole. Then go on with --resume_from_checkpoint" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_the_deadline_ends_drawing_too(train, monkeypatch, capfd, tmp_path):
+    drawn, draw = [], drawing.draw
+
+    def draw_one(*arguments, **options):
+        drawn.append(1)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(drawing, "draw", draw_one)
+    show = ["--validation_prompt", "a star", "--num_validation_images", 30, "--validation_inference_steps", 2]
+    train(*show, "--max_train_minutes", 0.001, output_dir=tmp_path / "run")
+    assert len(drawn) == 1  # the one that saw that it is over
+    said = capfd.readouterr().out
+    assert "Ended after 0 of 4 steps, since --max_train_minutes is over. Go on with:" in said
+
+
 def test_ctrl_c_into_a_pipe_that_has_ended_saves_too(train_arguments, tmp_path):
     words = [
         sys.executable,

@@ -333,6 +333,26 @@ def test_the_best_adapter_is_that_of_the_lowest_loss_of_a_run_that_gets_worse(fl
     assert kept != bits(output_dir)
 
 
+def test_a_best_that_is_later_than_the_checkpoint_is_kept_where_its_step_is_not_measured_again(train, tmp_path):
+    flags = [*RUN, *TOO_FAST, "--save_best"]
+    whole = train(*flags)
+    assert best_of(whole)[0]["step"] == 2
+    for name in ("checkpoint-1", "best"):
+        shutil.copytree(whole / name, tmp_path / name)
+    resume = ["--resume_from_checkpoint", "latest", "--validation_loss_steps", 3]
+    train(*flags, *resume, output_dir=tmp_path)
+    assert best_of(tmp_path) == best_of(whole)
+
+
+def test_an_adapter_that_is_ruined_is_not_written_over_a_good_one(train, tmp_path):
+    output_dir = train(*RUN, *FEW, "--max_train_steps", 1, output_dir=tmp_path)
+    good = bits(output_dir)
+    again = ["--resume_from_checkpoint", "latest", "--resume_with_changes", "--learning_rate", 1e37]
+    with pytest.raises(UserError, match=r"The validation loss is nan after the last step: .*Lower --learning_rate"):
+        train(*RUN, *FEW, *again, "--max_train_steps", 2, "--validation_loss_steps", 9, output_dir=tmp_path)
+    assert bits(output_dir) == good
+
+
 def test_without_the_flag_no_best_is_kept(train):
     output_dir = train(*RUN, *FEW, "--max_train_steps", 1, "--report_to", "none")
     assert not (output_dir / "best").exists()

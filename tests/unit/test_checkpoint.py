@@ -320,6 +320,20 @@ def run(tmp_path):
     return {"optimizer": optimizer, "scaler": None, "models": {"unet": model}, "flat": flat, "ema": None}
 
 
+def test_an_old_checkpoint_that_lies_elsewhere_loses_its_link_alone(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    writer = checkpoint_writer.CheckpointWriter(tmp_path / "run", 1, **run)
+    elsewhere = tmp_path / "elsewhere"
+    writer.save(1, WHERE)
+    writer.wait()
+    (tmp_path / "run" / "checkpoint-1").rename(elsewhere)
+    (tmp_path / "run" / "checkpoint-1").symlink_to(elsewhere)
+    writer.save(2, WHERE)
+    writer.finish()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    assert checkpoint.find_damage(elsewhere) is None
+
+
 def test_what_is_written_is_of_the_moment_of_the_call(run, tmp_path):
     writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
     weights = run["flat"].detach().clone()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from rasengan import UserError, endings
+from rasengan import UserError, endings, stopping
 
 
 def failing(error):
@@ -27,6 +27,7 @@ def failing(error):
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: --here cannot be written or read: No space"),
         (torch.OutOfMemoryError(), 2, "error: The card's memory does not suffice."),
         (KeyboardInterrupt(), 130, "\nEnded by Ctrl-C."),
+        (stopping.Terminated(), 143, "\nEnded by SIGTERM."),
     ],
 )
 def test_an_error_of_the_user_is_one_line_and_a_code(capsys, error, code, said):
@@ -45,12 +46,13 @@ def test_one_of_several_processes_says_which_it_is_and_a_lost_place_what_comes_a
 def test_training_ends_so_too_where_the_cards_memory_does_not_suffice_for_what_comes_before_its_steps(
     train_script, monkeypatch, capsys
 ):
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(train_script, "main", failing(torch.OutOfMemoryError("24 GiB, a hundred words")))
     monkeypatch.setattr(train_script, "parse_args", lambda argv: None)
     assert train_script.run([]) == 2
     assert re.fullmatch(r"error: The card's memory does not suffice\. .*\n", capsys.readouterr().err)
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EBADF, "Bad file descriptor")])

@@ -5,7 +5,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 
 from rasengan import components, fused, lora, memory, step

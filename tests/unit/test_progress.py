@@ -54,7 +54,8 @@ def test_what_a_checkpoint_kept_is_counted_on():
 @pytest.mark.parametrize(
     ("rows", "is_stuck"),
     [
-        ([(math.nan, math.nan)] * (STUCK - 1), False),  # one step's samples may be at fault
+        ([(1.0, 1.0)] + [(math.nan, math.nan)] * (STUCK - 1), False),  # one step's samples may be at fault
+        ([(math.nan, math.nan)] * (STUCK - 1), True),  # but not those of all that there were
         ([(math.nan, math.nan)] * STUCK, True),
         ([(1.0, math.inf)] * STUCK, False),  # how the gradient scaler finds its scale
         ([(math.nan, math.nan)] * STUCK + [(1.0, 1.0)], False),
