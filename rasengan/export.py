@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from rasengan import UserError
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import write_diffusers, write_peft
-from rasengan.adapters import DIFFUSERS_FILE, Adapter, fit_names
+from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, Adapter, fit_names
 from rasengan.files import give_default_mode, room, sync, write_failure
 from rasengan.naming import encoder_name
 
@@ -107,7 +107,8 @@ def check_finite(models: dict[str, torch.nn.Module], last_good: str = "") -> Non
 def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str = "") -> None:
     """Write both kinds of adapter into a folder, `pytorch_lora_weights.safetensors` and `peft/`, and verify them.
 
-    Each file appears under its name whole, and in place of an older one.
+    Each file appears under its name whole, and in place of an older one. An older text encoder that is not trained now
+    is removed from `peft/` at the end.
 
     Args:
         directory: it exists.
@@ -144,15 +145,23 @@ def _publish(directory: Path, models: dict[str, torch.nn.Module]) -> None:
             give_default_mode(file)
             sync(file)
             file.replace(final)
+        # Of an older run: readers would take them for parts of this adapter. They go last, each at once.
+        for name in ADAPTABLE[1:]:
+            if name not in models and (stale := directory / "peft" / name).is_dir():
+                stale.rename(Path(unfinished) / name)
 
 
 def verify_saved(path: Path, models: dict[str, torch.nn.Module]) -> None:
-    """Read an adapter back, and compare it with the live weights bit for bit, alpha and rank included.
+    """Read an adapter back, and compare it with the live weights bit for bit, alpha, rank and components included.
 
     Raises:
         RuntimeError: what is on disk is not what was trained.
     """
     adapter = read_adapter(path)
+    if others := sorted(adapter.weights.keys() - models.keys()):
+        raise RuntimeError(
+            f"{path} does not hold the trained adapter alone: reading it back gave the {others[0]}'s too. Remove it."
+        )
     for name, model in models.items():
         live, saved = adapter_weights(model), fit_names(adapter.weights.get(name, {}), model)
         same = live.keys() == saved.keys() and all(torch.equal(live[k].cpu(), saved[k]) for k in live)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,7 +211,33 @@ def test_another_alpha_or_rank_on_disk_is_noticed(models, saved, change):
         setattr(other.peft_config["default"], field, value)
     for path in (saved, saved / "peft"):
         with pytest.raises(RuntimeError, match="does not hold the trained unet adapter"):
-            export.verify_saved(path, {"unet": other})
+            export.verify_saved(path, models | {"unet": other})
+
+
+def test_an_encoder_of_an_older_run_goes_once_the_new_adapter_is_whole(tiny_base, models, tmp_path, monkeypatch):
+    export.publish(tmp_path, models)
+    newer = train_a_little({"unet": load(tiny_base, "unet")})
+    for parameter in lora.trainable_parameters(*newer.values()).values():
+        parameter.data.mul_(2)
+    live, seen, rename = export.adapter_weights(newer["unet"]), [], Path.rename
+
+    def look_and_rename(path, target):
+        there = [adapter_reader.read_adapter(place).weights["unet"] for place in (tmp_path, tmp_path / "peft")]
+        seen.append([all(torch.equal(weights[key], live[key]) for key in live) for weights in there])
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", look_and_rename)
+    export.publish(tmp_path, newer)
+    assert seen == [[True, True]] * 2  # as each of both encoders went: a run that is killed there has lost nothing
+    assert {path.name for path in tmp_path.iterdir()} == {adapters.DIFFUSERS_FILE, "peft"}
+    for place in (tmp_path, tmp_path / "peft"):
+        assert list(adapter_reader.read_adapter(place).weights) == ["unet"]
+
+
+def test_a_component_on_disk_that_was_not_trained_is_noticed(models, saved):
+    for path in (saved, saved / "peft"):
+        with pytest.raises(RuntimeError, match="does not hold the trained"):
+            export.verify_saved(path, {"unet": models["unet"]})
 
 
 def test_a_diverged_adapter_is_not_blamed_on_the_disk(tiny_base, tmp_path):
