@@ -39,7 +39,6 @@ from rasengan import (
     imaging,
     merging,
     miniature,
-    objective,
     processes,
     prompts,
     samples,
@@ -193,12 +192,7 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[str]]:
     """Return the pictures as training reads them, and notes on which of them it saw."""
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
-    dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
-    dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
-    column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
-    with make_bar("Checking pictures", len(dataset)) as bar:
-        pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
+    _, dataset, pictures = data.find_pictures(vars(args), make_bar)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     captions = read_captions(dataset, args.caption_column, pictures)
     rows = held_out.split(pictures, args.validation_split, args.seed)
@@ -237,15 +231,6 @@ def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapt
     adapter = read_adapter(path, lora_alpha)
     merging.check_fits(adapter, skeletons)
     return adapter
-
-
-def load_scheduler(args: argparse.Namespace, folder: Path):
-    """Return the base's scheduler, with the prediction type of the training."""
-    scheduler = components.load("scheduler", folder)
-    prediction_type = objective.check_prediction_type(args.prediction_type or scheduler.config.prediction_type)
-    scheduler.register_to_config(prediction_type=prediction_type)
-    drawing.check_steps(scheduler, args.num_inference_steps)
-    return scheduler
 
 
 def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[Drawn], list[world.Scene]]:
@@ -335,7 +320,8 @@ def main(args: argparse.Namespace) -> None:
         notes.append("The base is not the miniature: what the judge says of its pictures means nothing.")
     drawn, scenes = choose_pictures(args, measured)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    scheduler = load_scheduler(args, folders["scheduler"])
+    scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
+    drawing.check_steps(scheduler, args.num_inference_steps)
     for prompt, length, most in prompts.too_long(list({one.prompt for one in drawn}), folders):
         notes.append(f"Only the first {most} of {length} tokens are used of: {prompt}")
 
