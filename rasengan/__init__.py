@@ -1,4 +1,4 @@
-"""The tested parts behind `scripts/train_lora_sdxl.py` and `scripts/infer.py`."""
+"""The tested parts behind the programs in `scripts/`."""
 
 import logging
 import re

@@ -1,6 +1,7 @@
-"""Write an adapter in the layouts of diffusers, PEFT and kohya; alpha goes with it in each."""
+"""Write an adapter in the layouts of diffusers, PEFT and kohya, alpha with it in each; compare what is read back."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from rasengan.adapters import (
     default_alpha,
     fit_names,
     kind_of,
+    strength_of,
 )
 from rasengan.naming import KOHYA_PARTS, encoder_name, kohya_name
 
@@ -96,7 +98,8 @@ def write_peft(folder: Path, weights: dict[str, torch.Tensor], config: Config) -
     """Write weights of one component, by name, and their configuration as a PEFT folder, made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     # PeftModel.from_pretrained only warns about keys without this prefix, and leaves lora_B at zero.
-    save_file({PEFT_PREFIX + k: v for k, v in weights.items()}, folder / PEFT_FILE, metadata={"format": "pt"})
+    tensors = {PEFT_PREFIX + key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+    save_file(tensors, folder / PEFT_FILE, metadata={"format": "pt"})
     config.save_pretrained(folder)
 
 
@@ -136,3 +139,27 @@ def write_kohya(file: Path, adapter: Adapter) -> None:
 def _kohya_shape(magnitude: torch.Tensor) -> torch.Tensor:
     """Return DoRA's vector, (out,) or of a convolution (1, out, 1, 1), in kohya's shape, which begins with out."""
     return magnitude[:, None] if magnitude.ndim == 1 else magnitude.transpose(0, 1)
+
+
+# --- what is read back ---
+
+
+def same_adapter(one: Adapter, other: Adapter) -> bool:
+    """Say whether two adapters have the same bits in every weight, and the same strength to what fp32 can say.
+
+    They may lie on different devices.
+    """
+    if one.weights.keys() != other.weights.keys():
+        return False
+    for name in one.weights:
+        left, right = (
+            {key.removeprefix("text_model."): tensor.cpu() for key, tensor in adapter.weights[name].items()}
+            for adapter in (one, other)
+        )
+        if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
+            return False
+        for module in by_module(left):
+            strengths = [strength_of(config, module) for config in (one.configs[name], other.configs[name])]
+            if not math.isclose(*strengths, rel_tol=1e-6):
+                return False
+    return True

@@ -194,6 +194,11 @@ def together(caches: list[ShardedCache]) -> Mapping[str, dict[str, torch.Tensor]
     return caches[0] if len(caches) == 1 else ChainMap(*caches)
 
 
+def is_one(place: object) -> bool:
+    """Say whether a place, as a stranger's file may name it, is a folder in which a cache was built."""
+    return isinstance(place, str) and any(os.path.isdir(os.path.join(place, part)) for part in ("latents", "prompts"))
+
+
 def disk_bytes(*groups: Mapping | None) -> int:
     """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none."""
     caches = [part for rows in groups if rows is not None for part in getattr(rows, "maps", [rows])]

@@ -222,16 +222,21 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} holds no names with values. Write lines such as `rank: 16`.")
+    return words_of(settings, parser, f"--config {file}")
+
+
+def words_of(settings: Mapping[str, object], parser: argparse.ArgumentParser, source: str) -> list[str]:
+    """Return names and values as `words_of_file` does; `source` says in errors where they stand."""
     flags = {action.dest: action for action in parser._actions if action.dest not in {"config", "help"}}
     words = []
     for name, value in settings.items():
         if name not in flags:
-            raise UserError(f"--config {file}: {_without_token(str(name))!r} is no flag. --help lists them.")
+            raise UserError(f"{source}: {_without_token(str(name))!r} is no flag. --help lists them.")
         try:
             words += [] if value is None else _words(flags[name], value)
         except ValueError as expected:
             given = "something else" if name == "hub_token" else repr(value)
-            raise UserError(f"--config {file}: {name} is {given}. Write {expected}.") from None
+            raise UserError(f"{source}: {name} is {given}. Write {expected}.") from None
     return words
 
 

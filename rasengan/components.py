@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rasengan import UserError, first_line
+from rasengan import UserError, first_line, objective
 from rasengan.files import read_json_or_empty
 
 
@@ -350,6 +350,19 @@ def load_text_encoders(
         load(name, folders[name], dtype, variant).to(device) for name in ("text_encoder", "text_encoder_2")
     ]
     return [load(name, folders[name]) for name in TOKENIZERS], text_encoders
+
+
+def load_scheduler(folder: Path, prediction_type: str | None) -> SchedulerMixin:
+    """Load the base's scheduler, with the prediction type of a training; None for the scheduler's own.
+
+    Raises:
+        UserError: it cannot be loaded, or there is no target for its prediction type.
+    """
+    scheduler = load("scheduler", folder)
+    # A scheduler that does not know the setting is of the noise's kind.
+    prediction_type = prediction_type or scheduler.config.get("prediction_type", "epsilon")
+    scheduler.register_to_config(prediction_type=objective.check_prediction_type(prediction_type))
+    return scheduler
 
 
 def _scheduler_class(folder: Path) -> type[SchedulerMixin]:

@@ -1,7 +1,6 @@
 """Write an adapter in another layout: whole or not at all, and read back bit for bit."""
 
 import copy
-import math
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 
 from rasengan import UserError, locks
 from rasengan.adapter_reader import read_adapter
-from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
+from rasengan.adapter_writer import same_adapter, write_diffusers, write_kohya, write_peft_folders
 from rasengan.adapters import WHOLE_LOKR, Adapter, by_module, kind_of, rank_of, strength_of
 from rasengan.families import SDXL, guess_family, not_in_sdxl
 from rasengan.files import give_default_mode, sync, write_failure
@@ -134,21 +133,3 @@ def _verify(written: Path, adapter: Adapter, path: Path) -> None:
     found = read_adapter(written)
     if not same_adapter(found, adapter):
         raise RuntimeError(f"{path} was not written: reading it back gave another adapter. The disk may be damaged.")
-
-
-def same_adapter(one: Adapter, other: Adapter) -> bool:
-    """Say whether two adapters have the same bits in every weight, and the same strength to what fp32 can say."""
-    if one.weights.keys() != other.weights.keys():
-        return False
-    for name in one.weights:
-        left, right = (
-            {key.removeprefix("text_model."): tensor for key, tensor in adapter.weights[name].items()}
-            for adapter in (one, other)
-        )
-        if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
-            return False
-        for module in by_module(left):
-            strengths = [strength_of(config, module) for config in (one.configs[name], other.configs[name])]
-            if not math.isclose(*strengths, rel_tol=1e-6):
-                return False
-    return True

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import datasets
@@ -16,9 +16,10 @@ import huggingface_hub
 import numpy as np
 import pyarrow.compute
 import yaml
+from tqdm.auto import tqdm
 
 from rasengan import UserError, captions, first_line, printable
-from rasengan.imaging import Picture, is_picture_name
+from rasengan.imaging import Picture, inspect_pictures, is_picture_name
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,42 @@ def check_settings(dataset_name: str | None, train_data_dir: str | None, resolut
     for flag, value in (("--resolution", resolution), ("--bucket_step_px", bucket_step_px)):
         if value % 8:
             raise UserError(f"{flag} is {value}. Give a multiple of 8, such as {value // 8 * 8}.")
+
+
+def check_outside(settings: Mapping[str, object]) -> None:
+    """Check that what is written does not lie among the pictures; the settings are by the names of their flags.
+
+    Raises:
+        UserError: it does.
+    """
+    directory = settings["train_data_dir"]
+    for flag in ("output_dir", "conditioning_cache_dir", "cache_dir", "logging_dir"):
+        place = settings.get(flag)
+        if place and directory and Path(place).resolve().is_relative_to(Path(directory).resolve()):
+            raise UserError(
+                f"--{flag} {place} lies in --train_data_dir {directory}: what is written there would be among what to "
+                "train on when the folder is read again. Give one outside of it."
+            )
+
+
+def find_pictures(
+    settings: Mapping[str, object], make_bar: Callable[[str, int], tqdm]
+) -> tuple[datasets.Dataset, datasets.Dataset, list[Picture]]:
+    """Return the whole data set, the rows that are drawn of it, and what is known of the picture of each.
+
+    Args:
+        settings: by the names of their flags.
+        make_bar: called with what a progress bar is of, and with how many.
+
+    Raises:
+        UserError: as `load_pictures`. A picture that cannot be used is none: what is known of it says why.
+    """
+    names = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "cache_dir")
+    whole = load_pictures(*(settings[name] for name in names))
+    drawn, positions = draw_samples(whole, settings["max_train_samples"], settings["seed"])
+    column, memory_dir = drawn[settings["image_column"]], Path(settings["conditioning_cache_dir"])
+    with make_bar("Checking pictures", len(drawn)) as bar:
+        return whole, drawn, inspect_pictures(column, memory_dir, bar.update, positions)
 
 
 def load_pictures(

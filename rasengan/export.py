@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from rasengan import UserError
 from rasengan.adapter_reader import read_adapter
-from rasengan.adapter_writer import write_diffusers, write_peft
-from rasengan.adapters import DIFFUSERS_FILE, Adapter, fit_names
+from rasengan.adapter_writer import same_adapter, write_diffusers, write_peft_folders
+from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, Adapter
 from rasengan.files import give_default_mode, room, sync, write_failure
 from rasengan.naming import encoder_name
 
@@ -63,19 +63,6 @@ class AdapterLayout(NamedTuple):
         return Adapter(weights, self.configs)
 
 
-def save_diffusers(directory: Path, models: dict[str, torch.nn.Module]) -> None:
-    """Write `pytorch_lora_weights.safetensors` of the adapted components by name, as `write_diffusers` does."""
-    write_diffusers(directory, live_adapter(models))
-
-
-def save_peft(directory: Path, models: dict[str, torch.nn.Module]) -> None:
-    """Write the UNet's LoRA as a PEFT folder, and each text encoder's as one inside it, named after the encoder."""
-    for name, model in models.items():
-        folder = directory if name == "unet" else directory / name
-        weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_weights(model).items()}
-        write_peft(folder, weights, _config_of(model))
-
-
 def _config_of(model: torch.nn.Module) -> LoraConfig:
     config = copy.deepcopy(model.peft_config["default"])
     # A set, whose order follows the hash seed, would make equal runs write different files.
@@ -107,7 +94,8 @@ def check_finite(models: dict[str, torch.nn.Module], last_good: str = "") -> Non
 def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str = "") -> None:
     """Write both kinds of adapter into a folder, `pytorch_lora_weights.safetensors` and `peft/`, and verify them.
 
-    Each file appears under its name whole, and in place of an older one.
+    Each file appears under its name whole, and in place of an older one. An older text encoder that is not trained now
+    is removed from `peft/` at the end.
 
     Args:
         directory: it exists.
@@ -116,49 +104,40 @@ def publish(directory: Path, models: dict[str, torch.nn.Module], last_good: str 
 
     Raises:
         UserError: the adapter is not finite, or the folder cannot be written.
-        RuntimeError: reading back gave other weights.
+        RuntimeError: reading back gave another adapter.
     """
     check_finite(models, last_good)
+    adapter = live_adapter(models)
     try:
-        _publish(directory, models)
+        _publish(directory, adapter)
     except (OSError, SafetensorError) as error:
         reason = write_failure(error)
         go_on = f"go on from {last_good} with --resume_from_checkpoint latest" if last_good else "run it again"
-        weights = [tensor for model in models.values() for tensor in adapter_weights(model).values()]
+        weights = [tensor for named in adapter.weights.values() for tensor in named.values()]
         needed_bytes = 2 * sum(tensor.numel() * tensor.element_size() for tensor in weights)
         raise UserError(
             f"The adapter cannot be written to {directory}: {reason}. {room(directory, needed_bytes)}. Make room, and "
             f"{go_on}."
         ) from error
-    verify_saved(directory / DIFFUSERS_FILE, models)
-    verify_saved(directory / "peft", models)
+    for path in (directory / DIFFUSERS_FILE, directory / "peft"):
+        if not same_adapter(read_adapter(path), adapter):
+            raise RuntimeError(
+                f"{path} does not hold the trained adapter: reading it back gave another. The disk may be full or "
+                "damaged; the last checkpoint holds the weights."
+            )
 
 
-def _publish(directory: Path, models: dict[str, torch.nn.Module]) -> None:
+def _publish(directory: Path, adapter: Adapter) -> None:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as unfinished:
-        save_diffusers(Path(unfinished), models)
-        save_peft(Path(unfinished) / "peft", models)
+        write_diffusers(Path(unfinished), adapter)
+        write_peft_folders(Path(unfinished) / "peft", adapter)
         for file in sorted(path for path in Path(unfinished).rglob("*") if path.is_file()):
             final = directory / file.relative_to(unfinished)
             final.parent.mkdir(parents=True, exist_ok=True)
             give_default_mode(file)
             sync(file)
             file.replace(final)
-
-
-def verify_saved(path: Path, models: dict[str, torch.nn.Module]) -> None:
-    """Read an adapter back, and compare it with the live weights bit for bit, alpha and rank included.
-
-    Raises:
-        RuntimeError: what is on disk is not what was trained.
-    """
-    adapter = read_adapter(path)
-    for name, model in models.items():
-        live, saved = adapter_weights(model), fit_names(adapter.weights.get(name, {}), model)
-        same = live.keys() == saved.keys() and all(torch.equal(live[k].cpu(), saved[k]) for k in live)
-        config, expected = adapter.configs.get(name), model.peft_config["default"]
-        if not same or (config.r, config.lora_alpha) != (expected.r, expected.lora_alpha):
-            raise RuntimeError(
-                f"{path} does not hold the trained {name} adapter: reading it back gave other weights. The disk may "
-                "be full or damaged; the last checkpoint holds the weights."
-            )
+        # Of an older run: readers would take them for parts of this adapter. They go last, each at once.
+        for name in ADAPTABLE[1:]:
+            if name not in adapter.weights and (stale := directory / "peft" / name).is_dir():
+                stale.rename(Path(unfinished) / name)

@@ -133,7 +133,7 @@ def learning_rate_schedule(
         step_rules: of "piecewise_constant", as "1:10,0.1" (a factor of 1 until step 10, then of 0.1).
 
     Raises:
-        UserError: the name or the rules are not a schedule.
+        ValueError: the name or the rules are not a schedule.
     """
     # The optimizer here only lends its learning rate, from which the polynomial schedule decays.
     scheduler = get_scheduler(

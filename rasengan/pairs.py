@@ -97,12 +97,13 @@ class PairDrawer:
     def __init__(self, pipeline: Pipeline, prediction_type: str | None = None):
         """Take the pipeline to draw with, and the training's prediction type where the base has another.
 
-        Nothing is loaded before it is needed.
+        No model is loaded before it is needed.
+
+        Raises:
+            UserError: there is no target for the base's prediction type.
         """
         self.pipeline = pipeline
-        self.scheduler = components.load("scheduler", pipeline.folders["scheduler"])
-        if prediction_type:
-            self.scheduler.register_to_config(prediction_type=prediction_type)
+        self.scheduler = components.load_scheduler(pipeline.folders["scheduler"], prediction_type)
         self.tokenizers = [components.load(name, pipeline.folders[name]) for name in components.TOKENIZERS]
         self.text_encoders = {}  # the weights of each, by its name
         self.bases = OrderedDict()  # the last pictures of the base, by their settings

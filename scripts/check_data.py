@@ -52,27 +52,19 @@ def validate_args(args: argparse.Namespace) -> None:
     data.check_settings(args.dataset_name, args.train_data_dir, args.resolution, args.bucket_step_px)
     if args.max_train_samples is not None and args.seed is None:
         raise UserError("--max_train_samples draws by training's --seed. Give that too.")
-    directory = args.train_data_dir and Path(args.train_data_dir).resolve()
+    data.check_outside(vars(args))
     for flag in ("output_dir", "conditioning_cache_dir"):
-        if directory and Path(getattr(args, flag)).resolve().is_relative_to(directory):
-            raise UserError(
-                f"--{flag} {getattr(args, flag)} is inside of --train_data_dir, where its files would count as data. "
-                "Give another folder."
-            )
         check_writable(Path(getattr(args, flag)), f"--{flag}")
 
 
 def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[imaging.Picture], list[str]]:
     """Return the data set, what is known of each picture, and the files that no metadata names."""
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
-    dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
+    whole, dataset, pictures = data.find_pictures(
+        vars(args), lambda description, total: tqdm(desc=description, total=total, dynamic_ncols=True)
+    )
     unlisted = []
     if args.dataset_name is None:
-        unlisted = data_survey.unlisted_pictures(args.train_data_dir, dataset[args.image_column])
-    dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
-    column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
-    with tqdm(desc="Checking pictures", total=len(dataset), dynamic_ncols=True) as bar:
-        pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
+        unlisted = data_survey.unlisted_pictures(args.train_data_dir, whole[args.image_column])
     return dataset, pictures, unlisted
 
 

@@ -42,7 +42,6 @@ from rasengan import (
     imaging,
     merging,
     miniature,
-    objective,
     processes,
     prompts,
     samples,
@@ -54,7 +53,14 @@ from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter
 from rasengan.captions import read_captions
-from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type, share_or_count_type
+from rasengan.command_line import (
+    Parser,
+    conditioning_cache_dir,
+    number_type,
+    path_type,
+    share_or_count_type,
+    words_of,
+)
 from rasengan.endings import in_one_line
 from rasengan.evaluation import KINDS, Drawn, Losses, Point
 from rasengan.files import check_writable, read_json_or_empty, remove_left_behind, write_atomically
@@ -128,17 +134,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     given = parser.parse_args(argv)
     run = find_run(given.lora_weights)
-    settings = read_json_or_empty(run / "args.json") if run else {}
+    file = run / "args.json" if run else None
+    settings = read_json_or_empty(file) if run else {}
     known = {action.dest for action in parser._actions} - OWN
     if any(getattr(given, name) for name in SOURCE):
         known -= {*SOURCE, "max_train_samples"}  # other pictures than the run's
     if settings.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
         known.discard("mixed_precision")  # it was trained on another machine
-    if not os.path.isdir(settings.get("conditioning_cache_dir") or ""):
-        known.discard("conditioning_cache_dir")  # likewise
-    parser.set_defaults(**{name: settings[name] for name in known & settings.keys()})
+    if not cache.is_one(settings.get("conditioning_cache_dir")):
+        known.discard("conditioning_cache_dir")  # likewise, or it names what is none
+    words = words_of({name: settings[name] for name in known & settings.keys()}, parser, str(file))
+    try:
+        of_run = parser.parse_args([*words, "--lora_weights", given.lora_weights])
+    except UserError as error:
+        raise UserError(f"{file} is not as a training writes it: {error}") from error
+    parser.set_defaults(**{name: getattr(of_run, name) for name in known & settings.keys()})
     args = parser.parse_args(argv)
-    args.run, args.run_settings = run, settings
+    args.run, args.run_settings = run, settings | {name: getattr(of_run, name) for name in known & settings.keys()}
     args.output_dir = args.output_dir or str((run or Path()) / "evaluation")
     if args.num_pictures is None:
         args.num_pictures = 200 if args.judge else len(args.prompt) or 8
@@ -163,6 +175,7 @@ def validate_args(args: argparse.Namespace) -> None:
             "base and pictures. Give one, or --pretrained_model_name_or_path, --train_data_dir and --validation_split."
         )
     data.check_settings(args.dataset_name, args.train_data_dir, args.resolution, args.bucket_step_px)
+    data.check_outside(vars(args))
     if args.validation_split is None:
         no_split = f"The run in {args.run} held out no pictures" if args.run else "No pictures are held out"
         raise UserError(
@@ -200,12 +213,7 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[str]]:
     """Return the pictures as training reads them, and notes on which of them it saw."""
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
-    dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
-    dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
-    column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
-    with make_bar("Checking pictures", len(dataset)) as bar:
-        pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
+    _, dataset, pictures = data.find_pictures(vars(args), make_bar)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     captions = read_captions(dataset, args.caption_column, pictures)
     rows = held_out.split(pictures, args.validation_split, args.seed)
@@ -218,7 +226,7 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     elif settings.get("data_digest") != data.data_digest(pictures, captions):
         notes.append("These are not the pictures and captions of the training: it may have seen held-out ones.")
     else:
-        seen = held_out.split(pictures, settings.get("validation_split"), settings["seed"]).trained
+        seen = held_out.split(pictures, settings.get("validation_split"), settings.get("seed", 0)).trained
         chosen, known = ({pictures[row].digest for row in some} for some in (rows.held_out, seen))
         trained = [row for row in seen if pictures[row].digest not in chosen]
         if met := len(chosen & known):
@@ -244,15 +252,6 @@ def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapt
     adapter = read_adapter(path, lora_alpha)
     merging.check_fits(adapter, skeletons)
     return adapter
-
-
-def load_scheduler(args: argparse.Namespace, folder: Path):
-    """Return the base's scheduler, with the prediction type of the training."""
-    scheduler = components.load("scheduler", folder)
-    prediction_type = objective.check_prediction_type(args.prediction_type or scheduler.config.prediction_type)
-    scheduler.register_to_config(prediction_type=prediction_type)
-    drawing.check_steps(scheduler, args.num_inference_steps)
-    return scheduler
 
 
 def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[Drawn], list[world.Scene]]:
@@ -340,7 +339,8 @@ def main(args: argparse.Namespace) -> None:
         notes.append("The base is not the miniature: what the judge says of its pictures means nothing.")
     drawn, scenes = choose_pictures(args, measured)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
-    scheduler = load_scheduler(args, folders["scheduler"])
+    scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
+    drawing.check_steps(scheduler, args.num_inference_steps)
     for prompt, length, most in prompts.too_long(list({one.prompt for one in drawn}), folders):
         notes.append(f"Only the first {most} of {length} tokens are used of: {prompt}")
 
@@ -368,7 +368,8 @@ def main(args: argparse.Namespace) -> None:
     both = [make_samples(rows=rows) for rows in (measured.held_out, measured.trained)]
 
     # --- base and tuned: their losses, and what they draw ---
-    pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size", 4)
+    pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size")
+    batch_size = batch_size if type(batch_size) is int and batch_size > 0 else 4
     bench = evaluation.Bench(pipeline, scheduler, embeds, args.lora_scale, batch_size, negative)
     sampler = sdxl.make_sampler(scheduler, args.scheduler)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}

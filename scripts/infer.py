@@ -228,14 +228,6 @@ def report(model: Model, component: str, change: merging.MergeReport) -> None:
         print("warning: this is too small a change to be seen. Was the adapter trained, and is its alpha right?")
 
 
-def load_scheduler(args: argparse.Namespace, folders: dict[str, Path]):
-    """Return the base's scheduler, with the prediction type of the training."""
-    scheduler = components.load("scheduler", folders["scheduler"])
-    if args.prediction_type:
-        scheduler.register_to_config(prediction_type=args.prediction_type)
-    return scheduler
-
-
 def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, model: Model) -> dict:
     """Return the embeddings of each prompt, and of the negative one, as this model's text encoders give them."""
     texts = list(dict.fromkeys([*args.prompt, *([] if args.negative_prompt is None else [args.negative_prompt])]))
@@ -289,7 +281,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
 def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[Model], embeds: list[dict], init):
     """Yield (model's place, prompt's number, latents) for this process's share of the prompts, model by model."""
-    scheduler = sdxl.make_sampler(load_scheduler(args, pipeline.folders), args.scheduler)
+    scheduler = components.load_scheduler(pipeline.folders["scheduler"], args.prediction_type)
+    scheduler = sdxl.make_sampler(scheduler, args.scheduler)
     seeds = seeds_of(args)
     mine = range(accelerator.process_index, len(args.prompt), accelerator.num_processes)
     options = {name: getattr(args, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
@@ -369,7 +362,8 @@ def main(args: argparse.Namespace) -> None:
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
     if args.guidance_scale > 1:
         args.negative_prompt = components.negative_prompt(args.negative_prompt, folders)
-    drawing.check_steps(sdxl.make_sampler(load_scheduler(args, folders), args.scheduler), args.num_inference_steps)
+    scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
+    drawing.check_steps(sdxl.make_sampler(scheduler, args.scheduler), args.num_inference_steps)
 
     if args.prompt:
         texts = args.prompt + [args.negative_prompt] * (args.negative_prompt is not None)
@@ -390,7 +384,7 @@ def main(args: argparse.Namespace) -> None:
                 print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
         pipeline.drop_unet()
     if args.save_merged and accelerator.is_main_process:
-        scheduler, (tuned,) = load_scheduler(args, folders), [model for model in models if model.adapters]
+        (tuned,) = [model for model in models if model.adapters]
         where = Path(args.save_merged), folders, args.variant
         say = partial(report, tuned) if not args.prompt else lambda *_: None  # drawing has said it
         whole_model.save_tuned(*where, dtype, scheduler, tuned.adapters, say)

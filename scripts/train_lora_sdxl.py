@@ -69,7 +69,6 @@ from rasengan import (
     lora,
     memory,
     nvrtc,
-    objective,
     optim,
     processes,
     resuming,
@@ -314,17 +313,11 @@ def validate_args(args: argparse.Namespace) -> None:
         make_optimizer(args, torch.nn.Parameter(torch.zeros(1)), args.learning_rate)
     except ValueError as error:  # Prodigy takes no rate of 0, for example
         raise UserError(f"--optimizer {args.optimizer} cannot be used so: {first_line(error)}.") from error
-    places = {name: getattr(args, name) for name in ("output_dir", "conditioning_cache_dir", "cache_dir")}
-    places["logging_dir"] = Path(args.output_dir, args.logging_dir)
+    outputs, logs = Path(os.path.abspath(args.output_dir)), Path(args.output_dir, args.logging_dir)
+    data.check_outside(vars(args) | {"logging_dir": logs})
+    places = {"conditioning_cache_dir": args.conditioning_cache_dir, "cache_dir": args.cache_dir, "logging_dir": logs}
     for flag, place in places.items():
-        if place and args.train_data_dir and Path(place).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
-            raise UserError(
-                f"--{flag} {place} lies in --train_data_dir {args.train_data_dir}: what is written there would be "
-                "among what to train on when the run is resumed. Give a folder outside of it."
-            )
-    outputs = Path(os.path.abspath(args.output_dir))
-    for flag in ("conditioning_cache_dir", "cache_dir", "logging_dir"):
-        place = Path(os.path.abspath(places[flag] or "elsewhere"))
+        place = Path(os.path.abspath(place or "elsewhere"))
         begin = place.relative_to(outputs).parts[:1] if place.is_relative_to(outputs) else ("elsewhere",)
         if not begin or begin[0] in {*FOLDERS_WRITTEN, *FILES_WRITTEN} or begin[0].startswith(("checkpoint-", ".")):
             raise UserError(f"--{flag} {getattr(args, flag)} is for other files in --output_dir. Give another name.")
@@ -388,12 +381,7 @@ def choose_kernels(args: argparse.Namespace, device: torch.device) -> None:
 def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
     """Return the dataset, what is known of each picture, and each one's captions, without the broken pictures."""
     with processes.one_goes_first(accelerator.is_local_main_process):
-        source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
-        dataset = data.load_pictures(*source, args.image_column, args.caption_column, args.cache_dir)
-        dataset, positions = data.draw_samples(dataset, args.max_train_samples, args.seed)
-        column, memory_dir = dataset[args.image_column], Path(args.conditioning_cache_dir)
-        with progress_bar(accelerator, "Checking pictures", len(dataset)) as bar:
-            pictures = imaging.inspect_pictures(column, memory_dir, bar.update, positions)
+        _, dataset, pictures = data.find_pictures(vars(args), partial(progress_bar, accelerator))
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     return dataset, pictures, read_captions(dataset, args.caption_column, pictures)
 
@@ -509,11 +497,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
     if args.push_to_hub and is_main and not args.plan_only:
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
-    scheduler = components.load("scheduler", folders["scheduler"])
+    scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
+    args.prediction_type = prediction_type = scheduler.config.prediction_type
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
-    prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
-    args.prediction_type = objective.check_prediction_type(prediction_type)
-    scheduler.register_to_config(prediction_type=prediction_type)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
     if not torch.isfinite(alphas_cumprod).all():
         raise UserError(

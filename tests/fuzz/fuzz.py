@@ -64,9 +64,10 @@ class Targets:
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
         inject_adapter_in_model(config, model)
         model.peft_config = {"default": config}
-        export.save_diffusers(work / "adapter", {"unet": model})
-        export.save_peft(work / "peft", {"unet": model})
-        adapter_writer.write_kohya(work / "kohya.safetensors", export.live_adapter({"unet": model}))
+        adapter = export.live_adapter({"unet": model})
+        adapter_writer.write_diffusers(work / "adapter", adapter)
+        adapter_writer.write_peft_folders(work / "peft", adapter)
+        adapter_writer.write_kohya(work / "kohya.safetensors", adapter)
         self.checkpoint = work / "run" / "checkpoint-2"
         shutil.copytree(work / "adapter", self.checkpoint)
         state = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 2, "noise_offset": 0.0}

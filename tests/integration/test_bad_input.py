@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from rasengan import UserError, components
+from rasengan.pairs import PairDrawer
+from rasengan.pipeline import Pipeline
 
 
 def link_base(tiny_base: Path, folder: Path, without: str = "") -> Path:
@@ -273,13 +275,17 @@ def test_a_base_that_leaves_its_defaults_unsaid_draws(draw, tiny_base, tmp_path)
     assert draw("--pretrained_model_name_or_path", base, "--prompt", "a star")
 
 
-def test_a_scheduler_without_a_target_is_refused(train, refused, tiny_base, tmp_path):
+def test_a_scheduler_without_a_target_is_refused(train, draw, refused, tiny_base, tmp_path):
     base = link_base(tiny_base, tmp_path / "base", without="scheduler")
     config = json.loads((tiny_base / "scheduler" / "scheduler_config.json").read_text())
     (base / "scheduler").mkdir()
     (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
-    few = ["--max_train_samples", 2, "--pretrained_model_name_or_path", base]
-    refused("'sample'.*--prediction_type epsilon or v_prediction", train, *few)
+    few, pattern = ["--pretrained_model_name_or_path", base], "'sample'.*--prediction_type epsilon or v_prediction"
+    refused(pattern, train, *few, "--max_train_samples", 2)
+    refused(pattern, draw, *few, "--prompt", "a star")
+    folders = {name: base / name for name in components.COMPONENTS}
+    with pytest.raises(UserError, match=pattern):
+        PairDrawer(Pipeline(folders, None, torch.device("cpu"), torch.float32))
 
 
 def test_what_the_machine_does_not_have_is_refused_first(train, refused, monkeypatch):

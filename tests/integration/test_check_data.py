@@ -404,11 +404,11 @@ def test_there_must_be_data(check):
         check(None)
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--conditioning_cache_dir"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--conditioning_cache_dir", "--cache_dir"])
 def test_nothing_is_written_into_the_data(check, folder, flag):
     before = fingerprint(folder)
     for place in (folder, folder / "below"):
-        with pytest.raises(UserError, match=f"{flag} .* is inside of --train_data_dir"):
+        with pytest.raises(UserError, match=f"{flag} .* lies in --train_data_dir"):
             check(folder, flag, place)
     assert fingerprint(folder) == before
 

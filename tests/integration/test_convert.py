@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rasengan import UserError, adapters, components, conversion, low_rank
+from rasengan import UserError, adapter_writer, adapters, components, conversion, low_rank
 from rasengan.adapter_reader import read_adapter
 
 
@@ -55,7 +55,7 @@ def test_from_a_run_over_every_layout_and_back_no_bit_is_lost(convert, request, 
     first = read_adapter(folder)
     for path in (kohya, diffusers, peft, again):
         found = read_adapter(path)
-        assert conversion.same_adapter(found, first)
+        assert adapter_writer.same_adapter(found, first)
         for name, config in first.configs.items():
             assert (found.configs[name].r, found.configs[name].lora_alpha) == (config.r, config.lora_alpha)
     assert {path.name for path in tmp_path.iterdir()} == {kohya.name, diffusers.name, peft.name, again.name}
@@ -106,7 +106,7 @@ def test_a_file_without_alpha_is_converted_with_the_alpha_that_is_given(convert,
     with pytest.raises(UserError, match="does not say its alpha"):
         convert(tmp_path / "a.safetensors", *options)
     file = convert(tmp_path / "a.safetensors", *options, "--lora_alpha", 32)
-    assert conversion.same_adapter(read_adapter(file), read_adapter(trained))
+    assert adapter_writer.same_adapter(read_adapter(file), read_adapter(trained))
 
 
 # --- rank ---

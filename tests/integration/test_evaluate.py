@@ -224,7 +224,7 @@ def test_the_adapter_of_a_run_that_was_begun_again_and_has_not_ended_has_not_the
     figures = evaluate("--lora_weights", tmp_path / "run", "--checkpoints", *FEW)
     assert figures["step"] is None
     assert re.match("Nothing says after which step this adapter was written", figures["notes"][0])
-    assert [point["step"] for point in figures["loss"]["curve"]["points"]] == [0, 2, 4, 5]
+    assert [point["step"] for point in figures["loss"]["curve"]["points"]] == [0, 2, 4]
 
 
 def test_an_adapter_of_no_run_is_evaluated_and_the_report_says_what_is_not_known(
@@ -288,6 +288,20 @@ def with_damaged_settings(run, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(run / ADAPTER, tmp_path / "run")
     (tmp_path / "run" / "args.json").write_text("{")
+    return ["--lora_weights", tmp_path / "run"]
+
+
+def with_settings_of_a_stranger(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "args.json").read_text()) | {"resolution": [1]}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
+    return ["--lora_weights", tmp_path / "run"]
+
+
+def with_a_number_of_a_stranger(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "args.json").read_text()) | {"max_train_samples": -3}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
     return ["--lora_weights", tmp_path / "run"]
 
 
@@ -360,6 +374,8 @@ def with_more_steps_than_timesteps(run, tmp_path):
         (of_a_folder_that_is_no_run, r"folder lies in no output folder of a training .* Give one, or"),
         (without_its_adapter, r"There is no adapter at .*run/pytorch_lora_weights\.safetensors\. Give"),
         (with_damaged_settings, r"run lies in no output folder of a training with an args\.json that names"),
+        (with_settings_of_a_stranger, r"run/args\.json: resolution is \[1\]\. Write a text or a number"),
+        (with_a_number_of_a_stranger, r"run/args\.json is not as a training writes it: .*'-3' is not a whole number"),
         (without_a_split, r"run held out no pictures\. Train with --validation_split, or give it here"),
         (of_another_base, r"The adapter does not fit the unet: .*Give the base model that it was trained on"),
         (without_its_pictures, r"gone is no folder\. Give one that holds pictures"),
@@ -380,6 +396,19 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(arguments, said, run, e
     words = arguments(run, tmp_path)
     refused(said, evaluate, *words)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_strangers_settings_choose_no_folder_to_write_in(run, evaluate, evaluate_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    private = tmp_path / "private"
+    private.mkdir()
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "args.json").read_text()) | {"conditioning_cache_dir": str(private)}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
+    args = evaluate_script.parse_args(["--lora_weights", str(tmp_path / "run")])
+    assert args.conditioning_cache_dir == str(tmp_path / "home" / "rasengan")
+    (private / "latents").mkdir()  # as in a cache, which is only added to
+    assert evaluate_script.parse_args(["--lora_weights", str(tmp_path / "run")]).conditioning_cache_dir == str(private)
 
 
 def test_a_folder_without_a_judge_is_refused(run, evaluate, refused, tmp_path):

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from rasengan import UserError, adapter_reader, adapters
 from rasengan.adapter_places import fetch_adapter
-from rasengan.adapter_writer import write_diffusers, write_kohya, write_peft_folders
-from rasengan.conversion import same_adapter
+from rasengan.adapter_writer import same_adapter, write_diffusers, write_kohya, write_peft_folders
 
 
 ROOT = Path(__file__).parents[2]

@@ -242,7 +242,7 @@ def test_from_diffusers_to_kohya_and_back_and_to_peft_every_bit_and_every_alpha_
     fourth = read_adapter(write(tmp_path / "4", third, "peft"))
     assert_same(first, second)
     assert_same(first, third)
-    assert conversion.same_adapter(first, fourth)
+    assert adapter_writer.same_adapter(first, fourth)
     for name, model in {"unet": live[kind], **encoders}.items():
         folder = tmp_path / "4" if name == "unet" else tmp_path / "4" / name
         loaded = PeftModel.from_pretrained(load(tiny_base, name), folder)
@@ -273,7 +273,7 @@ def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_left(live, tmp_path
 
 def test_text_encoders_alone_are_a_peft_folder_too(tiny_base, tmp_path):
     adapter = adapter_of(text_encoder=trained(tiny_base, TEXT, name="text_encoder"))
-    assert conversion.same_adapter(read_adapter(write(tmp_path / "a", adapter, "peft")), adapter)
+    assert adapter_writer.same_adapter(read_adapter(write(tmp_path / "a", adapter, "peft")), adapter)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -389,7 +389,7 @@ def test_a_comfyui_file_is_read_with_the_alpha_that_is_given(tiny_base, live, tm
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="does not say its alpha.*alpha = rank = 4"):
         read_adapter(tmp_path / "a.safetensors")
-    assert conversion.same_adapter(read_adapter(tmp_path / "a.safetensors", lora_alpha=6.0), adapter)
+    assert adapter_writer.same_adapter(read_adapter(tmp_path / "a.safetensors", lora_alpha=6.0), adapter)
 
 
 def family_file(path, keys):

@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import math
@@ -416,11 +417,27 @@ def test_a_best_that_reads_otherwise_than_it_was_written_leaves_the_former(run, 
 
     monkeypatch.setattr(adapter_writer, "write_diffusers", flip)
     writer.save_best(4, 0.4)
-    with pytest.raises(UserError, match="best cannot be written: what was written of the unet reads otherwise"):
+    with pytest.raises(UserError, match="best cannot be written: what was written of the adapter reads otherwise"):
         writer.wait()
     assert torch.equal(kept_best(tmp_path)[0], values)
     assert kept_best(tmp_path)[1] == said
     assert {path.name for path in tmp_path.iterdir()} == {"best"}
+
+
+def test_a_checkpoint_that_says_another_alpha_than_was_trained_with_is_none(run, tmp_path, monkeypatch):
+    write = adapter_writer.write_diffusers
+
+    def write_weaker(folder, adapter):
+        configs = {name: copy.copy(config) for name, config in adapter.configs.items()}
+        configs["unet"].lora_alpha /= 2
+        write(folder, adapter._replace(configs=configs))
+
+    monkeypatch.setattr(adapter_writer, "write_diffusers", write_weaker)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, None, **run)
+    writer.save(1, WHERE)
+    with pytest.raises(UserError, match="checkpoint-1 cannot be written: .* reads otherwise"):
+        writer.wait()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_so_many_are_kept_and_one_more_until_the_run_has_ended_well(run, tmp_path):

@@ -305,6 +305,28 @@ def test_a_tokenizer_loads_from_the_hubs_files_and_not_without_its_vocabulary(ba
     refuse(f"{component} in .*cannot be loaded", load, component, folder)
 
 
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        ("v_prediction", None, "v_prediction"),
+        ("v_prediction", "epsilon", "epsilon"),
+        ("sample", "epsilon", "epsilon"),
+        (None, None, "epsilon"),
+    ],
+)
+def test_a_scheduler_has_the_prediction_type_that_is_given_or_its_own(base, own, given, expected):
+    file = base / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | {"prediction_type": own}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value}))
+    assert components.load_scheduler(base / "scheduler", given).config.prediction_type == expected
+
+
+def test_a_scheduler_without_a_prediction_type_predicts_the_noise(base):
+    (base / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    assert "prediction_type" not in load("scheduler", base / "scheduler").config
+    assert components.load_scheduler(base / "scheduler", None).config.prediction_type == "epsilon"
+
+
 def test_a_scheduler_is_of_the_class_that_its_configuration_names(base):
     assert type(load("scheduler", base / "scheduler")) is diffusers.EulerDiscreteScheduler
     file = base / "scheduler" / "scheduler_config.json"

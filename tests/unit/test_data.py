@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm.auto import tqdm
 
 from rasengan import UserError, captions, components, data, imaging
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
@@ -290,6 +291,24 @@ def test_samples_are_drawn_as_the_datasets_library_shuffles(dataset):
     assert [dataset["text"][position] for position in positions] == drawn["text"][:]
     assert data.draw_samples(dataset, None, 3) == (dataset, list(range(64)))
     assert len(data.draw_samples(dataset, 1000, 3)[0]) == 64
+
+
+def test_pictures_are_found_drawn_and_looked_at_by_the_names_of_the_flags(dataset, pictures, picture_set, tmp_path):
+    settings = {"dataset_name": None, "dataset_config_name": None, "train_data_dir": str(picture_set)}
+    settings |= {"image_column": "image", "caption_column": "text", "max_train_samples": 5, "seed": 3}
+    settings |= {"cache_dir": str(tmp_path / "datasets"), "conditioning_cache_dir": str(tmp_path / "memory")}
+    bars = []
+
+    def make_bar(description, total):
+        bars.append((description, total))
+        return tqdm(disable=True)
+
+    whole, drawn, found = data.find_pictures(settings, make_bar)
+    assert whole["text"][:] == dataset["text"][:]
+    expected, positions = data.draw_samples(dataset, 5, seed=3)
+    assert drawn["text"][:] == expected["text"][:]
+    assert found == [pictures[position] for position in positions]
+    assert bars == [("Checking pictures", 5)]
 
 
 def test_broken_pictures_are_left_out_with_their_rows(dataset, pictures, caplog):

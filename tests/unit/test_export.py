@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,30 +188,65 @@ def test_equal_weights_give_equal_files_in_a_process_with_another_hash_seed(tiny
 
 
 @pytest.mark.parametrize(
-    "name", [adapters.DIFFUSERS_FILE, f"peft/{adapters.PEFT_FILE}", f"peft/text_encoder/{adapters.PEFT_FILE}"]
+    ("writer", "name"),
+    [
+        ("write_diffusers", adapters.DIFFUSERS_FILE),
+        ("write_peft_folders", adapters.PEFT_FILE),
+        ("write_peft_folders", f"text_encoder/{adapters.PEFT_FILE}"),
+    ],
 )
 @pytest.mark.parametrize("bit", [0, 7])
-def test_one_changed_bit_on_disk_is_noticed(models, saved, tmp_path, name, bit):
-    shutil.copytree(saved, tmp_path / "copy")
-    damaged = tmp_path / "copy" / name
-    path = damaged if damaged.name == adapters.DIFFUSERS_FILE else tmp_path / "copy" / "peft"
-    export.verify_saved(path, models)
-    content = bytearray(damaged.read_bytes())
-    content[-len(content) // 4] ^= 1 << bit
-    damaged.write_bytes(content)
-    with pytest.raises(RuntimeError, match="does not hold the trained"):
-        export.verify_saved(path, models)
+def test_one_changed_bit_on_disk_is_noticed(models, tmp_path, monkeypatch, writer, name, bit):
+    write = getattr(export, writer)
+
+    def write_and_flip(folder, adapter):
+        write(folder, adapter)
+        content = bytearray((folder / name).read_bytes())
+        content[-len(content) // 4] ^= 1 << bit
+        (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(export, writer, write_and_flip)
+    with pytest.raises(RuntimeError, match=f"{'peft' if 'peft' in writer else name} does not hold the trained"):
+        export.publish(tmp_path, models)
 
 
-@pytest.mark.parametrize("change", [{"lora_alpha": 4.0}, {"r": 8}])
-def test_another_alpha_or_rank_on_disk_is_noticed(models, saved, change):
-    other = copy.copy(models["unet"])
-    other.peft_config = {"default": copy.copy(models["unet"].peft_config["default"])}
-    for field, value in change.items():
-        setattr(other.peft_config["default"], field, value)
+@pytest.mark.parametrize(
+    "change", [{"lora_alpha": 4.0}, {"r": 8}, {"alpha_pattern": {"to_q": 4.0}}, {"use_rslora": True}]
+)
+def test_another_strength_on_disk_is_noticed(models, saved, change):
+    live = export.live_adapter(models)
     for path in (saved, saved / "peft"):
-        with pytest.raises(RuntimeError, match="does not hold the trained unet adapter"):
-            export.verify_saved(path, {"unet": other})
+        assert adapter_writer.same_adapter(adapter_reader.read_adapter(path), live)
+    for field, value in change.items():
+        setattr(live.configs["unet"], field, value)
+    for path in (saved, saved / "peft"):
+        assert not adapter_writer.same_adapter(adapter_reader.read_adapter(path), live)
+
+
+def test_an_encoder_of_an_older_run_goes_once_the_new_adapter_is_whole(tiny_base, models, tmp_path, monkeypatch):
+    export.publish(tmp_path, models)
+    newer = train_a_little({"unet": load(tiny_base, "unet")})
+    for parameter in lora.trainable_parameters(*newer.values()).values():
+        parameter.data.mul_(2)
+    live, seen, rename = export.adapter_weights(newer["unet"]), [], Path.rename
+
+    def look_and_rename(path, target):
+        there = [adapter_reader.read_adapter(place).weights["unet"] for place in (tmp_path, tmp_path / "peft")]
+        seen.append([all(torch.equal(weights[key], live[key]) for key in live) for weights in there])
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", look_and_rename)
+    export.publish(tmp_path, newer)
+    assert seen == [[True, True]] * 2  # as each of both encoders went: a run that is killed there has lost nothing
+    assert {path.name for path in tmp_path.iterdir()} == {adapters.DIFFUSERS_FILE, "peft"}
+    for place in (tmp_path, tmp_path / "peft"):
+        assert list(adapter_reader.read_adapter(place).weights) == ["unet"]
+
+
+def test_a_component_on_disk_that_was_not_trained_is_noticed(models, saved):
+    for path in (saved, saved / "peft"):
+        found, live = adapter_reader.read_adapter(path), export.live_adapter({"unet": models["unet"]})
+        assert not adapter_writer.same_adapter(found, live)
 
 
 def test_a_diverged_adapter_is_not_blamed_on_the_disk(tiny_base, tmp_path):

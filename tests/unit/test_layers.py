@@ -15,12 +15,13 @@ FLOORS = [
         "families",
         "near_duplicates",
         "nvrtc",
+        "objective",
         "row_file",
         "stopping",
     }
     | {"tensor_files", "world"},
     {"adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
-    | {"kernels", "locks", "memory", "miniature", "objective", "optim", "pages", "sdxl", "sheets"}
+    | {"kernels", "locks", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
     | {"single_file"},
     {"captions", "component_checks"},
     {

@@ -55,6 +55,14 @@ def test_what_a_sentence_says_to_run_is_part_of_a_command_that_is_shown_and_so_r
         assert any(command[start : start + len(words)] == words for command, start in starts), (script, words)
 
 
+def test_every_module_of_the_library_stands_once_in_its_table_and_each_row_begins_with_its_entry():
+    rows = re.findall(r"^\| `rasengan/`, [^|]+ \| (.*) \|$", PAGES[ROOT / "README.md"], re.MULTILINE)
+    modules = sorted(path.stem for path in (ROOT / "rasengan").glob("[!_]*.py"))
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == modules
+    for row in rows:
+        assert re.findall(r"\*\*`\w+`\*\*", row) == re.findall(r"^\*\*`\w+`\*\*", row) != []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_what_is_there(page):
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", PAGES[page]):
