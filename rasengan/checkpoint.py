@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -295,6 +296,7 @@ def load_checkpoint(
     models: dict[str, torch.nn.Module],
     flat: torch.nn.Parameter,
     ema: EMAModel | None = None,
+    check_state: Callable[[], object] = lambda: None,
 ) -> None:
     """Put a checkpoint's adapter, running average, optimizer's state and scaler into the live ones, in place.
 
@@ -305,6 +307,7 @@ def load_checkpoint(
         models: the adapted components by name.
         flat: the parameter that holds their adapters.
         ema: its running average, or None. In a checkpoint that has none it begins with the adapter.
+        check_state: called once the optimizer's state is loaded; raises where that is none of its own.
 
     Raises:
         UserError: an adapter in it is not of these models, or the optimizer's state is damaged.
@@ -317,6 +320,7 @@ def load_checkpoint(
     options = [{name: group[name] for name in OPTIMIZER_OPTIONS} for group in optimizer.param_groups]
     try:
         accelerator.load_state(str(path))  # weights only: nothing that it unpickles can run
+        check_state()
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:  # whose text advises to load it all the same

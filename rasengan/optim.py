@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 
 # optimizer -> its usual learning rate; Prodigy estimates the rate, and is given a factor on it
 LEARNING_RATES = {"adamw": 1e-4, "prodigy": 1.0}
+FEW = 8192  # values, of which 8-bit AdamW holds the state in 8 bits
 
 
 def make_optimizer(
@@ -69,6 +70,47 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for name, value in state.items()
         if torch.is_tensor(value) and name not in tables
     )
+
+
+def check_state(
+    optimizer: torch.optim.Optimizer, make_like: Callable[[torch.nn.Parameter], torch.optim.Optimizer], may_lack: bool
+) -> None:
+    """Check that a loaded state has the tensors of an update of this optimizer, of their sizes and dtypes, all finite.
+
+    Args:
+        optimizer: of one parameter.
+        make_like: returns one of its kind for another parameter.
+        may_lack: whether it may have none, since no update was done.
+
+    Raises:
+        ValueError: it does not.
+    """
+    (flat,) = optimizer.param_groups[0]["params"]
+    state = optimizer.state.get(flat, {})
+    if not state and may_lack:
+        return
+    few = torch.nn.Parameter(torch.ones(min(flat.numel(), FEW)))
+    few.grad = torch.zeros_like(few)
+    example = make_like(few)
+    example.step()
+    blocks = -(-few.numel() // 256), -(-flat.numel() // 256)  # of values with one scale
+    numbers = dict([(few.numel(), flat.numel()), blocks] if few.numel() > 1 else [])
+    for name, expected in example.state[few].items():
+        found = state.get(name)
+        if type(found) is not type(expected):
+            raise ValueError(f"{name} is {'missing' if found is None else f'a {type(found).__name__}'}")
+        if not torch.is_tensor(found):
+            continue
+        number = numbers.get(expected.numel(), expected.numel())
+        if (found.numel(), found.dtype) != (number, expected.dtype):
+            raise ValueError(f"{name} has {found.numel()} values of {found.dtype}, not {number} of {expected.dtype}")
+        if found.is_floating_point() and not torch.isfinite(found).all():
+            raise ValueError(f"{name} is not finite")
+    if not 0 <= float(state["step"]) < 2**31:
+        raise ValueError(f"it has done {float(state['step']):g} updates")
+    for name, own in example.param_groups[0].items():
+        if isinstance(own, bool) and optimizer.param_groups[0].get(name) is not own:
+            raise ValueError(f"{name} is {optimizer.param_groups[0].get(name)!r}, not {own}")
 
 
 def make_ema(flat: torch.nn.Parameter, decay: float) -> EMAModel:

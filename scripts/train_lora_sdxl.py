@@ -593,8 +593,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- resume ---
     global_step, samples_seen, resumed = 0, 0, {}
     if resume_from:
-        checkpoint.load_checkpoint(accelerator, optimizer, resume_from, models, flat, ema)
         resumed = checkpoint.read_state(resume_from)
+        make_like = partial(make_optimizer, args, learning_rate=learning_rate)
+        may_lack = resumed.get("skipped_steps", 0) >= resumed["global_step"]
+        check_state = partial(optim.check_state, optimizer.optimizer, make_like, may_lack)
+        checkpoint.load_checkpoint(accelerator, optimizer, resume_from, models, flat, ema, check_state)
         global_step, samples_seen = resumed["global_step"], resumed["samples_seen"]
         logger.info("Resuming from %s", resume_from)
         if skipped := resumed.get("skipped_in_a_row"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, demo
+from rasengan import UserError, checkpoint, demo
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -268,3 +268,14 @@ def test_what_stands_in_the_way_of_the_adapter_is_told_before_training(name, is_
     with pytest.raises(UserError, match=rf"{name} is a f.*, where a f.* is to be written. Move it"):
         train(output_dir=tmp_path)
     assert loaded == []
+
+
+def test_a_checkpoint_whose_optimizer_state_somebody_took_out_is_refused(trained, train, tmp_path):
+    path = shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
+    content = torch.load(path / "optimizer.bin", weights_only=True)
+    content["state"].clear()
+    torch.save(content, path / "optimizer.bin")
+    (path / checkpoint.MANIFEST_FILE).unlink()
+    checkpoint.write_manifest(path)
+    with pytest.raises(UserError, match=r"checkpoint-2 .*optimizer\.bin: state1 is missing|step is missing"):
+        train("--resume_from_checkpoint", "latest", output_dir=tmp_path)

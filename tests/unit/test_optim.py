@@ -220,3 +220,65 @@ def test_an_unknown_schedule_or_rule_is_refused():
         optim.learning_rate_schedule("sawtooth", 1e-4, 0, 10)
     with pytest.raises(ValueError):
         optim.learning_rate_schedule("piecewise_constant", 1e-4, 0, 10, step_rules="0.1:ten,1")
+
+
+# --- a state that was loaded ---
+
+
+def updated(name, use_8bit_adam, count=20_000):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.nn.Parameter(torch.randn(count, generator=generator))
+    flat.grad = torch.randn(count, generator=generator)
+    made = optim.make_optimizer(flat, name, use_8bit_adam, *RATES)
+    made.step()
+    return made, next(iter(made.state.values()))
+
+
+RATES = (1e-3, (0.9, 0.999), 0.01, 1e-8)
+KINDS = [("adamw", False), ("adamw", True), ("prodigy", False)]
+
+
+def check(made, name, use_8bit_adam, may_lack=False):
+    optim.check_state(made, lambda flat: optim.make_optimizer(flat, name, use_8bit_adam, *RATES), may_lack)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 100, 8192, 20_000])
+def test_the_state_of_an_update_is_one(kind, count):
+    check(updated(*kind, count)[0], *kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_none_of_this_optimizer_is_told_by_its_first_fault(kind):
+    for name in updated(*kind)[1]:
+        made, state = updated(*kind)
+        whole = state[name]
+        if torch.is_tensor(whole) and whole.dim():
+            state[name] = whole[:-1]
+            with pytest.raises(ValueError, match=f"{name} has {len(whole) - 1} values of .*, not {len(whole)} of"):
+                check(made, *kind)
+            if whole.is_floating_point():
+                state[name] = torch.full_like(whole, torch.nan)
+                with pytest.raises(ValueError, match=f"{name} is not finite"):
+                    check(made, *kind)
+        state[name] = "x"
+        with pytest.raises(ValueError, match=f"{name} is a str"):
+            check(made, *kind)
+        del state[name]
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            check(made, *kind)
+    made, state = updated(*kind)
+    state["step"] = state["step"] * 0 - 1
+    with pytest.raises(ValueError, match="it has done -1 updates"):
+        check(made, *kind)
+    made.state.clear()
+    check(made, *kind, may_lack=True)
+    with pytest.raises(ValueError, match="is missing"):
+        check(made, *kind)
+
+
+def test_an_option_of_a_strangers_state_that_turns_the_optimizer_round_is_refused():
+    made, _ = updated("adamw", False)
+    made.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize is True, not False"):
+        check(made, "adamw", False)
