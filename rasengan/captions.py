@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import pyarrow.parquet
 
 from rasengan import UserError, first_line, printable
 from rasengan.imaging import Picture, is_picture_name
@@ -87,9 +88,13 @@ def metadata_fault(files: Iterable[Path]) -> str | None:
     """Say in which file and line metadata are not what the datasets library reads; None if nothing is seen here.
 
     Args:
-        files: of the folder, those of other names too. Parquet is not looked into.
+        files: of the folder, those of other names too.
     """
-    for file in sorted(file for file in files if file.name in METADATA and file.suffix != ".parquet"):
+    for file in sorted(file for file in files if file.name in METADATA):
+        if file.suffix == ".parquet":
+            if fault := _fault_of_parquet(file):
+                return f"{file} {fault}"
+            continue
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -106,6 +111,14 @@ def metadata_fault(files: Iterable[Path]) -> str | None:
         if fault:
             return f"{file}, {printable(fault)}."
     return None
+
+
+def _fault_of_parquet(file: Path) -> str | None:
+    try:
+        rows = pyarrow.parquet.read_metadata(file).num_rows
+    except (OSError, pyarrow.ArrowException) as error:
+        return f"is no parquet file: {first_line(error)}"
+    return None if rows else "has no rows. Write one for each picture."
 
 
 def _fault_of_csv(lines: list[str]) -> str | None:
@@ -155,6 +168,8 @@ def _fault_of_jsonl(lines: list[str]) -> str | None:
             return f"line {number}: this is {_KINDS[type(row)]}, not an object in braces"
         if not any(map(_names_pictures, row)):
             return f"line {number}: there is no file_name"
+        if "file_name" in row and not isinstance(row["file_name"], str):
+            return f"line {number}: file_name is {_KINDS[type(row['file_name'])]}, not the name of a file in quotes"
         if any("::" in str(value) for key, value in row.items() if _names_pictures(key)):
             return f"line {number}: a file's name holds ::, which marks a file in an archive. Rename it"
         for key, value in row.items():

@@ -165,8 +165,9 @@ def load_pictures(
 def _check_columns(dataset: datasets.Dataset, given: str, image_column: str, caption_column: str) -> None:
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in dataset.column_names:
+            there = ", ".join(map(_shown, dataset.column_names))
             raise UserError(
-                f"{flag} {column} is no column of {given}; its columns are: {', '.join(dataset.column_names)}. "
+                f"{flag} {column} is no column of {given}; its columns are: {there}. "
                 "In a folder, captions stand in a metadata.jsonl with the keys file_name and text, or in a .txt "
                 "beside each picture."
             )
@@ -175,6 +176,10 @@ def _check_columns(dataset: datasets.Dataset, given: str, image_column: str, cap
             f"--image_column {image_column} of {given} holds {dataset.features[image_column]}, not pictures. "
             "Give the column that does."
         )
+
+
+def _shown(column: str) -> str:
+    return column if column == column.strip() else repr(column)
 
 
 def _warn_of_odd_files(given: str, files: list[Path], paths: list[str | None], beside: captions.Beside | None) -> None:

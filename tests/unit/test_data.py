@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from rasengan import UserError, captions, components, data, imaging
+from rasengan import UserError, captions, components, data, demo, imaging
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
 
 
@@ -939,12 +939,34 @@ def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
             "metadata.jsonl, line 1: this cannot",
         ),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n', None),
+        ("metadata.jsonl", '{"file_name": 1, "text": "a"}', "line 1: file_name is a number, not the name of a file"),
+        ("metadata.parquet", "PAR", "metadata.parquet is no parquet file: "),
     ],
 )
 def test_where_metadata_are_wrong_is_said(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     found = captions.metadata_fault([tmp_path / name])
     assert (found is None) if said is None else (said in found)
+
+
+def test_a_table_without_rows_is_told_of(tmp_path):
+    names = ("file_name", "text")
+    pyarrow.parquet.write_table(
+        pyarrow.table({name: pyarrow.array([], pyarrow.string()) for name in names}), tmp_path / "metadata.parquet"
+    )
+    demo.draw_picture_set(tmp_path, count=1)
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metadata\.parquet has no rows\. Write one for each picture"):
+        data.load_pictures(None, None, str(tmp_path), "image", "text", str(tmp_path / "cache"))
+
+
+def test_a_column_with_spaces_around_it_is_shown_with_them(tmp_path):
+    demo.draw_picture_set(tmp_path, count=1)
+    (name,) = (json.loads(line)["file_name"] for line in (tmp_path / "metadata.jsonl").read_text().splitlines())
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(f"file_name, text\n{name}, a star\n")
+    with pytest.raises(UserError, match="its columns are: image, ' text'"):
+        data.load_pictures(None, None, str(tmp_path), "image", "text", str(tmp_path / "cache"))
 
 
 def test_metadata_behind_a_link_that_leads_nowhere_are_named(tmp_path):
