@@ -4,7 +4,7 @@ Weights are named as in `adapters`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ MERGED_BY = {
 
 
 NOTHING_LEFT = 1e-4  # of the greatest change among several
+# PEFT takes longer to set up a model than to merge a layer, but what is merged together exists three times in fp32.
+GROUP_BYTES = 2**26
 
 
 class MergeReport(NamedTuple):
@@ -145,7 +147,7 @@ def _expected_shapes(config: Config, module: str, layer: Layer) -> dict[str, tor
     """Return the shape of each part as PEFT makes it for a layer."""
     with torch.device("meta"):
         shell = _shell(layer)
-        peft_model = get_peft_model(torch.nn.ModuleDict({"layer": shell}), _layer_config(config, module, 1.0))
+        peft_model = get_peft_model(torch.nn.ModuleDict({"0": shell}), _layer_config(config, module, 1.0))
     keys = {key.replace(".default", ""): tensor.shape for key, tensor in peft_model.state_dict().items()}
     return {found[1]: shape for key, shape in keys.items() if (found := split_key(key))}
 
@@ -179,10 +181,9 @@ def merge(
 ) -> tuple[torch.nn.Module, MergeReport]:
     """Merge adapters into the model's own weights through PEFT, in place, and prove that they changed them.
 
-    Each layer is merged by itself: a copy of it in fp32 is given to PEFT, which adds the change of one adapter after
-    the other, W + scale * alpha / rank * B A for a LoRA; the sum is rounded once, to the model's dtype. One layer
-    exists twice at a time. The changes of LoRAs, LoHas and LoKrs are sums, whatever their order; a DoRA rescales what
-    the adapters before it have made.
+    Copies of some layers at a time, in fp32, are given to PEFT, which adds the change of one adapter after the other,
+    W + scale * alpha / rank * B A for a LoRA; the sum is rounded once, to the model's dtype. The changes of LoRAs,
+    LoHas and LoKrs are sums, whatever their order; a DoRA rescales what the adapters before it have made.
 
     Args:
         model: the component, on any device.
@@ -198,28 +199,28 @@ def merge(
     parts = [part for part in parts if part.scale != 0]
     squared_change, squared_norm, changed = 0.0, 0.0, 0
     acting, squared_of_each = [False] * len(parts), [0.0] * len(parts)
-    for name in dict.fromkeys(name for part in parts for name in part.modules):
-        layer = model.get_submodule(name)
-        old = layer.weight.detach()
-        new = exact = old.float()
+    for layers in _groups(model, dict.fromkeys(name for part in parts for name in part.modules)):
+        exact = {name: layer.weight.detach().float() for name, layer in layers.items()}
+        new = dict(exact)
         for number, part in enumerate(parts):
-            if name in part.modules:
-                before, new = new, _merged_weight(layer, new, part, name)
-                _check_change(part, name, component, before, new)
-                acting[number] = acting[number] or not torch.equal(before, new)
+            for name, after in _merged_weights(layers, new, part).items():
+                _check_change(part, name, component, new[name], after)
+                acting[number] = acting[number] or not torch.equal(new[name], after)
                 if len(parts) > 1:
-                    squared_of_each[number] += _norm(new - before) ** 2
-        rounded = new.to(old.dtype)
-        change = _norm(rounded.float() - exact)
-        if not math.isfinite(change):
-            raise UserError(
-                f"Merging makes {component}.{name} non-finite: the adapter is damaged, or overflows in {old.dtype}. "
-                "Give another checkpoint, or a smaller --lora_scale."
-            )
-        changed += not torch.equal(rounded, old)
-        squared_change += change**2
-        squared_norm += _norm(exact) ** 2
-        layer.weight.data.copy_(rounded)
+                    squared_of_each[number] += _norm(after - new[name]) ** 2
+                new[name] = after
+        for name, layer in layers.items():
+            rounded = new.pop(name).to(layer.weight.dtype)
+            change = _norm(rounded.float() - exact[name])
+            if not math.isfinite(change):
+                raise UserError(
+                    f"Merging makes {component}.{name} non-finite: the adapter is damaged, or overflows in "
+                    f"{rounded.dtype}. Give another checkpoint, or a smaller --lora_scale."
+                )
+            changed += not torch.equal(rounded, layer.weight)
+            squared_change += change**2
+            squared_norm += _norm(exact.pop(name)) ** 2
+            layer.weight.data.copy_(rounded)
     if idle := [number + 1 for number, acts in enumerate(acting) if not acts]:
         raise _idle_error(f"Adapter {idle[0]} of {len(parts)}" if len(parts) > 1 else "The adapter", component)
     # What is left of adapters that cancel each other is rounding.
@@ -256,28 +257,51 @@ def _idle_error(who: str, component: str) -> UserError:
     )
 
 
-def _merged_weight(layer: Layer, weight: torch.Tensor, part: _Part, module: str) -> torch.Tensor:
-    """Return a layer's fp32 weight with one adapter merged into it by PEFT."""
-    with torch.device("meta"):
-        shell = _shell(layer)
-    shell.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    config = _layer_config(part.config, module, part.scale)
-    peft_model = get_peft_model(torch.nn.ModuleDict({"layer": shell}), config, low_cpu_mem_usage=True)
-    weights = {
-        f"base_model.model.layer.{name}": tensor.to(weight.device, torch.float32).contiguous()
-        for name, tensor in part.modules[module].items()
-    }
-    set_peft_model_state_dict(peft_model, weights, low_cpu_mem_usage=True)
-    # Of a weight in fp32 the merge is exact to fp32; safe_merge would only look for what is looked for anyway.
-    return peft_model.merge_and_unload(safe_merge=False)["layer"].weight.detach()
+def _groups(model: torch.nn.Module, names: Iterable[str]) -> Iterator[dict[str, Layer]]:
+    """Yield the layers by name, as many together as have GROUP_BYTES in fp32, and one at least."""
+    group, room = {}, GROUP_BYTES
+    for name in names:
+        layer = model.get_submodule(name)
+        room -= 4 * layer.weight.numel()
+        if room < 0 and group:
+            yield group
+            group, room = {}, GROUP_BYTES - 4 * layer.weight.numel()
+        group[name] = layer
+    if group:
+        yield group
+
+
+def _merged_weights(
+    layers: dict[str, Layer], weights: dict[str, torch.Tensor], part: _Part
+) -> dict[str, torch.Tensor]:
+    """Return the weights of the layers that an adapter changes, fp32 like those given, with it merged in by PEFT."""
+    alike, merged = {}, {}
+    for name in (name for name in layers if name in part.modules):
+        alike.setdefault((rank_of(part.config, name), alpha_of(part.config, name)), []).append(name)
+    for names in alike.values():
+        with torch.device("meta"):
+            shells = torch.nn.ModuleDict({str(number): _shell(layers[name]) for number, name in enumerate(names)})
+        parameters = {}
+        for number, name in enumerate(names):
+            shells[str(number)].weight = torch.nn.Parameter(weights[name].clone(), requires_grad=False)
+            for key, tensor in part.modules[name].items():
+                tensor = tensor.to(weights[name].device, torch.float32).contiguous()
+                parameters[f"base_model.model.{number}.{key}"] = tensor
+        config = _layer_config(part.config, names[0], part.scale)
+        peft_model = get_peft_model(shells, config, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(peft_model, parameters, low_cpu_mem_usage=True)
+        # Of a weight in fp32 the merge is exact to fp32; safe_merge would only look for what is looked for anyway.
+        found = peft_model.merge_and_unload(safe_merge=False)
+        merged |= {name: found[str(number)].weight.detach() for number, name in enumerate(names)}
+    return merged
 
 
 def _layer_config(config: Config, module: str, scale: float) -> PeftConfig:
-    """Return the settings of one module alone, which is called layer."""
+    """Return the settings of layers that have this module's rank and alpha, and numbers for names."""
     kind = kind_of(config)
     options = {name: getattr(config, name) for name in MERGED_BY[kind]}
     options["lora_alpha" if kind == "LORA" else "alpha"] = alpha_of(config, module) * scale
-    return KINDS[kind](r=rank_of(config, module), target_modules=["layer"], inference_mode=True, **options)
+    return KINDS[kind](r=rank_of(config, module), target_modules=r"\d+", inference_mode=True, **options)
 
 
 def _check_change(part: _Part, module: str, component: str, before: torch.Tensor, after: torch.Tensor) -> None:
