@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from rasengan.files import write_atomically
+from rasengan.files import write_atomically, write_if_free
 
 
 # A page that holds everything itself: it can be sent, and opened anywhere.
@@ -237,7 +237,7 @@ def write_together(
     """
     for old in output_dir.glob("grid*.png"):  # a copy under another name, or another program's, stays
         if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in read_about(old):
-            old.unlink()
+            old.unlink(missing_ok=True)  # another run may be at it too
     labels = [label for label, _ in columns]
     page = contact_sheet("Pictures", settings | dict(columns), rows, labels)
     write_atomically(output_dir / "contact_sheet.html", page.encode())
@@ -266,12 +266,12 @@ class PictureWriter:
         return self
 
     def write(self, path: Path, image: Image.Image, about: dict[str, object]) -> None:
-        """Begin to write a picture, as `save_png` does; waits where many are not written yet.
+        """Begin to write a picture, as `save_beside` does; waits where many are not written yet.
 
         Raises:
             OSError: an earlier one could not be written.
         """
-        self.pending.append(self.pool.submit(save_png, path, image, about))
+        self.pending.append(self.pool.submit(save_beside, path, image, about))
         while len(self.pending) > MOST_PENDING:
             self.pending.popleft().result()
 
@@ -294,19 +294,21 @@ def slug(kind: str) -> str:
     return re.sub(r"[^\w.]+", "-", kind)
 
 
-def free_name(path: Path, about: dict[str, object], taken: set[Path]) -> Path:
-    """Return a path for a picture, ending in -2, -3 and so on where one that was made otherwise has its name.
+def place_of(path: Path, about: dict[str, object]) -> Path:
+    """Return where a picture is, or is to be written: the first free name where none is made from the same.
 
     Args:
-        path: that it would have in an empty folder.
+        path: that it has in an empty folder; beside pictures that were made otherwise its name ends in -2, -3, ...
         about: what it is made from, as `save_png` takes it.
-        taken: paths of others that are not written yet.
     """
-    made_from = {name: str(value) for name, value in about.items()}
     for number in itertools.count(1):
         file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        if file not in taken and (not file.exists() or read_about(file) == made_from):
+        if not os.path.lexists(file) or read_about(file) == _as_text(about):
             return file
+
+
+def _as_text(about: dict[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in about.items()}
 
 
 def read_about(path: Path) -> dict[str, str]:
@@ -320,9 +322,26 @@ def read_about(path: Path) -> dict[str, str]:
 
 def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:
     """Write a picture whole or not at all, with what it was made from in its metadata, as text by name."""
+    write_atomically(path, _as_png(image, about or {}))
+
+
+def save_beside(path: Path, image: Image.Image, about: dict[str, object]) -> Path:
+    """Write a picture as `save_png` does, over none that was made otherwise, and return its `place_of`.
+
+    The name is taken when the picture is whole: runs that draw into one folder at the same time keep theirs apart.
+    """
+    content = _as_png(image, about)
+    while not write_if_free(file := place_of(path, about), content):
+        if read_about(file) == _as_text(about):
+            write_atomically(file, content)
+            break
+    return file
+
+
+def _as_png(image: Image.Image, about: dict[str, object]) -> bytes:
     metadata = PngImagePlugin.PngInfo()
-    for name, value in (about or {}).items():
+    for name, value in about.items():
         metadata.add_itxt(name, str(value))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=metadata)
-    write_atomically(path, file.getvalue())
+    return file.getvalue()

@@ -70,7 +70,7 @@ class Model(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture's file, and what it is made from."""
+    """A picture's file, as it is called in an empty folder, and what it is made from."""
 
     file: Path
     about: dict[str, object]
@@ -254,19 +254,14 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 
 
 def place_pictures(args: argparse.Namespace, models: list[Model]) -> dict[tuple[int, int, int], Picture]:
-    """Return the pictures by the place of their model, their prompt's, and their seed.
-
-    Pictures of other settings, which earlier runs left, keep their files.
-    """
-    pictures, taken = {}, set()
+    """Return the pictures by the place of their model, their prompt's, and their seed."""
+    pictures = {}
     for (place, model), (number, prompt), seed in itertools.product(
         enumerate(models), enumerate(args.prompt), seeds_of(args)
     ):
         about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": model.places}
         name = f"{number:03d}-{sheets.picture_name(prompt, seed, model.kind)}"
-        file = sheets.free_name(Path(args.output_dir) / name, about, taken)
-        pictures[place, number, seed] = Picture(file, about)
-        taken.add(file)
+        pictures[place, number, seed] = Picture(Path(args.output_dir) / name, about)
     return pictures
 
 
@@ -308,7 +303,7 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[
 
 
 def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_gib: float) -> None:
-    """Decode what `draw_share` gives, and write it with what it was made from in its metadata."""
+    """Decode what `draw_share` gives, and write it, beside pictures of other settings that are there."""
     waiting = []
     with sheets.PictureWriter() as writer:
         for drawn in shares:
@@ -333,7 +328,8 @@ def show_together(args: argparse.Namespace, models: list[Model], pictures: dict)
     """Write a contact sheet of all pictures, and grids where there is something to compare."""
     rows = []
     for number, seed in itertools.product(range(len(args.prompt)), seeds_of(args)):
-        files = [pictures[place, number, seed].file for place in range(len(models))]
+        # Where each is now, whichever process wrote it.
+        files = [sheets.place_of(*pictures[place, number, seed]) for place in range(len(models))]
         rows.append((f"{args.prompt[number]} ({seed})", files))
     columns = [(model.label, model.places) for model in models]
     sheets.write_together(Path(args.output_dir), rows, columns, settings_of(args))

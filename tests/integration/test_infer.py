@@ -1,5 +1,7 @@
 """Pictures of the base and of the tuned model, and the proof that the adapter is in them."""
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import UserError, components, drawing, merging, processes, sdxl
+from rasengan import UserError, components, drawing, merging, processes, sdxl, sheets
 from rasengan.pipeline import Pipeline
 
 
@@ -489,6 +491,24 @@ def test_runs_into_one_folder_lose_no_picture_and_show_the_last_run(compared, dr
     page = (tmp_path / "contact_sheet.html").read_text(encoding="utf-8")
     assert f"{other} at scale 1" in page
     assert f"{trained} at scale" not in page
+
+
+def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, infer_script, tmp_path, monkeypatch):
+    decode, other = infer_script.decode, Image.new("RGB", (8, 8), "red")
+
+    def decode_later(args, pipeline, pictures, *rest):
+        for picture in pictures.values():
+            sheets.save_png(picture.file, other, {"made": "otherwise"})
+        decode(args, pipeline, pictures, *rest)
+
+    monkeypatch.setattr(infer_script, "decode", decode_later)
+    draw("--prompt", PROMPT, "--seed", 3, "--output_dir", tmp_path)
+    drawn = {path.name: Image.open(path) for path in tmp_path.glob("*.png")}
+    assert set(drawn) == {BASE, BASE.replace(".png", "-2.png")}
+    assert same(drawn[BASE], other)
+    drawn_now = io.BytesIO()
+    drawn[BASE.replace(".png", "-2.png")].convert("RGB").save(drawn_now, "JPEG", quality=88)
+    assert base64.b64encode(drawn_now.getvalue()).decode() in (tmp_path / "contact_sheet.html").read_text()
 
 
 def test_grids_of_an_earlier_run_with_more_pages_go(draw, trained, tmp_path):

@@ -3,6 +3,8 @@ import io
 import re
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -206,12 +208,25 @@ def test_a_grid_has_no_more_rows_than_pillow_opens(tmp_path, monkeypatch):
 
 def test_a_picture_takes_the_first_name_that_nothing_else_has(tmp_path):
     about, file = {"prompt": "ein Ötzi, 忍者", "seed": 3, "negative_prompt": ""}, tmp_path / "a-0.5.png"
-    assert sheets.free_name(file, about, set()) == file
-    sheets.save_png(file, Image.new("RGB", (8, 8)), about)
-    assert sheets.free_name(file, about, set()) == file, "the same may be drawn again"
-    second = tmp_path / "a-0.5-2.png"
-    assert sheets.free_name(file, about, {file}) == second
+    image, second, third = Image.new("RGB", (8, 8)), tmp_path / "a-0.5-2.png", tmp_path / "a-0.5-3.png"
+    assert sheets.save_beside(file, image, about) == file
+    assert sheets.save_beside(file, image, about) == file, "the same may be drawn again"
     for other in (about | {"seed": 4}, about | {"height": 64}, {"seed": 3}):
-        assert sheets.free_name(file, other, set()) == second
+        assert sheets.place_of(file, other) == second
     second.write_text("no picture")
-    assert sheets.free_name(file, {"seed": 4}, set()) == tmp_path / "a-0.5-3.png"
+    assert sheets.save_beside(file, image, {"seed": 4}) == third
+    assert sheets.place_of(file, {"seed": 4}) == third
+    assert sheets.place_of(file, about) == file
+    assert second.read_text() == "no picture"
+
+
+def test_pictures_of_one_name_that_are_written_at_once_are_all_kept(tmp_path):
+    abouts = [{"seed": number % 16} for number in range(64)]
+    images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(16)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(partial(sheets.save_beside, tmp_path / "a.png"), images, abouts))
+    assert files[:16] == files[16:32] == files[48:]
+    assert len(list(tmp_path.iterdir())) == 16, "the same is written over itself, and nothing else is left"
+    for file, about in zip(files, abouts, strict=True):
+        with Image.open(file) as image:
+            assert (image.text, image.getpixel((0, 0))[0]) == ({"seed": str(about["seed"])}, about["seed"])
