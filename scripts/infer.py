@@ -160,6 +160,9 @@ def validate_args(args: argparse.Namespace) -> None:
     if not has_adapter and not (args.lora_alpha is None and args.lora_scale is None):
         raise UserError("--lora_alpha and --lora_scale act on an adapter: give --lora_weights, or drop them.")
     args.lora_scale = args.lora_scale or [1.0]
+    for one, other in itertools.combinations(args.lora_scale, 2):
+        if f"{one:g}" == f"{other:g}":
+            raise UserError(f"--lora_scale holds {one} and {other}, which are both shown as {one:g}. Drop one.")
     if args.save_merged and (len(args.lora_scale) > 1 or len(args.lora_weights) > 1):
         raise UserError("--save_merged writes one model: give one --lora_scale, and one --lora_weights.")
     if args.lora and not any(weight for _, weight in args.lora):

@@ -431,6 +431,9 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     refused(
         "--save_merged writes one model", draw, *one, "--lora_scale", "0.5,1", "--save_merged", tmp_path / "merged"
     )
+    refused(
+        "holds 1.0 and 1.00000001, which are both shown as 1", draw, *words, *one, "--lora_scale", "0,1,1.00000001"
+    )
     refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
     refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
     refused("--vram_budget_gib is of a GPU's memory", draw, *words, "--vram_budget_gib", 8)

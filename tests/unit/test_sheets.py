@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from rasengan import sheets
 
@@ -128,7 +128,10 @@ def test_of_a_text_of_any_length_three_lines_are_found_soon():
         ("ラーメン 忍者, a ninja", "[KATAKANA] [CJK], a ninja"),
         ("Красный круг", "[CYRILLIC] [CYRILLIC]"),
         ("ein \ue000", "ein [U+E000]"),
-        ("a\nб\u2029в \t\x07", "a [CYRILLIC] [CYRILLIC] [U+7]"),
+        ("a\nб\u2029в \t\x07", "a [CYRILLIC] [CYRILLIC]"),
+        ("नमस्ते दुनिया", "[DEVANAGARI] [DEVANAGARI]"),
+        ("a \u202ered box\u200b, \x07 \x1b[1mbold", "a red box, [1mbold"),
+        ("x\u0331y n\u0303\u0331", "xy n"),
         ("[a][a] \u2163\u2163", "[a][a] IVIV"),
     ],
 )
@@ -144,6 +147,42 @@ def test_a_label_is_drawn_by_a_font_of_the_system_that_has_its_letters(text):
         pytest.skip("no font of many scripts is installed")
     assert sheets.wrap(text, font, 900) == [unicodedata.normalize("NFC", text)]
     assert sheets.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
+
+
+def test_a_mark_that_no_font_has_leaves_no_box_beside_what_stands_for_its_letter():
+    text = "नमस्ते दुनिया สวัสดี தமிழ்"
+    shown = " ".join(sheets.wrap(text, sheets.font_for(text, 28), 900))
+    alone = [letter for letter in shown if unicodedata.category(letter).startswith("M")]
+    assert shown == text or not alone
+
+
+@pytest.mark.parametrize("side", [64, 512])
+@pytest.mark.parametrize("length", [1, 60, 600])
+def test_columns_of_long_names_are_told_apart_and_show_their_scales(side, length, monkeypatch):
+    drawn, draw = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, *how, **options: drawn.append(how) or draw(self, *how, **options)
+    )
+    columns = [
+        f"{'style_' * length}epoch-00000{epoch}.safetensors x {scale}" for epoch in (4, 8) for scale in (0.5, 1)
+    ]
+    image = Image.new("RGB", (side, side), "red")
+    grid = sheets.image_grid([[image] * 5], ["a prompt"], ["base", *columns])
+    cell, margin = max(side, 256), max(side, 256) // 32
+    lines = {}
+    for (left, _), line, _, font, *_ in drawn:
+        lines.setdefault(left, []).append(line)
+        assert font.getlength(line) <= grid.width if line == "a prompt" else cell
+    heads = [" ".join(lines[margin + column * (cell + margin) + cell / 2]) for column in range(5)]
+    assert heads[0] == "base"
+    for head, label in zip(heads[1:], columns, strict=True):
+        assert head.replace(" ", "").endswith(
+            label[-24:].replace(" ", "") if length < 600 else label[-12:].replace(" ", "")
+        )
+    assert len(set(heads)) == 5
+    tops = {top for (_, top), line, *_ in drawn if line != "a prompt"}
+    ((_, below),) = [place for place, line, *_ in drawn if line == "a prompt"]
+    assert max(tops) + cell / 18 < below, "the rows begin below the longest label"
 
 
 def test_a_seed_behind_a_long_prompt_is_not_cut_off():
@@ -173,6 +212,15 @@ def test_a_contact_sheet_holds_its_pictures_and_escapes_what_people_typed(tmp_pa
     assert [image.size for image in found] == [(512, 256), (64, 96)]
     assert found[0].getpixel((0, 0))[0] > 240
     assert found[1].getpixel((0, 0))[2] > 240
+
+
+def test_a_contact_sheet_has_a_row_of_equal_columns_for_each_text(tmp_path):
+    for name, side in (("small", 64), ("large", 2048)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    rows = [("a", [tmp_path / "small.png"] * 9), ("b", [tmp_path / "large.png"] * 9)]
+    page = sheets.contact_sheet("Pictures", {}, rows, [f"{'long_' * 40} x {n}" for n in range(9)])
+    assert re.findall(r'class="row" style="([^"]+)"', page) == [f"--columns: 9; --width: {n}px" for n in (64, 512)]
+    assert "repeat(var(--columns), minmax(" in page
 
 
 # --- files ---
