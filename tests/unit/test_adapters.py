@@ -468,7 +468,7 @@ def test_parts_that_no_kind_here_has_are_named(live, tmp_path, part):
     tensors = load_file(file)
     key = next(iter(tensors)).partition(".")[0] + f".{part}"
     save_file(tensors | {key: torch.ones(2, 2)}, file)
-    with pytest.raises(UserError, match=f"1 keys of 409 that no layout of an SDXL adapter has: '{key}'"):
+    with pytest.raises(UserError, match=f"1 key of 409 that no layout of an SDXL adapter has: '{key}'"):
         read_adapter(file)
 
 
@@ -536,7 +536,7 @@ def test_of_several_adapters_the_flag_is_for_those_that_leave_alpha_open(live, t
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_a_flag_that_contradicts_a_file_that_states_every_alpha_is_refused(live, tmp_path, layout):
     path = write(tmp_path / ("a" if layout == "peft" else "a.safetensors"), adapter_of(unet=live["LoRA"]), layout)
-    with pytest.raises(UserError, match="--lora_alpha is 6, but .* says 12 for the unet. Drop the flag"):
+    with pytest.raises(UserError, match="--lora_alpha is 6, but .* says 12 for the unet. Drop --lora_alpha"):
         read_adapter(path, lora_alpha=6.0)
     assert_same(read_adapter(path, lora_alpha=12.0), read_adapter(path))
 
