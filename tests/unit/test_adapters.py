@@ -218,6 +218,23 @@ def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
     merged(tiny_base, opposite[0], (opposite[1][0], -0.99))
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("LoRA", "lora_B"), ("LoHa", "hada_w2_a"), ("LoKr", "lokr_w1")])
+def test_an_adapter_that_does_nothing_is_told_by_its_cause(tiny_base, live, kind, factor):
+    adapter = adapter_of(unet=live[kind])
+    weights = {key: 0 * w if factor in key else w for key, w in adapter.weights["unet"].items()}
+    untrained = "The adapter changes nothing in the unet: a factor of each of its products is zero, as before training"
+    with pytest.raises(UserError, match=f"{untrained}. Give one that was trained."):
+        merged(tiny_base, Adapter({"unet": weights}, adapter.configs))
+    small = "The adapter changes nothing in the unet: at scale 1e-30 its change is too small for float"
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(UserError, match=f"{small}(16|32). Give a greater --lora_scale, or an adapter that was"):
+            merged(tiny_base, (adapter, 1e-30), dtype=dtype)
+    with pytest.raises(UserError, match="The adapter changes nothing in the unet: at scale 1e-09 .* too small"):
+        merged(tiny_base, (adapter, 1e-9), dtype=torch.float16)
+    with pytest.raises(UserError, match="Adapter 2 of 2 changes nothing in the unet: at scale 1e-30 its change"):
+        merged(tiny_base, adapter_of(unet=live["LoRA"]), (adapter, 1e-30))
+
+
 # --- round trips ---
 
 
