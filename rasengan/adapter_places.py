@@ -110,6 +110,6 @@ def _only_file(repository: str, prefix: str, folder: Path) -> str:
 
 def _refused(repository: str, error: Exception) -> UserError:
     return UserError(
-        f"{repository} is no path here, and the hub did not give it: {first_line(error)} Correct the name, log in "
-        "with `hf auth login` if it is private, or give a file or a folder."
+        f"{repository} is no path here, and the hub did not give it: {first_line(error).rstrip('.')}. Correct the "
+        "name, log in with `hf auth login` if it is private, or give a file or a folder."
     )

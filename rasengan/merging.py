@@ -183,8 +183,8 @@ def merge(
 
     Args:
         model: the component, on any device.
-        adapters: each with the scale on its whole change; those without weights for this component, and those at
-            scale 0, are left out.
+        adapters: each with the scale on its change, of a DoRA on its B A alone: its vector acts in full. Those without
+            weights for this component, and those at scale 0, are left out.
         component: its name, for messages.
 
     Raises:

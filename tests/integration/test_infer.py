@@ -94,7 +94,7 @@ def test_the_run_says_how_much_the_merge_changed(draw, trained, capsys):
     draw("--lora_weights", trained, "--prompt", PROMPT)
     printed = capsys.readouterr().out
     assert "Merged 136 modules of the unet at alpha 32 / rank 16 x 1: relative weight change" in printed
-    assert "1 pictures are in" in printed
+    assert "1 picture is in" in printed
 
 
 @pytest.mark.parametrize("place", [".", "pytorch_lora_weights.safetensors", "checkpoint-4", "peft"])
@@ -345,6 +345,18 @@ def test_several_adapters_are_drawn_with_their_weights_in_any_order(compared, dr
     assert same(draw(*prompt, "--lora", trained, "--lora", f"{other}:0")[TUNED], compared[TUNED])
 
 
+def test_an_adapter_of_weight_0_is_left_out_whatever_it_adapts(compared, draw, train, trained, loaded, capsys):
+    text = train("--train_text_encoder", "--max_train_steps", 1, "--max_train_samples", 2)
+    loaded.clear()
+    drawn = draw("--lora", trained, "--lora", f"{text}:0", "--prompt", PROMPT, "--seed", 3)[TUNED]
+    assert same(drawn, compared[TUNED])
+    assert drawn.text["adapter"] == f"{trained} at scale 1"
+    assert not any("text_encoder" in name for name in loaded)
+    printed = capsys.readouterr().out
+    assert "of the text_encoder" not in printed
+    assert "warning" not in printed
+
+
 def test_diffusers_draws_the_same_with_both_adapters_fused(draw, trained, other, tiny_base):
     drawn = draw("--prompt", PROMPT, "--seed", 3, "--lora", f"{trained}:0.5", "--lora", f"{other}:1.5")[TUNED]
     pipeline = load_pipeline(tiny_base)
@@ -535,6 +547,13 @@ def test_a_decode_that_takes_the_unets_place_loses_no_picture(compared, draw, tr
     pictures = draw("--lora_weights", trained, "--prompt", PROMPT, "a ring", "--seed", 3)
     assert len(pictures) == 2
     assert same(pictures[TUNED], compared[TUNED])
+
+
+@pytest.mark.parametrize("name", ["mm.ckpt", "mm.SAFETENSORS", "a/mm.bin", "mm.PT"])
+def test_a_merged_model_takes_no_name_of_another_file_of_weights(draw, refused, trained, tmp_path, name):
+    said = f"--save_merged is {tmp_path / name}, but a file that is written ends in .safetensors. Give this ending"
+    refused(said, draw, "--lora_weights", trained, "--save_merged", tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_merged_model_goes_into_folders_that_are_not_there_yet(draw, trained, tmp_path):
