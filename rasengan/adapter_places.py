@@ -1,4 +1,4 @@
-"""Where an adapter is: a path, a hub repository, or a file or folder in one."""
+"""Where an adapter is: a path, a hub repository, or a file or folder in one; and whether a path is one's."""
 
 import glob
 from pathlib import Path
@@ -7,9 +7,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from rasengan import UserError, first_line
+from rasengan import UserError, first_line, tensor_files
 from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from rasengan.components import BAD_TOKEN
+from rasengan.families import is_adapter
 
 
 # What a repository's folder is looked through for. No patterns: theirs would reach into every folder below, and fetch
@@ -48,6 +49,21 @@ def fetch_adapter(place: str, cache_dir: str | None = None) -> Path:
     if not file.is_file():
         raise UserError(f"{repository} on the hub has no {inside}. Correct the name behind the repository's.")
     return file
+
+
+def holds_adapter(path: Path) -> bool:
+    """Say whether a local folder or .safetensors file holds an adapter."""
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            return is_adapter(tensor_files.stored(path))
+        except UserError:  # a damaged one is refused by who reads it
+            return False
+    return any((path / name).is_file() for name in KNOWN_FILES)
+
+
+def holds_model(path: Path) -> bool:
+    """Say whether a local folder holds a whole model."""
+    return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
 
 
 def _is_repository(name: str) -> bool:
@@ -94,6 +110,6 @@ def _only_file(repository: str, prefix: str, folder: Path) -> str:
 
 def _refused(repository: str, error: Exception) -> UserError:
     return UserError(
-        f"{repository} is no path here, and the hub did not give it: {first_line(error)} Correct the name, log in "
-        "with `hf auth login` if it is private, or give a file or a folder."
+        f"{repository} is no path here, and the hub did not give it: {first_line(error).rstrip('.')}. Correct the "
+        "name, log in with `hf auth login` if it is private, or give a file or a folder."
     )

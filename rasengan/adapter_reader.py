@@ -30,7 +30,7 @@ from rasengan.adapters import (
     split_key,
     what_is_malformed,
 )
-from rasengan.families import SDXL, guess_family, is_whole_model, other_method
+from rasengan.families import SDXL, guess_family, is_whole_model, not_in_sdxl, other_method
 from rasengan.naming import KOHYA_PARTS, parse_kohya_name
 from rasengan.tensor_files import found_file, read_tensors
 
@@ -40,6 +40,7 @@ OTHER_VARIANTS = (
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("layer_replication", "target_parameters", "trainable_token_indices"),
 )
+ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # what the settings of each kind call it
 # What a merge reads of an adapter's settings, beside rank and alpha.
 SWITCHES = dict.fromkeys(("use_rslora", "use_dora", "use_effective_conv2d", "decompose_both"), bool)
 SWITCHES |= {"decompose_factor": int}
@@ -75,7 +76,7 @@ def read_adapters(paths: list[Path], lora_alpha: float | None = None, allow_pick
                 if default_alpha(config) != lora_alpha:
                     raise UserError(
                         f"--lora_alpha is {lora_alpha:g}, but {path} says {default_alpha(config):g} for the {name}. "
-                        "Drop the flag: --lora_scale is what changes the strength."
+                        "Drop --lora_alpha: --lora_scale is what changes the strength."
                     )
     return [adapter for adapter, _ in found]
 
@@ -83,7 +84,7 @@ def read_adapters(paths: list[Path], lora_alpha: float | None = None, allow_pick
 def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Adapter, bool]:
     """Return an adapter, and whether it leaves an alpha open, which is then `lora_alpha`."""
     if is_peft_folder(path):
-        adapter, is_open = _read_peft_folder(path, allow_pickle), False
+        adapter, is_open = _read_peft_folder(path, lora_alpha, allow_pickle)
     else:
         if (path / PEFT_FILE).is_file() and not (path / DIFFUSERS_FILE).is_file():
             raise UserError(f"{path} holds {PEFT_FILE} without {PEFT_CONFIG}, which says its alpha. Copy both.")
@@ -119,8 +120,8 @@ def _without_weights(path: Path) -> UserError:
 # --- PEFT folders ---
 
 
-def _read_peft_folder(path: Path, allow_pickle: bool) -> Adapter:
-    folders = _peft_folders(path)
+def _read_peft_folder(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Adapter, bool]:
+    folders, is_open = _peft_folders(path), False
     if not (path / PEFT_CONFIG).is_file():  # text encoders alone
         del folders["unet"]
     weights, configs = {}, {}
@@ -129,19 +130,30 @@ def _read_peft_folder(path: Path, allow_pickle: bool) -> Adapter:
         bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
         # Some versions of PEFT keep the name of the module that holds DoRA's vector.
         weights[name] = {key.replace("magnitude_vector.weight", "magnitude_vector"): bare[key] for key in bare}
-        configs[name] = _completed(_read_peft_config(folder), weights[name])
-    return Adapter(weights, configs)
+        config, fills = _read_peft_config(folder, lora_alpha)
+        configs[name], is_open = _completed(config, weights[name]), is_open or fills
+    return Adapter(weights, configs), is_open
 
 
-def _read_peft_config(folder: Path) -> Config:
+def _read_peft_config(folder: Path, lora_alpha: float | None) -> tuple[Config, bool]:
+    """Return the settings of a folder, and whether `lora_alpha` is needed for them."""
     file = folder / PEFT_CONFIG
     try:
         options = json.loads(file.read_text(encoding="utf-8"))
         kind = options.get("peft_type", "LORA")
         if kind in KINDS:
             # PEFT would put its own defaults in place of an alpha or a rank that is not there.
-            _check_values(file, options, kind)
-            return KINDS[kind].from_pretrained(folder)
+            alpha, is_open = ALPHAS[kind], options.get(ALPHAS[kind]) is None
+            if is_open and lora_alpha is None:
+                raise UserError(
+                    f"{file} has no {alpha}, which says how strong the adapter is. Give --lora_alpha, that of its "
+                    "training, or copy the folder again."
+                )
+            _check_values(file, options | ({alpha: lora_alpha} if is_open else {}), kind)
+            config = KINDS[kind].from_pretrained(folder)
+            if is_open:
+                setattr(config, alpha, lora_alpha)
+            return config, is_open
     except UserError:
         raise
     except (OSError, TypeError, ValueError, AttributeError) as error:
@@ -174,8 +186,7 @@ def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
     for name, kinds in SWITCHES.items():
         if name in options and not isinstance(options[name], kinds):
             raise TypeError(f"{name} is {options[name]!r}, not {'a number' if kinds is int else 'true or false'}")
-    alpha = "lora_alpha" if kind == "LORA" else "alpha"
-    for name, numbers in {"r": int, alpha: int | float}.items():
+    for name, numbers in {"r": int, ALPHAS[kind]: int | float}.items():
         value = options.get(name)
         if not _is_positive(value, numbers):
             raise TypeError(f"{name} is {value!r}, not a positive number")
@@ -294,6 +305,9 @@ def _peft_names(component: str, weights: Tensors) -> Tensors:
     return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
 
 
+_PART = re.compile(r"\.(?:lora|hada|lokr|dora|alpha)")  # where the part of a module begins in its key
+
+
 def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserError:
     if all(key.startswith(PEFT_PREFIX) for key in tensors):
         return UserError(f"{file} is a part of a PEFT folder. Give the folder, whose {PEFT_CONFIG} says its alpha.")
@@ -303,15 +317,26 @@ def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserE
             f"{file} is a whole model, or a part of one, and no adapter: it holds {next(iter(tensors))}. Give an SDXL "
             "adapter; `convert.py --extract_from` makes one from a tuned model."
         )
-    family = guess_family(tensors)
-    method = other_method(strangers)
-    how = f" They are of {method}, which is not read here." if method and family in {None, SDXL} else ""
-    known = not how and (family is not None or len(strangers) == len(tensors))
-    guess = f"It looks as if made for {family or 'another model family'}. " if known else ""
-    return UserError(
-        f"{file} holds {len(strangers)} keys of {len(tensors)} that no layout of an SDXL adapter has: {shown}.{how} "
-        f"{guess}Give an SDXL adapter: a file of diffusers', kohya's or ComfyUI's layout, or a PEFT folder."
-    )
+    family, is_one = guess_family(tensors), len(strangers) == 1
+    is_sdxl = family in {None, SDXL}
+    method = other_method(strangers) if is_sdxl else None
+    holds = f"{file} holds {len(strangers)} {'key' if is_one else 'keys'} of {len(tensors)}"
+    if is_sdxl and not method and not not_in_sdxl("unet", (_PART.split(key)[0] for key in strangers)):
+        return UserError(
+            f"{holds} without the component in front: {shown}. Put unet. there, as diffusers' layout has it, or give "
+            "the PEFT folder that they come from."
+        )
+    layouts = "diffusers', kohya's or ComfyUI's layout, or"
+    what = f"Give an SDXL adapter: a file of {layouts} a PEFT folder."
+    if method:
+        what = f"They are of {method}, which is not read here. {what}"
+    elif not is_sdxl or len(strangers) == len(tensors) and family is None:
+        what = f"It looks as if made for {family or 'another model family'}. {what}"
+    elif len(strangers) == len(tensors):
+        what = f"Give it in {layouts} as a PEFT folder."
+    else:
+        what = f"Export the adapter again without {'it' if is_one else 'them'}."
+    return UserError(f"{holds} that no layout of an SDXL adapter has: {shown}. {what}")
 
 
 def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata: dict) -> LoraConfig | None:

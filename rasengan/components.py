@@ -175,8 +175,9 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
     except (HfHubHTTPError, LocalEntryNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
         revision = f" at --revision {source.revision}" if source.revision else ""
         raise UserError(
-            f"{name} is no folder here, and the hub did not give its {component}{revision}: {first_line(error)} "
-            "Correct the name, log in with `hf auth login` if it is private, or give a local folder."
+            f"{name} is no folder here, and the hub did not give its {component}{revision}: "
+            f"{first_line(error).rstrip('.')}. Correct the name, log in with `hf auth login` if it is "
+            "private, or give a local folder."
         ) from error
     except UnicodeEncodeError as error:  # of the request's header
         raise UserError(BAD_TOKEN) from error

@@ -55,11 +55,15 @@ def guess_family(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
+def is_adapter(names: Iterable[str]) -> bool:
+    """Say whether some of the names in a file are those of an adapter's weights."""
+    return any(mark in name for name in names for mark in ("lora", "hada", "lokr"))
+
+
 def is_whole_model(names: Iterable[str]) -> bool:
     """Say whether the names in a file are those of a model, or a part of one, and no adapter's."""
     names = list(names)
-    is_adapter = any(mark in name for name in names for mark in ("lora", "hada", "lokr"))
-    return not is_adapter and any(name.startswith(_WHOLE_MODELS) for name in names)
+    return not is_adapter(names) and any(name.startswith(_WHOLE_MODELS) for name in names)
 
 
 def other_method(names: Iterable[str]) -> str | None:

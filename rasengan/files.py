@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -59,13 +60,38 @@ def _umask() -> int:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, and only then give it its own; makes its folder if missing."""
+    with _written(path, content) as temporary:
+        os.replace(temporary, path)
+
+
+def write_if_free(path: Path, content: bytes) -> bool:
+    """Write a file as `write_atomically` does, but over none, and say whether its name was free.
+
+    Another process may take the name at any time: it is a hard link that fails then. Where the file system has none,
+    as on FAT and some mounted shares, the name is looked at just before.
+    """
+    with _written(path, content) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            if os.path.lexists(path):
+                return False
+            os.replace(temporary, path)
+    return True
+
+
+@contextlib.contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """Give a synced file beside a path, which the caller gives that path's name; it is removed if it is left over."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Machines that share a folder may have equal process ids.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)
         sync(temporary)
-        os.replace(temporary, path)
+        yield temporary
         sync_folder(path.parent)
     except OSError as error:
         # A full disk names no file, and the temporary name is no user's matter.

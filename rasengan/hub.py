@@ -54,7 +54,7 @@ def create_repository(name: str, token: str | None) -> str:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"--push_to_hub: the hub refused {name}: {first_line(error)} Log in with `hf auth login`."
+            f"--push_to_hub: the hub refused {name}: {first_line(error).rstrip('.')}. Log in with `hf auth login`."
         ) from error
 
 
@@ -69,8 +69,8 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
         HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=patterns)
     except (HTTPError, OSError, *NO_HUB) as error:
         raise UserError(
-            f"--push_to_hub: the upload to {repo_id} failed: {first_line(error)} The adapter is in {directory}; "
-            f"upload it with `hf upload {repo_id} {directory}`."
+            f"--push_to_hub: the upload to {repo_id} failed: {first_line(error).rstrip('.')}. The adapter is in "
+            f"{directory}; upload it with `hf upload {repo_id} {directory}`."
         ) from error
 
 

@@ -32,7 +32,6 @@ from rasengan.families import guess_family
 Layer = torch.nn.Linear | torch.nn.Conv2d
 LAYER = (torch.nn.Linear, torch.nn.Conv2d)
 
-
 # What else than rank, alpha and modules a merge hangs on. How an adapter was begun (on the base as it is: the reader
 # refuses others), trained, or told which modules to leave out, no longer matters.
 MERGED_BY = {
@@ -40,8 +39,6 @@ MERGED_BY = {
     "LOHA": ("use_effective_conv2d",),
     "LOKR": ("use_effective_conv2d", "decompose_both", "decompose_factor"),
 }
-
-
 NOTHING_LEFT = 1e-4  # of the greatest change among several
 # PEFT takes longer to set up a model than to merge a layer, but what is merged together exists three times in fp32.
 GROUP_BYTES = 2**26
@@ -187,8 +184,8 @@ def merge(
 
     Args:
         model: the component, on any device.
-        adapters: each with the scale on its whole change; those without weights for this component, and those at
-            scale 0, are left out.
+        adapters: each with the scale on its change, of a DoRA on its B A alone: its vector acts in full. Those without
+            weights for this component, and those at scale 0, are left out.
         component: its name, for messages.
 
     Raises:
@@ -222,12 +219,13 @@ def merge(
             squared_norm += _norm(exact.pop(name)) ** 2
             layer.weight.data.copy_(rounded)
     if idle := [number + 1 for number, acts in enumerate(acting) if not acts]:
-        raise _idle_error(f"Adapter {idle[0]} of {len(parts)}" if len(parts) > 1 else "The adapter", component)
+        who = f"Adapter {idle[0]} of {len(parts)}" if len(parts) > 1 else "The adapter"
+        raise _idle_error(who, component, parts[idle[0] - 1], torch.float32)
     # What is left of adapters that cancel each other is rounding.
     if parts and squared_change <= NOTHING_LEFT**2 * max(squared_of_each):
         if len(parts) > 1:
             raise UserError(f"The adapters cancel each other in the {component}: nothing is left. Give other weights.")
-        raise _idle_error("The adapter", component)
+        raise _idle_error("The adapter", component, parts[0], old.dtype)
     return model.requires_grad_(False), MergeReport(changed, (squared_change / (squared_norm or 1.0)) ** 0.5)
 
 
@@ -250,11 +248,17 @@ class _Part(NamedTuple):
         return cls(by_module(fit_names(weights, model)), config, scale)
 
 
-def _idle_error(who: str, component: str) -> UserError:
-    return UserError(
-        f"{who} changes nothing in the {component}: every weight is the same after the merge. It was saved before it "
-        "was trained, or its lora_B is zero."
-    )
+def _idle_error(who: str, component: str, part: _Part, dtype: torch.dtype) -> UserError:
+    # Of DoRA's vector nothing is told: it is no factor.
+    products = [[t for name, t in parts.items() if "magnitude" not in name] for parts in part.modules.values()]
+    if all(any(not tensor.any() for tensor in factors) for factors in products):
+        why = "a factor of each of its products is zero, as before training. Give one that was trained."
+    else:
+        why = (
+            f"at scale {part.scale:g} its change is too small for {str(dtype).removeprefix('torch.')}. Give a greater "
+            "--lora_scale, or an adapter that was trained for longer."
+        )
+    return UserError(f"{who} changes nothing in the {component}: {why}")
 
 
 def _groups(model: torch.nn.Module, names: Iterable[str]) -> Iterator[dict[str, Layer]]:

@@ -144,7 +144,7 @@ class PairDrawer:
         Args:
             settings: of both pictures.
             adapter: of the tuned one.
-            lora_scale: on the adapter's whole change.
+            lora_scale: of the adapter, as `merging.merge` takes it.
             on_step: called with "tuned" or "base" and the number of denoising steps of it that are done, from 0.
 
         Raises:

@@ -88,7 +88,8 @@ def make_sampler(scheduler: SchedulerMixin, name: str | None) -> SchedulerMixin:
     if name is None:
         return scheduler
     sampler, options = SAMPLERS[name]
-    return sampler.from_config(scheduler.config, **options)
+    # Told by itself: from a configuration diffusers leaves out what it did not say when it was read.
+    return sampler.from_config(scheduler.config, prediction_type=scheduler.config.prediction_type, **options)
 
 
 def conditioning(

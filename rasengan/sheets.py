@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from rasengan.files import write_atomically
+from rasengan.files import write_atomically, write_if_free
 
 
 # A page that holds everything itself: it can be sent, and opened anywhere.
@@ -29,9 +29,10 @@ table.settings td {{ padding: 0 1rem 0 0; vertical-align: top; color: #555; over
 table.settings td:first-child {{ overflow-wrap: break-word; max-width: 45vw }}
 section {{ margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }}
 section p {{ margin: 0 0 .6rem; max-width: 60rem; overflow-wrap: anywhere }}
-.row {{ display: flex; flex-wrap: wrap; gap: 12px }}
-figure {{ margin: 0; max-width: 100% }}
-img {{ display: block; max-width: 100%; height: auto }}
+.row {{ display: grid; gap: 12px; overflow-x: auto; grid-template-columns:
+  repeat(var(--columns), minmax(clamp(6rem, var(--width), 16rem), max(6rem, var(--width)))) }}
+figure {{ margin: 0 }}
+img {{ display: block; max-width: 100%; height: auto; margin: 0 auto }}
 figcaption {{ color: #555; text-align: center; overflow-wrap: anywhere }}
 @media (prefers-color-scheme: dark) {{ body {{ background: #181818; color: #ddd }} section {{ border-color: #444 }}
 table.settings td, figcaption {{ color: #aaa }} }}
@@ -47,6 +48,7 @@ table.settings td, figcaption {{ color: #aaa }} }}
 FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
 FONTS += ("Arial Unicode.ttf", "AppleSDGothicNeo.ttc", "segoeui.ttf", "YuGothM.ttc", "msyh.ttc", "malgun.ttf")
 MOST_PENDING = 8  # pictures that are not written yet
+MOST_COLUMN_LINES = 8  # of a label over a column
 GRID_ROWS = 8  # more rows go into further grids
 MOST_GRID_PIXELS = 64 * 2**20  # likewise, but for labels and margins
 
@@ -69,7 +71,7 @@ def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     Args:
         rows: pictures, as many in each row as there are column labels.
         row_labels: one for each row, wrapped to its width.
-        column_labels: one for each column.
+        column_labels: one for each column, wrapped to its width; the end, where a scale stands, is never cut off.
     """
     width, height = rows[0][0].size
     cell, margin = max(width, 256), max(width, 256) // 32
@@ -79,14 +81,19 @@ def image_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     fonts = [font_for(label, size) for label in row_labels]
     labels = [wrap(*label, total_width - 2 * margin) for label in zip(row_labels, fonts, strict=True)]
 
-    header = line_height + margin
+    heads = []
+    for label in column_labels:
+        font = font_for(label, size)
+        heads.append((font, wrap(label, font, cell, MOST_COLUMN_LINES, keeps_end=True)))
+
+    header = max(len(lines) for _, lines in heads) * line_height + margin
     total_height = header + sum(len(lines) * line_height + height + 2 * margin for lines in labels)
     grid = Image.new("RGB", (total_width, total_height), "white")
     draw = ImageDraw.Draw(grid)
     lefts = [margin + column * (cell + margin) for column in range(len(column_labels))]
-    for left, label in zip(lefts, column_labels, strict=True):
-        font = font_for(label, size)
-        draw.text((left + cell / 2, margin), wrap(label, font, cell, max_lines=1)[0], "black", font, anchor="ma")
+    for left, (font, lines) in zip(lefts, heads, strict=True):
+        for number, line in enumerate(lines):
+            draw.text((left + cell / 2, margin + number * line_height), line, "black", font, anchor="ma")
     top = header
     for row, font, lines in zip(rows, fonts, labels, strict=True):
         top += margin
@@ -111,25 +118,28 @@ def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4
     return sheet
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3) -> list[str]:
+def wrap(
+    text: str, font: ImageFont.FreeTypeFont, width_px: float, max_lines: int = 3, keeps_end: bool = False
+) -> list[str]:
     """Return the text in at most `max_lines` lines that fit a width, cut with an ellipsis where it is longer.
 
-    A number in parentheses at its end, a seed, stays behind the ellipsis.
+    A number in parentheses at its end, a seed, stays behind the ellipsis; with `keeps_end` most of a line of any end.
     """
+    text = _visible(text)
     number = re.search(r" \(\d+\)$", text)
+    end = _end(text, font, width_px * 3 / 4) if keeps_end else number[0] if number else ""
     # A letter is a pixel wide at least: of a prompt of thousands no more is looked at.
-    lines, rest = [], _drawable(" ".join(text.split())[: max_lines * math.ceil(width_px)], font)
+    lines, rest = [], _drawable(text[: max_lines * math.ceil(width_px)], font)
     while rest and len(lines) < max_lines:
-        ellipsis = (
-            f" ...{number[0] if number else ''}"
-            if len(lines) == max_lines - 1 and font.getlength(rest) > width_px
-            else ""
-        )
+        is_cut = len(lines) == max_lines - 1 and font.getlength(rest) > width_px
+        ellipsis = f" ...{end}" if is_cut else ""
         sizes = range(1, len(rest) + 1)
         over = partial(_is_wider, rest, ellipsis, font, width_px)
         fits = max(1, bisect.bisect_left(sizes, True, key=over))
         if fits < len(rest) and rest[fits] != " ":
-            fits = rest.rfind(" ", 0, fits) if " " in rest[:fits] else fits  # a word longer than a line is cut
+            # A word longer than a line is cut, where a file's name has a mark in it behind that.
+            mark = max(rest.rfind(mark, 0, fits) + 1 for mark in "/_-")
+            fits = rest.rfind(" ", 0, fits) if " " in rest[:fits] else mark if mark > fits // 2 else fits
         lines.append(rest[:fits] + ellipsis)
         rest = rest[fits:].lstrip()
     return lines or [""]
@@ -139,9 +149,22 @@ def _is_wider(text: str, ellipsis: str, font: ImageFont.FreeTypeFont, width_px: 
     return font.getlength(text[:length] + ellipsis) > width_px
 
 
+def _end(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
+    """Return as much of a text's end as fits a width."""
+    end = _drawable(text[-math.ceil(width_px) :], font)
+    start = bisect.bisect_left(range(len(end)), True, key=lambda start: font.getlength(end[start:]) <= width_px)
+    return end[start:]
+
+
+def _visible(text: str) -> str:
+    """Return a text with single spaces, and without what is not drawn, or would turn round what follows it."""
+    shown = (letter for letter in text if letter.isspace() or unicodedata.category(letter) not in {"Cc", "Cf"})
+    return " ".join("".join(shown).split())
+
+
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Return the font that has most of a text's letters: Pillow's own, which has ASCII's, or the first of `FONTS`."""
-    fonts = [ImageFont.load_default(size)]
+    fonts, text = [ImageFont.load_default(size)], _visible(text)
     if not text.isascii():
         fonts += filter(None, (_system_font(name, size) for name in FONTS))
     letters = set(unicodedata.normalize("NFC", text))
@@ -159,19 +182,22 @@ def _system_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
     if letter.isspace():  # some of which Pillow refuses to draw
         return True
-    # A font draws what it lacks as it draws what is no letter at all.
-    found, none = font.getmask(letter), font.getmask("\uffff")
-    return (found.size, bytes(found)) != (none.size, bytes(none))
+    # A font draws what it lacks as it draws what is no letter at all, and a mark by itself on a dotted circle.
+    found, *none = (font.getmask(drawn) for drawn in (letter, "\uffff", "\u25cc\uffff"))
+    return (found.size, bytes(found)) not in {(mask.size, bytes(mask)) for mask in none}
 
 
 def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
     """Return a text with what a font lacks without its accents, or as the name of its script in brackets."""
-    parts = []
+    parts, script = [], None
     for letter in unicodedata.normalize("NFC", text):
+        is_mark = unicodedata.category(letter).startswith("M")
+        if is_mark and (not _has(font, letter) or parts[-1:] == [script]):
+            continue  # it lies on another letter, which is there, or replaced
         part = letter if _has(font, letter) else _without_accents(letter)
         if not all(_has(font, plain) for plain in part):
-            script = re.split("[ -]", unicodedata.name(letter, f"U+{ord(letter):X}"))[0]
-            part = f"[{script}]" if parts[-1:] != [f"[{script}]"] else ""
+            script = f"[{re.split('[ -]', unicodedata.name(letter, f'U+{ord(letter):X}'))[0]}]"
+            part = script if parts[-1:] != [script] else ""
         parts += [part] if part else []
     return "".join(parts)
 
@@ -202,11 +228,14 @@ def contact_sheet(
     sections = []
     for text, files in rows:
         figures = [_figure(file, label) for file, label in zip(files, column_labels, strict=True)]
-        sections.append(f'<section><p>{html.escape(text)}</p><div class="row">{"".join(figures)}</div></section>')
+        size = f"--columns: {len(figures)}; --width: {max(width for _, width in figures)}px"
+        row = f'<div class="row" style="{size}">{"".join(figure for figure, _ in figures)}</div>'
+        sections.append(f"<section><p>{html.escape(text)}</p>{row}</section>")
     return PAGE.format(title=html.escape(title), settings=listed, sections="\n".join(sections))
 
 
-def _figure(file: Path, label: str) -> str:
+def _figure(file: Path, label: str) -> tuple[str, int]:
+    """Return a picture with its label, and its width in px."""
     with Image.open(file) as image:
         small = image.convert("RGB")
     small.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -215,7 +244,8 @@ def _figure(file: Path, label: str) -> str:
     source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
     size = f'width="{small.width}" height="{small.height}"'
     label = html.escape(label)
-    return f'<figure><img src="{source}" alt="{label}" {size}><figcaption>{label}</figcaption></figure>'
+    figure = f'<figure><img src="{source}" alt="{label}" {size}><figcaption>{label}</figcaption></figure>'
+    return figure, small.width
 
 
 # --- files ---
@@ -237,7 +267,7 @@ def write_together(
     """
     for old in output_dir.glob("grid*.png"):  # a copy under another name, or another program's, stays
         if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in read_about(old):
-            old.unlink()
+            old.unlink(missing_ok=True)  # another run may be at it too
     labels = [label for label, _ in columns]
     page = contact_sheet("Pictures", settings | dict(columns), rows, labels)
     write_atomically(output_dir / "contact_sheet.html", page.encode())
@@ -266,12 +296,12 @@ class PictureWriter:
         return self
 
     def write(self, path: Path, image: Image.Image, about: dict[str, object]) -> None:
-        """Begin to write a picture, as `save_png` does; waits where many are not written yet.
+        """Begin to write a picture, as `save_beside` does; waits where many are not written yet.
 
         Raises:
             OSError: an earlier one could not be written.
         """
-        self.pending.append(self.pool.submit(save_png, path, image, about))
+        self.pending.append(self.pool.submit(save_beside, path, image, about))
         while len(self.pending) > MOST_PENDING:
             self.pending.popleft().result()
 
@@ -294,19 +324,21 @@ def slug(kind: str) -> str:
     return re.sub(r"[^\w.]+", "-", kind)
 
 
-def free_name(path: Path, about: dict[str, object], taken: set[Path]) -> Path:
-    """Return a path for a picture, ending in -2, -3 and so on where one that was made otherwise has its name.
+def place_of(path: Path, about: dict[str, object]) -> Path:
+    """Return where a picture is, or is to be written: the first free name where none is made from the same.
 
     Args:
-        path: that it would have in an empty folder.
+        path: that it has in an empty folder; beside pictures that were made otherwise its name ends in -2, -3, ...
         about: what it is made from, as `save_png` takes it.
-        taken: paths of others that are not written yet.
     """
-    made_from = {name: str(value) for name, value in about.items()}
     for number in itertools.count(1):
         file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        if file not in taken and (not file.exists() or read_about(file) == made_from):
+        if not os.path.lexists(file) or read_about(file) == _as_text(about):
             return file
+
+
+def _as_text(about: dict[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in about.items()}
 
 
 def read_about(path: Path) -> dict[str, str]:
@@ -320,9 +352,26 @@ def read_about(path: Path) -> dict[str, str]:
 
 def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:
     """Write a picture whole or not at all, with what it was made from in its metadata, as text by name."""
+    write_atomically(path, _as_png(image, about or {}))
+
+
+def save_beside(path: Path, image: Image.Image, about: dict[str, object]) -> Path:
+    """Write a picture as `save_png` does, over none that was made otherwise, and return its `place_of`.
+
+    The name is taken when the picture is whole: runs that draw into one folder at the same time keep theirs apart.
+    """
+    content = _as_png(image, about)
+    while not write_if_free(file := place_of(path, about), content):
+        if read_about(file) == _as_text(about):
+            write_atomically(file, content)
+            break
+    return file
+
+
+def _as_png(image: Image.Image, about: dict[str, object]) -> bytes:
     metadata = PngImagePlugin.PngInfo()
-    for name, value in (about or {}).items():
+    for name, value in about.items():
         metadata.add_itxt(name, str(value))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=metadata)
-    write_atomically(path, file.getvalue())
+    return file.getvalue()

@@ -84,8 +84,8 @@ def read_tensors(file: Path, allow_pickle: bool) -> tuple[Tensors, dict[str, str
         return _read_pickle(file, allow_pickle), {}
     if not file.is_file():
         raise UserError(
-            f"There is no adapter at {file}. Give by --lora_weights, --lora or --input a .safetensors file, a run's "
-            "--output_dir, a checkpoint-N, a PEFT folder, or a hub id."
+            f"There is no adapter at {file}. Give a .safetensors file, a run's --output_dir, a checkpoint-N, a PEFT "
+            "folder, or a hub id."
         )
     try:
         with safe_open(file, framework="pt") as content:

@@ -69,7 +69,7 @@ def save_tuned(
         variant: of their weight files.
         dtype: of the UNet and the text encoders; the VAE is fp32.
         scheduler: with the prediction type of the training.
-        adapters: each with the scale on its whole change.
+        adapters: each with its scale, as `merging.merge` takes them.
         on_merge: called with each component that was merged, and what that changed.
 
     Raises:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 
@@ -38,11 +39,31 @@ from rasengan.pipeline import Pipeline
 from rasengan.run_folders import choose_adapter, find_adapters
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = Parser(__doc__)
+    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
+    add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
+    add = parser.add_argument_group("page").add_argument
+    what = "a run's --output_dir, or a folder of several; the page offers the adapters in it, and reads nothing else"
+    add("--runs_dir", type=path_type, required=True, help=what)
+    add("--port", type=number_type(1, most=65535), default=7860, help="[%(default)s]")
+    add("--share", action="store_true", help="make a public link, through Gradio's server, for as long as this runs")
+    return parser.parse_args(argv)
+
+
+def refuse(error: ImportError) -> None:
+    """Say that Gradio is missing, once the command line is read: it may ask for help alone."""
+    parse_args()
+    raise UserError(f"The page needs Gradio: pip install -e '.[app]'. ({error})") from error
+
+
 try:
     import gradio as gr
 except ImportError as error:
-    print(f"error: The page needs Gradio: pip install -e '.[app]'. ({error})", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(in_one_line(partial(refuse, error), ""))
 
 HISTORY, KEPT = 24, 200  # pairs that a page shows again, and that are kept on disk for all pages
 SHOWN_S = 20  # of an error, which lies over the pictures
@@ -68,21 +89,6 @@ STYLE = """
   white-space: normal; overflow-wrap: anywhere }
 @media (max-width: 640px) { #history .grid-container { grid-template-columns: 1fr } }
 """
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the arguments of the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_base_flags(components.COMPONENT_FLAGS)
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
-    add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
-    add = parser.add_argument_group("page").add_argument
-    what = "a run's --output_dir, or a folder of several; the page offers the adapters in it, and reads nothing else"
-    add("--runs_dir", type=path_type, required=True, help=what)
-    add("--port", type=number_type(1, most=65535), default=7860, help="[%(default)s]")
-    add("--share", action="store_true", help="make a public link, through Gradio's server, for as long as this runs")
-    return parser.parse_args(argv)
 
 
 class Page:
@@ -164,7 +170,8 @@ class Page:
         text = str(error).replace(f"{self.runs_dir}/", "")
         for place in self.places:
             text = text.replace(str(place), place.name)
-        # What are flags elsewhere are fields here.
+        # What are flags elsewhere are fields here, which cannot be dropped.
+        text = text.replace("Drop --lora_alpha", "Set --lora_alpha to 0")
         text = re.sub(r"--(\w+)", lambda match: match[1].replace("_", " ").replace("lora", "LoRA"), text)
         return html.escape(text)
 
@@ -184,7 +191,8 @@ class Page:
 def build(page: Page) -> gr.Blocks:
     """Return the page's layout."""
     side, most_steps = page.drawer.side, page.drawer.most_steps
-    sides = {"minimum": SIDES[0], "maximum": SIDES[-1], "step": SIDES.step, "precision": 0, "value": side}
+    # Without bounds, of which Gradio would speak in its own words, and print a traceback.
+    sides = {"step": SIDES.step, "precision": 0, "value": side}
     beside = {"scale": 1, "min_width": 80, "size": "sm", "elem_classes": ["beside"]}
     with gr.Blocks(title="Rasengan-XL", analytics_enabled=False) as blocks:
         history = gr.State([])
@@ -198,8 +206,7 @@ def build(page: Page) -> gr.Blocks:
                     refresh = gr.Button("Refresh", elem_id="refresh", **beside)
                 scale = gr.Slider(0, MOST_SCALE, 1.0, step=0.05, label="LoRA scale", info="0 is the base")
                 with gr.Row():
-                    bounds = {"precision": 0, "minimum": -1, "maximum": MOST_SEED}
-                    seed = gr.Number(0, label="Seed (-1: any)", scale=5, min_width=180, **bounds)
+                    seed = gr.Number(0, label="Seed (-1: any)", scale=5, min_width=180, precision=0)
                     dice = gr.Button("Random", elem_id="dice", **beside)
                 steps = gr.Slider(1, most_steps, min(30, most_steps), step=1, precision=0, label="Steps")
                 with gr.Accordion("More", open=False):
@@ -210,7 +217,7 @@ def build(page: Page) -> gr.Blocks:
                         width = gr.Number(label="Width in px", min_width=120, **sides)
                         height = gr.Number(label="Height in px", min_width=120, **sides)
                     what = "of the training, for a file that does not say; else 0"
-                    alpha = gr.Number(0, label="LoRA alpha", info=what, minimum=0)
+                    alpha = gr.Number(0, label="LoRA alpha", info=what)
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=5, min_width=300):
                 with gr.Row():

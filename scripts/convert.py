@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rasengan import UserError, component_checks, components, low_rank, whole_model
-from rasengan.adapter_places import fetch_adapter
+from rasengan.adapter_places import fetch_adapter, holds_adapter, holds_model
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
 from rasengan.command_line import Parser, number_type, path_type
@@ -74,6 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def validate_args(args: argparse.Namespace) -> None:
     """Check what the arguments say by themselves."""
+    check_places(args)
     if args.format in MODEL_LAYOUTS:
         validate_model(args)
     else:
@@ -86,6 +87,28 @@ def validate_args(args: argparse.Namespace) -> None:
     if os.path.lexists(output):
         raise UserError(f"--output {args.output} exists. Give a name that does not.")
     check_writable(output.resolve().parent, "--output: the folder")
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Check that no adapter is given in the place of a whole model, and no whole model in that of an adapter."""
+    remedies = {
+        "extract_from": "Give the tuned model; --input is what reads an adapter.",
+        "base": "Give the SDXL that the other place comes from.",
+    }
+    if args.format in MODEL_LAYOUTS:
+        remedies["input"] = (
+            f"Give --format {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}; `infer.py --save_merged` is what merges it "
+            "into a base."
+        )
+    elif args.input and holds_model(Path(args.input)) and not holds_adapter(Path(args.input)):
+        raise UserError(
+            f"--input {args.input} is a whole model, and no adapter. Give it by --extract_from, with --base and "
+            f"--rank, or --format {' or '.join(MODEL_LAYOUTS)}."
+        )
+    for flag, remedy in remedies.items():
+        place = getattr(args, flag)
+        if place and holds_adapter(Path(place)) and not holds_model(Path(place)):
+            raise UserError(f"--{flag} {place} is an adapter, and no whole SDXL. {remedy}")
 
 
 def validate_model(args: argparse.Namespace) -> None:
@@ -144,7 +167,8 @@ def find_model(args: argparse.Namespace, flag: str, names: Iterable[str], weight
 
 def with_flag(error: UserError, flag: str) -> UserError:
     """Return an error whose remedies, which are the flags of other scripts, name this one's."""
-    return UserError(re.sub(r"--pretrained_\w+( or --pretrained_\w+)?", f"--{flag}", str(error)))
+    text = re.sub(r"the folder .* by --pretrained_\w+, or a base by ", "a whole SDXL by ", str(error))
+    return UserError(re.sub(r"--pretrained_\w+( or --pretrained_\w+)?", f"--{flag}", text))
 
 
 def extract(args: argparse.Namespace) -> tuple[Adapter, dict[str, low_rank.Kept]]:

@@ -38,6 +38,7 @@ from rasengan import (
     prompts,
     sdxl,
     sheets,
+    tensor_files,
     whole_model,
 )
 from rasengan.adapter_places import fetch_adapter
@@ -60,8 +61,11 @@ gc.freeze()
 gc.enable()
 
 
+WEIGHT_ENDINGS = {".safetensors", *tensor_files.PICKLES}
+
+
 class Model(NamedTuple):
-    """A model to draw with: the base, or the base with adapters, each with the scale on its whole change."""
+    """A model to draw with: the base, or the base with adapters, each with its scale."""
 
     label: str  # in grids
     kind: str  # in file names
@@ -70,7 +74,7 @@ class Model(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture's file, and what it is made from."""
+    """A picture's file, as it is called in an empty folder, and what it is made from."""
 
     file: Path
     about: dict[str, object]
@@ -91,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what = "the same with a weight [1]; given several times, the adapters' changes are summed"
     kind = {"type": weighted_place_type, "metavar": "PLACE[:WEIGHT]"}
     add("--lora", action="append", default=[], help=what, **kind)
-    what = "on the whole change; 0 is the base; several, such as 0,0.5,1, are compared [1]"
+    what = "on the change (of a DoRA on its B A alone); 0 is the base; several, such as 0,0.5,1, are compared [1]"
     add("--lora_scale", type=numbers_type, help=what)
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where a file does not say it")
     add("--allow_pickle", action="store_true", help="read an adapter that is a .bin or .pt, tensors alone")
@@ -108,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=kind, default=0, help="of a prompt's first picture, then counted up [%(default)s]")
     add("--num_images_per_prompt", type=positive, default=1, help="drawn together [%(default)s]")
     add("--num_inference_steps", type=positive, default=30, help="[%(default)s]")
-    add("--guidance_scale", type=number_type(kind=float), default=7.5, help="[%(default)s]")
+    add("--guidance_scale", type=number_type(0, float), default=7.5, help="[%(default)s]")
     add("--height", type=number_type(8), help="in px [the base's, 1024]")
     add("--width", type=number_type(8), help="in px [the base's, 1024; of --init_image if neither is given]")
     add("--init_image", type=path_type, help="a picture to begin with, in place of noise")
@@ -128,6 +132,8 @@ def validate_args(args: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {args.prompt_file} cannot be read: {error}. Give a UTF-8 file.") from error
         args.prompt = args.prompt + [line.strip() for line in lines if line.strip()]
+        if not args.prompt:
+            raise UserError(f"--prompt_file {args.prompt_file} holds no prompt. Write one a line, or give --prompt.")
     if not args.prompt and not args.save_merged:
         raise UserError("There is nothing to draw: give --prompt or --prompt_file.")
     for flag in ("height", "width"):
@@ -160,6 +166,9 @@ def validate_args(args: argparse.Namespace) -> None:
     if not has_adapter and not (args.lora_alpha is None and args.lora_scale is None):
         raise UserError("--lora_alpha and --lora_scale act on an adapter: give --lora_weights, or drop them.")
     args.lora_scale = args.lora_scale or [1.0]
+    for one, other in itertools.combinations(args.lora_scale, 2):
+        if f"{one:g}" == f"{other:g}":
+            raise UserError(f"--lora_scale holds {one} and {other}, which are both shown as {one:g}. Drop one.")
     if args.save_merged and (len(args.lora_scale) > 1 or len(args.lora_weights) > 1):
         raise UserError("--save_merged writes one model: give one --lora_scale, and one --lora_weights.")
     if args.lora and not any(weight for _, weight in args.lora):
@@ -168,6 +177,12 @@ def validate_args(args: argparse.Namespace) -> None:
         raise UserError("--save_merged at --lora_scale 0 would write the base. Give another scale.")
     if args.save_merged:
         check_name(Path(args.save_merged), "--save_merged")
+        ending = Path(args.save_merged).suffix
+        if ending.lower() in WEIGHT_ENDINGS and ending != ".safetensors":
+            raise UserError(
+                f"--save_merged is {args.save_merged}, but a file that is written ends in .safetensors. Give this "
+                "ending, or none of a file, for a folder."
+            )
     if args.save_merged and os.path.lexists(args.save_merged):
         raise UserError(f"--save_merged {args.save_merged} exists. Give a name that does not.")
     check_writable(Path(args.output_dir), "--output_dir")
@@ -180,8 +195,12 @@ def validate_args(args: argparse.Namespace) -> None:
 
 
 def read_models(args: argparse.Namespace) -> list[Model]:
-    """Return the models to draw with, the base first where it is compared; reads each adapter once."""
-    sets = [args.lora] if args.lora else [[(place, 1.0)] for place in args.lora_weights]
+    """Return the models to draw with, the base first where it is compared; reads each adapter once.
+
+    One of weight 0 is no part of any.
+    """
+    weighted = [(place, weight) for place, weight in args.lora if weight]
+    sets = [weighted] if weighted else [[(place, 1.0)] for place in args.lora_weights]
     files = [fetch_adapter(place, cache_dir=args.cache_dir) for places in sets for place, _ in places]
     read = iter(read_adapters(files, args.lora_alpha, args.allow_pickle))
     names = iter(short_names(args.lora_weights))
@@ -246,19 +265,14 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 
 
 def place_pictures(args: argparse.Namespace, models: list[Model]) -> dict[tuple[int, int, int], Picture]:
-    """Return the pictures by the place of their model, their prompt's, and their seed.
-
-    Pictures of other settings, which earlier runs left, keep their files.
-    """
-    pictures, taken = {}, set()
+    """Return the pictures by the place of their model, their prompt's, and their seed."""
+    pictures = {}
     for (place, model), (number, prompt), seed in itertools.product(
         enumerate(models), enumerate(args.prompt), seeds_of(args)
     ):
         about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": model.places}
         name = f"{number:03d}-{sheets.picture_name(prompt, seed, model.kind)}"
-        file = sheets.free_name(Path(args.output_dir) / name, about, taken)
-        pictures[place, number, seed] = Picture(file, about)
-        taken.add(file)
+        pictures[place, number, seed] = Picture(Path(args.output_dir) / name, about)
     return pictures
 
 
@@ -301,7 +315,7 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[
 
 
 def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_gib: float) -> None:
-    """Decode what `draw_share` gives, and write it with what it was made from in its metadata."""
+    """Decode what `draw_share` gives, and write it, beside pictures of other settings that are there."""
     waiting = []
     with sheets.PictureWriter() as writer:
         for drawn in shares:
@@ -326,7 +340,8 @@ def show_together(args: argparse.Namespace, models: list[Model], pictures: dict)
     """Write a contact sheet of all pictures, and grids where there is something to compare."""
     rows = []
     for number, seed in itertools.product(range(len(args.prompt)), seeds_of(args)):
-        files = [pictures[place, number, seed].file for place in range(len(models))]
+        # Where each is now, whichever process wrote it.
+        files = [sheets.place_of(*pictures[place, number, seed]) for place in range(len(models))]
         rows.append((f"{args.prompt[number]} ({seed})", files))
     columns = [(model.label, model.places) for model in models]
     sheets.write_together(Path(args.output_dir), rows, columns, settings_of(args))
@@ -379,7 +394,8 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             show_together(args, models, pictures)
             beside = ", side by side in grid*.png" * (len(models) > 1)
-            print(f"{len(pictures)} pictures are in {args.output_dir}, and together in contact_sheet.html{beside}")
+            drawn = "1 picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
+            print(f"{drawn} in {args.output_dir}, and together in contact_sheet.html{beside}")
             if device.type == "cuda":
                 print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
         pipeline.drop_unet()

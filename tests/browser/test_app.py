@@ -188,6 +188,31 @@ def test_what_is_wrong_is_told_in_the_page_and_the_next_pair_is_drawn(page, serv
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("Width in px", "16", "The width is 16. Give a whole number from 64 to 2048."),
+        ("Height in px", "100000", "The height is 100000. Give a whole number from 64 to 2048."),
+        ("Width in px", "100", "The width is 100 px. Give a multiple of 8."),
+        ("Seed (-1: any)", "-5", "The seed is -5. Give a whole number from 0 to 4294967295."),
+        ("LoRA alpha", "-1", "The LoRA alpha is -1. Give a positive number, or 0 for the file's own."),
+        ("LoRA alpha", "8", "says 32 for the unet. Set LoRA alpha to 0: LoRA scale is what changes the strength."),
+    ],
+)
+def test_a_number_out_of_bounds_is_told_by_its_field_in_the_page_alone(page, server, field, value, message):
+    before = server.log.read_text()
+    page.get_by_label("Prompt", exact=True).fill("a star")
+    page.get_by_label("Adapter", exact=True).click()
+    page.get_by_role("option", name="stars", exact=True).click()
+    page.get_by_role("button", name="More").click()
+    page.wait_for_timeout(500)  # it has its fields a moment after it opens
+    page.get_by_label(field).fill(value)
+    page.click("#generate")
+    toast = page.wait_for_selector("[data-testid='toast-body'], .toast-body")
+    assert message in toast.inner_text()
+    assert server.log.read_text() == before
+
+
 def test_a_new_adapter_is_offered_after_a_refresh(page, server):
     shutil.copy(server.runs / "stars" / "pytorch_lora_weights.safetensors", server.runs / "later.safetensors")
     page.click("#refresh")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_base_that_is_nowhere_is_refused(start, refused, monkeypatch):
         Path(__file__).parents[2] / "README.md",
     )
     message = refused("is no folder here, and the hub", start, "--pretrained_model_name_or_path", "nobody/sdxl")
-    assert "Correct the name" in message
+    assert re.search(r"[^.]\. Correct the name", message)
 
 
 def test_a_missing_component_folder_is_refused(start, refused, tiny_base, tmp_path):
@@ -250,6 +251,9 @@ def test_drawing_needs_a_prompt_and_comparing_needs_an_adapter(draw, refused, tm
     refused("give --prompt or --prompt_file", draw)
     refused("need an adapter: give --lora_weights", draw, "--prompt", "a star", "--compare")
     refused("cannot be read", draw, "--prompt_file", tmp_path / "none.txt")
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    refused("blank.txt holds no prompt. Write one a line", draw, "--prompt_file", tmp_path / "blank.txt")
+    refused("'-3' is not a number of 0 or more", draw, "--prompt", "a star", "--guidance_scale", -3)
 
 
 def test_an_alpha_or_scale_that_cannot_act_is_refused(draw, refused, trained):

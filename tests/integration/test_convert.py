@@ -319,11 +319,14 @@ def test_what_is_no_whole_model_is_refused(convert, trained, tuned_file, tuned, 
     save_file(tensors | {key: tensors[key].to(torch.float8_e4m3fn)}, tmp_path / "small.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(tuned_file.read_bytes()[:10_000])
     adapter = trained / adapters.DIFFUSERS_FILE
+    of_adapters = "Give --format diffusers, peft or kohya; `infer.py --save_merged` is what merges it into a base.$"
     for words, said in (
         (
-            [adapter, "--base", tiny_base],
-            r"lacks (\d+) of the \1 tensors of SDXL's unet, or has .* such as model.diff",
+            [trained / "checkpoint-2" / "trainer_state.json", "--base", tiny_base],
+            "trainer_state.json cannot be read: .* Give a whole .safetensors file",
         ),
+        ([adapter, "--base", tiny_base], f"--input {adapter} is an adapter, and no whole SDXL. {of_adapters}"),
+        ([adapter], f"--input {adapter} is an adapter, and no whole SDXL. {of_adapters}"),
         (
             [tmp_path / "less.safetensors", "--base", tiny_base],
             f"lacks 1 of the .* unet, .* such as {key}. Give an SD",
@@ -334,7 +337,9 @@ def test_what_is_no_whole_model_is_refused(convert, trained, tuned_file, tuned, 
         ([tmp_path / "no.safetensors", "--base", tiny_base], "There is no file at .*no.safetensors. Correct --input"),
         ([tuned, "--base", tiny_base], "--base is for a whole SDXL that is a single file"),
         ([tuned_file, "--base", tuned_file], "--base .*sdxl.safetensors is a file, which holds no configuration"),
-        ([trained], "holds no tokenizer: .* or a base by --input"),
+        ([trained], f"--input {trained} is an adapter, and no whole SDXL. {of_adapters}"),
+        ([trained / "peft"], f"--input {trained / 'peft'} is an adapter, and no whole SDXL. {of_adapters}"),
+        ([trained / "logs"], "holds no tokenizer: it has no tokenizer_config.json. Give a whole SDXL by --input.$"),
         ([tmp_path / "none"], "none is neither a folder nor a hub id.* Correct --input"),
         ([tuned, "--resize_rank", 4], "writes a whole SDXL: --extract_from, .* belong to adapters. Drop them"),
     ):
@@ -352,17 +357,33 @@ def test_what_is_no_whole_model_is_refused(convert, trained, tuned_file, tuned, 
 # --- extraction from what is none ---
 
 
-def test_what_is_no_model_is_refused_by_the_flags_of_this_script(convert, trained, tiny_base, tmp_path):
+def test_what_is_no_model_is_refused_by_the_flags_of_this_script(convert, trained, tuned_file, tiny_base, tmp_path):
     file, options = trained / adapters.DIFFUSERS_FILE, ["--rank", 4, "--format", "kohya"]
+    tuned_one = "Give the tuned model; --input is what reads an adapter.$"
     for tuned, base, said in (
-        (file, file, "are both single files, which do not hold their configuration"),
-        (file, tiny_base, f"{file} holds no model.diffusion_model.* Give an SDXL in the original"),
+        (tuned_file, tuned_file, "are both single files, which do not hold their configuration"),
+        (file, tiny_base, f"--extract_from {file} is an adapter, and no whole SDXL. {tuned_one}"),
+        (
+            trained / "peft",
+            tiny_base,
+            f"--extract_from {trained / 'peft'} is an adapter, and no whole SDXL. {tuned_one}",
+        ),
+        (
+            tiny_base,
+            trained,
+            f"--base {trained} is an adapter, and no whole SDXL. Give the SDXL that the other place",
+        ),
+        (
+            trained / "logs",
+            tiny_base,
+            "logs/unet holds no unet: it has no config.json. Give a whole SDXL by --extract_from.$",
+        ),
         (
             tmp_path / "none",
             tiny_base,
             "none is neither a folder nor a hub id, so there is no unet. Correct --extract_from",
         ),
-        (file, tmp_path / "none", r"none is neither a folder nor a hub id.* Correct --base\."),
+        (tuned_file, tmp_path / "none", r"none is neither a folder nor a hub id.* Correct --base\."),
     ):
         with pytest.raises(UserError, match=said):
             convert(tmp_path / "a.safetensors", "--extract_from", tuned, "--base", base, *options)
@@ -393,6 +414,16 @@ def test_what_differs_outside_of_linear_layers_is_counted_and_models_that_do_not
     with pytest.raises(UserError, match="do not differ in any linear layer"):
         convert(tmp_path / "b.safetensors", "--extract_from", tiny_base, *options)
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_whole_model_in_the_place_of_an_adapter_is_told_how_to_be_one(convert, trained, tuned, tmp_path):
+    said = f"--input {tuned} is a whole model, and no adapter. Give it by --extract_from, with --base and --rank"
+    with pytest.raises(UserError, match=said):
+        convert(tmp_path / "a.safetensors", "--input", tuned, "--format", "kohya")
+    shutil.copytree(tuned, tmp_path / "both")
+    shutil.copyfile(trained / adapters.DIFFUSERS_FILE, tmp_path / "both" / adapters.DIFFUSERS_FILE)
+    convert(tmp_path / "a.safetensors", "--input", tmp_path / "both", "--format", "kohya")
+    convert(tmp_path / "b.safetensors", "--input", tmp_path / "both", "--format", "single_file")
 
 
 # --- errors ---

@@ -1,5 +1,7 @@
 """Pictures of the base and of the tuned model, and the proof that the adapter is in them."""
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import UserError, components, drawing, merging, processes, sdxl
+from rasengan import UserError, components, drawing, merging, processes, sdxl, sheets
 from rasengan.pipeline import Pipeline
 
 
@@ -92,7 +94,7 @@ def test_the_run_says_how_much_the_merge_changed(draw, trained, capsys):
     draw("--lora_weights", trained, "--prompt", PROMPT)
     printed = capsys.readouterr().out
     assert "Merged 136 modules of the unet at alpha 32 / rank 16 x 1: relative weight change" in printed
-    assert "1 pictures are in" in printed
+    assert "1 picture is in" in printed
 
 
 @pytest.mark.parametrize("place", [".", "pytorch_lora_weights.safetensors", "checkpoint-4", "peft"])
@@ -355,6 +357,18 @@ def test_several_adapters_are_drawn_with_their_weights_in_any_order(compared, dr
     assert same(draw(*prompt, "--lora", trained, "--lora", f"{other}:0")[TUNED], compared[TUNED])
 
 
+def test_an_adapter_of_weight_0_is_left_out_whatever_it_adapts(compared, draw, train, trained, loaded, capsys):
+    text = train("--train_text_encoder", "--max_train_steps", 1, "--max_train_samples", 2)
+    loaded.clear()
+    drawn = draw("--lora", trained, "--lora", f"{text}:0", "--prompt", PROMPT, "--seed", 3)[TUNED]
+    assert same(drawn, compared[TUNED])
+    assert drawn.text["adapter"] == f"{trained} at scale 1"
+    assert not any("text_encoder" in name for name in loaded)
+    printed = capsys.readouterr().out
+    assert "of the text_encoder" not in printed
+    assert "warning" not in printed
+
+
 def test_diffusers_draws_the_same_with_both_adapters_fused(draw, trained, other, tiny_base):
     drawn = draw("--prompt", PROMPT, "--seed", 3, "--lora", f"{trained}:0.5", "--lora", f"{other}:1.5")[TUNED]
     pipeline = load_pipeline(tiny_base)
@@ -441,6 +455,9 @@ def test_what_would_draw_or_save_the_base_alone_is_refused(draw, refused, traine
     refused(
         "--save_merged writes one model", draw, *one, "--lora_scale", "0.5,1", "--save_merged", tmp_path / "merged"
     )
+    refused(
+        "holds 1.0 and 1.00000001, which are both shown as 1", draw, *words, *one, "--lora_scale", "0,1,1.00000001"
+    )
     refused("is not a number, nor several", draw, *words, *one, "--lora_scale", "1,x")
     refused("--strength acts on --init_image", draw, *words, "--strength", 0.5)
     refused("--vram_budget_gib is of a GPU's memory", draw, *words, "--vram_budget_gib", 8)
@@ -503,6 +520,24 @@ def test_runs_into_one_folder_lose_no_picture_and_show_the_last_run(compared, dr
     assert f"{trained} at scale" not in page
 
 
+def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, infer_script, tmp_path, monkeypatch):
+    decode, other = infer_script.decode, Image.new("RGB", (8, 8), "red")
+
+    def decode_later(args, pipeline, pictures, *rest):
+        for picture in pictures.values():
+            sheets.save_png(picture.file, other, {"made": "otherwise"})
+        decode(args, pipeline, pictures, *rest)
+
+    monkeypatch.setattr(infer_script, "decode", decode_later)
+    draw("--prompt", PROMPT, "--seed", 3, "--output_dir", tmp_path)
+    drawn = {path.name: Image.open(path) for path in tmp_path.glob("*.png")}
+    assert set(drawn) == {BASE, BASE.replace(".png", "-2.png")}
+    assert same(drawn[BASE], other)
+    drawn_now = io.BytesIO()
+    drawn[BASE.replace(".png", "-2.png")].convert("RGB").save(drawn_now, "JPEG", quality=88)
+    assert base64.b64encode(drawn_now.getvalue()).decode() in (tmp_path / "contact_sheet.html").read_text()
+
+
 def test_grids_of_an_earlier_run_with_more_pages_go(draw, trained, tmp_path):
     words = ["--lora_weights", trained, "--compare", "--num_inference_steps", 1, "--output_dir", tmp_path, "--prompt"]
     draw(*words, *[f"star {n}" for n in range(9)])
@@ -524,6 +559,13 @@ def test_a_decode_that_takes_the_unets_place_loses_no_picture(compared, draw, tr
     pictures = draw("--lora_weights", trained, "--prompt", PROMPT, "a ring", "--seed", 3)
     assert len(pictures) == 2
     assert same(pictures[TUNED], compared[TUNED])
+
+
+@pytest.mark.parametrize("name", ["mm.ckpt", "mm.SAFETENSORS", "a/mm.bin", "mm.PT"])
+def test_a_merged_model_takes_no_name_of_another_file_of_weights(draw, refused, trained, tmp_path, name):
+    said = f"--save_merged is {tmp_path / name}, but a file that is written ends in .safetensors. Give this ending"
+    refused(said, draw, "--lora_weights", trained, "--save_merged", tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_merged_model_goes_into_folders_that_are_not_there_yet(draw, trained, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_only_safetensors_and_the_adapters_configuration_are_fetched(hub):
 )
 def test_what_holds_no_adapter_is_refused(hub, name, start):
     assert hub[0][name].startswith(f"error: {start}")
+    assert "Correct the" not in hub[0][name] or re.search(r"[^.]\. Correct the", hub[0][name])
     assert "\n" not in hub[0][name]
 
 

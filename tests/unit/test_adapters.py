@@ -218,6 +218,23 @@ def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
     merged(tiny_base, opposite[0], (opposite[1][0], -0.99))
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("LoRA", "lora_B"), ("LoHa", "hada_w2_a"), ("LoKr", "lokr_w1")])
+def test_an_adapter_that_does_nothing_is_told_by_its_cause(tiny_base, live, kind, factor):
+    adapter = adapter_of(unet=live[kind])
+    weights = {key: 0 * w if factor in key else w for key, w in adapter.weights["unet"].items()}
+    untrained = "The adapter changes nothing in the unet: a factor of each of its products is zero, as before training"
+    with pytest.raises(UserError, match=f"{untrained}. Give one that was trained."):
+        merged(tiny_base, Adapter({"unet": weights}, adapter.configs))
+    small = "The adapter changes nothing in the unet: at scale 1e-30 its change is too small for float"
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(UserError, match=f"{small}(16|32). Give a greater --lora_scale, or an adapter that was"):
+            merged(tiny_base, (adapter, 1e-30), dtype=dtype)
+    with pytest.raises(UserError, match="The adapter changes nothing in the unet: at scale 1e-09 .* too small"):
+        merged(tiny_base, (adapter, 1e-9), dtype=torch.float16)
+    with pytest.raises(UserError, match="Adapter 2 of 2 changes nothing in the unet: at scale 1e-30 its change"):
+        merged(tiny_base, adapter_of(unet=live["LoRA"]), (adapter, 1e-30))
+
+
 # --- round trips ---
 
 
@@ -468,7 +485,7 @@ def test_parts_that_no_kind_here_has_are_named(live, tmp_path, part):
     tensors = load_file(file)
     key = next(iter(tensors)).partition(".")[0] + f".{part}"
     save_file(tensors | {key: torch.ones(2, 2)}, file)
-    with pytest.raises(UserError, match=f"1 keys of 409 that no layout of an SDXL adapter has: '{key}'"):
+    with pytest.raises(UserError, match=f"1 key of 409 that no layout of an SDXL adapter has: '{key}'"):
         read_adapter(file)
 
 
@@ -536,7 +553,7 @@ def test_of_several_adapters_the_flag_is_for_those_that_leave_alpha_open(live, t
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_a_flag_that_contradicts_a_file_that_states_every_alpha_is_refused(live, tmp_path, layout):
     path = write(tmp_path / ("a" if layout == "peft" else "a.safetensors"), adapter_of(unet=live["LoRA"]), layout)
-    with pytest.raises(UserError, match="--lora_alpha is 6, but .* says 12 for the unet. Drop the flag"):
+    with pytest.raises(UserError, match="--lora_alpha is 6, but .* says 12 for the unet. Drop --lora_alpha"):
         read_adapter(path, lora_alpha=6.0)
     assert_same(read_adapter(path, lora_alpha=12.0), read_adapter(path))
 

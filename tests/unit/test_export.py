@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -456,8 +456,81 @@ def test_an_adapter_that_does_not_fit_or_act_is_refused(tiny_base, saved, change
 
 def test_keys_of_another_layout_are_refused(file):
     rewrite(file, lambda tensors: tensors | {"lora_unet_nothing": torch.ones(1)})
-    with pytest.raises(UserError, match="1 keys of 313 that no layout of an SDXL adapter has: 'lora_unet_nothing"):
+    with pytest.raises(UserError, match="1 key of 313 that no layout of an SDXL adapter has: 'lora_unet_nothing"):
         adapter_reader.read_adapter(file)
+
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def of_sdxl(prefix, width=2048):
+    return {
+        f"{prefix}{BLOCK}.lora_A.weight": torch.ones(4, width),
+        f"{prefix}{BLOCK}.lora_B.weight": torch.ones(640, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            of_sdxl("unet.") | {"emb_params": torch.ones(1)},
+            "1 key of 3 that no layout of an SDXL adapter has: 'emb_params'. Export the adapter again without it.",
+        ),
+        (
+            of_sdxl("unet.") | {"emb_params": torch.ones(1), "more": torch.ones(1)},
+            "holds 2 keys of 4 that no layout of an SDXL adapter has: 'emb_params', 'more'. Export the adapter again "
+            "without them.",
+        ),
+        (
+            of_sdxl(""),
+            f"holds 2 keys of 2 without the component in front: '{BLOCK}.lora_A.weight', '{BLOCK}.lora_B.weight'. Put "
+            "unet. there, as diffusers' layout has it, or give the PEFT folder that they come from.",
+        ),
+        (
+            of_sdxl("model/"),
+            f"holds 2 keys of 2 that no layout of an SDXL adapter has: 'model/{BLOCK}.lora_A.weight', "
+            f"'model/{BLOCK}.lora_B.weight'. Give it in diffusers', kohya's or ComfyUI's layout, or as a PEFT folder.",
+        ),
+        (
+            of_sdxl("", width=768),
+            "It looks as if made for Stable Diffusion 1.x. Give an SDXL adapter: a file of diffusers', kohya's or",
+        ),
+        (
+            of_sdxl("unet.") | {"bundle_emb.x": torch.ones(1)},
+            "They are of an embedding that was trained beside it, which is not read here. Give an SDXL adapter: a",
+        ),
+    ],
+    ids=["a stray", "two", "bare", "other names", "another family", "another method"],
+)
+def test_of_keys_that_are_no_adapters_the_fault_and_its_remedy_are_said(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError) as caught:
+        adapter_reader.read_adapter(tmp_path / "a.safetensors")
+    assert message in str(caught.value)
+    assert "Stable Diffusion XL" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("LORA", "lora_alpha"), ("LOHA", "alpha")])
+@pytest.mark.parametrize(
+    "change", [lambda settings, name: settings.pop(name), lambda settings, name: settings.update({name: None})]
+)
+def test_a_peft_folder_that_does_not_say_its_alpha_takes_it_from_the_flag(tiny_base, tmp_path, kind, name, change):
+    config = {"LORA": LoraConfig, "LOHA": LoHaConfig}[kind](r=4, target_modules=["to_k"])
+    unet = components.load("unet", tiny_base / "unet")
+    get_peft_model(unet, config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    change(settings, name)
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"{file} has no {name}, .* Give --lora_alpha, that of its training, or copy"):
+        adapter_reader.read_adapter(tmp_path)
+    found = adapter_reader.read_adapter(tmp_path, lora_alpha=6.0)
+    assert adapters.alpha_of(found.configs["unet"], "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k") == 6
+    settings[name] = -1
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"{name} is -1, not a positive number"):
+        adapter_reader.read_adapter(tmp_path, lora_alpha=6.0)
 
 
 # --- what others write ---

@@ -21,6 +21,7 @@ from rasengan.files import (
     room,
     write_atomically,
     write_failure,
+    write_if_free,
 )
 
 
@@ -217,3 +218,16 @@ def test_a_check_whether_a_folder_can_be_written_survives_a_clearing_of_it(tmp_p
         ended.set()
         thread.join()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_name_that_another_took_is_not_written_over(has_links, tmp_path, monkeypatch):
+    def no_link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:  # as on FAT
+        monkeypatch.setattr(os, "link", no_link)
+    file = tmp_path / "a" / "file"
+    assert write_if_free(file, b"first")
+    assert not write_if_free(file, b"second")
+    assert [(path, path.read_bytes()) for path in file.parent.iterdir()] == [(file, b"first")]

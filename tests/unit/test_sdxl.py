@@ -1,6 +1,9 @@
+import json
+
+import pytest
 import torch
 
-from rasengan import sdxl
+from rasengan import components, sdxl
 
 
 PROMPTS = ["a red star on a green background", "", "らせんがん " * 9]
@@ -61,3 +64,12 @@ def test_pictures_are_encoded_to_the_moments_of_the_vae_whatever_autocast_says(p
     assert torch.equal(mean, expected.mean)
     torch.testing.assert_close(std.square(), expected.var)
     assert all(torch.equal(*pair) for pair in zip(under_autocast, (mean, std), strict=True))
+
+
+@pytest.mark.parametrize("name", [None, *sdxl.SAMPLERS])
+def test_a_sampler_keeps_the_prediction_type_that_the_bases_settings_leave_unsaid(name, tiny_base, tmp_path):
+    settings = json.loads((tiny_base / "scheduler" / "scheduler_config.json").read_text())
+    settings.pop("prediction_type", None)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(settings))
+    scheduler = components.load_scheduler(tmp_path, "v_prediction")
+    assert sdxl.make_sampler(scheduler, name).config.prediction_type == "v_prediction"

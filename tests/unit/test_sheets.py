@@ -3,10 +3,12 @@ import io
 import re
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from rasengan import sheets
 
@@ -126,7 +128,10 @@ def test_of_a_text_of_any_length_three_lines_are_found_soon():
         ("ラーメン 忍者, a ninja", "[KATAKANA] [CJK], a ninja"),
         ("Красный круг", "[CYRILLIC] [CYRILLIC]"),
         ("ein \ue000", "ein [U+E000]"),
-        ("a\nб\u2029в \t\x07", "a [CYRILLIC] [CYRILLIC] [U+7]"),
+        ("a\nб\u2029в \t\x07", "a [CYRILLIC] [CYRILLIC]"),
+        ("नमस्ते दुनिया", "[DEVANAGARI] [DEVANAGARI]"),
+        ("a \u202ered box\u200b, \x07 \x1b[1mbold", "a red box, [1mbold"),
+        ("x\u0331y n\u0303\u0331", "xy n"),
         ("[a][a] \u2163\u2163", "[a][a] IVIV"),
     ],
 )
@@ -142,6 +147,42 @@ def test_a_label_is_drawn_by_a_font_of_the_system_that_has_its_letters(text):
         pytest.skip("no font of many scripts is installed")
     assert sheets.wrap(text, font, 900) == [unicodedata.normalize("NFC", text)]
     assert sheets.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
+
+
+def test_a_mark_that_no_font_has_leaves_no_box_beside_what_stands_for_its_letter():
+    text = "नमस्ते दुनिया สวัสดี தமிழ்"
+    shown = " ".join(sheets.wrap(text, sheets.font_for(text, 28), 900))
+    alone = [letter for letter in shown if unicodedata.category(letter).startswith("M")]
+    assert shown == text or not alone
+
+
+@pytest.mark.parametrize("side", [64, 512])
+@pytest.mark.parametrize("length", [1, 60, 600])
+def test_columns_of_long_names_are_told_apart_and_show_their_scales(side, length, monkeypatch):
+    drawn, draw = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, *how, **options: drawn.append(how) or draw(self, *how, **options)
+    )
+    columns = [
+        f"{'style_' * length}epoch-00000{epoch}.safetensors x {scale}" for epoch in (4, 8) for scale in (0.5, 1)
+    ]
+    image = Image.new("RGB", (side, side), "red")
+    grid = sheets.image_grid([[image] * 5], ["a prompt"], ["base", *columns])
+    cell, margin = max(side, 256), max(side, 256) // 32
+    lines = {}
+    for (left, _), line, _, font, *_ in drawn:
+        lines.setdefault(left, []).append(line)
+        assert font.getlength(line) <= grid.width if line == "a prompt" else cell
+    heads = [" ".join(lines[margin + column * (cell + margin) + cell / 2]) for column in range(5)]
+    assert heads[0] == "base"
+    for head, label in zip(heads[1:], columns, strict=True):
+        assert head.replace(" ", "").endswith(
+            label[-24:].replace(" ", "") if length < 600 else label[-12:].replace(" ", "")
+        )
+    assert len(set(heads)) == 5
+    tops = {top for (_, top), line, *_ in drawn if line != "a prompt"}
+    ((_, below),) = [place for place, line, *_ in drawn if line == "a prompt"]
+    assert max(tops) + cell / 18 < below, "the rows begin below the longest label"
 
 
 def test_a_seed_behind_a_long_prompt_is_not_cut_off():
@@ -171,6 +212,15 @@ def test_a_contact_sheet_holds_its_pictures_and_escapes_what_people_typed(tmp_pa
     assert [image.size for image in found] == [(512, 256), (64, 96)]
     assert found[0].getpixel((0, 0))[0] > 240
     assert found[1].getpixel((0, 0))[2] > 240
+
+
+def test_a_contact_sheet_has_a_row_of_equal_columns_for_each_text(tmp_path):
+    for name, side in (("small", 64), ("large", 2048)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    rows = [("a", [tmp_path / "small.png"] * 9), ("b", [tmp_path / "large.png"] * 9)]
+    page = sheets.contact_sheet("Pictures", {}, rows, [f"{'long_' * 40} x {n}" for n in range(9)])
+    assert re.findall(r'class="row" style="([^"]+)"', page) == [f"--columns: 9; --width: {n}px" for n in (64, 512)]
+    assert "repeat(var(--columns), minmax(" in page
 
 
 # --- files ---
@@ -206,12 +256,25 @@ def test_a_grid_has_no_more_rows_than_pillow_opens(tmp_path, monkeypatch):
 
 def test_a_picture_takes_the_first_name_that_nothing_else_has(tmp_path):
     about, file = {"prompt": "ein Ötzi, 忍者", "seed": 3, "negative_prompt": ""}, tmp_path / "a-0.5.png"
-    assert sheets.free_name(file, about, set()) == file
-    sheets.save_png(file, Image.new("RGB", (8, 8)), about)
-    assert sheets.free_name(file, about, set()) == file, "the same may be drawn again"
-    second = tmp_path / "a-0.5-2.png"
-    assert sheets.free_name(file, about, {file}) == second
+    image, second, third = Image.new("RGB", (8, 8)), tmp_path / "a-0.5-2.png", tmp_path / "a-0.5-3.png"
+    assert sheets.save_beside(file, image, about) == file
+    assert sheets.save_beside(file, image, about) == file, "the same may be drawn again"
     for other in (about | {"seed": 4}, about | {"height": 64}, {"seed": 3}):
-        assert sheets.free_name(file, other, set()) == second
+        assert sheets.place_of(file, other) == second
     second.write_text("no picture")
-    assert sheets.free_name(file, {"seed": 4}, set()) == tmp_path / "a-0.5-3.png"
+    assert sheets.save_beside(file, image, {"seed": 4}) == third
+    assert sheets.place_of(file, {"seed": 4}) == third
+    assert sheets.place_of(file, about) == file
+    assert second.read_text() == "no picture"
+
+
+def test_pictures_of_one_name_that_are_written_at_once_are_all_kept(tmp_path):
+    abouts = [{"seed": number % 16} for number in range(64)]
+    images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(16)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(partial(sheets.save_beside, tmp_path / "a.png"), images, abouts))
+    assert files[:16] == files[16:32] == files[48:]
+    assert len(list(tmp_path.iterdir())) == 16, "the same is written over itself, and nothing else is left"
+    for file, about in zip(files, abouts, strict=True):
+        with Image.open(file) as image:
+            assert (image.text, image.getpixel((0, 0))[0]) == ({"seed": str(about["seed"])}, about["seed"])
