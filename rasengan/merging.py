@@ -225,7 +225,7 @@ def merge(
     if parts and squared_change <= NOTHING_LEFT**2 * max(squared_of_each):
         if len(parts) > 1:
             raise UserError(f"The adapters cancel each other in the {component}: nothing is left. Give other weights.")
-        raise _idle_error("The adapter", component, parts[0], old.dtype)
+        raise _idle_error("The adapter", component, parts[0], rounded.dtype)
     return model.requires_grad_(False), MergeReport(changed, (squared_change / (squared_norm or 1.0)) ** 0.5)
 
 

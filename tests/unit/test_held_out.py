@@ -264,7 +264,7 @@ def test_the_record_of_other_pictures_is_not_gone_on_with(state, size, tmp_path)
 
 @pytest.mark.parametrize(
     ("step", "loss", "best"),
-    [(4, 2.0, (2.0, 4)), (10, 1.5, (2.0, 4)), (8, 1.5, (1.5, 8)), (2, 2.5, (None, None)), (4, "2", (None, None))],
+    [(4, 2.0, (2.0, 4)), (10, 1.5, (1.5, 10)), (8, 1.5, (1.5, 8)), (2, 2.5, (None, None)), (4, "2", (None, None))],
     ids=["its own", "of a step that was lost", "measured after the checkpoint", "worse", "damaged"],
 )
 def test_the_best_that_is_on_the_disk_is_compared_with_the_checkpoints(step, loss, best, tmp_path, caplog):
