@@ -89,7 +89,7 @@ def check_state(
     state = optimizer.state.get(flat, {})
     if not state and may_lack:
         return
-    few = torch.nn.Parameter(torch.ones(min(flat.numel(), FEW)))
+    few = torch.nn.Parameter(torch.ones(min(flat.numel(), FEW), device=flat.device))
     few.grad = torch.zeros_like(few)
     example = make_like(few)
     example.step()
