@@ -13,6 +13,7 @@ FLOORS = [
         "adapters",
         "command_line",
         "families",
+        "labels",
         "near_duplicates",
         "nvrtc",
         "objective",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from rasengan import sheets
+from rasengan import labels, sheets
 
 
 # --- grids ---
@@ -91,31 +91,31 @@ def test_labels_stay_off_the_margins(row_label, column_label):
 def test_a_long_label_is_wrapped_into_full_lines_and_cut_with_an_ellipsis():
     font = ImageFont.load_default(size=28)
     words = [f"word{number}" for number in range(100)]
-    lines = sheets.wrap(" ".join(words), font, 500)
+    lines = labels.wrap(" ".join(words), font, 500)
     assert len(lines) == 3
     assert lines[-1].endswith(" ...")
     shown = " ".join(lines).removesuffix(" ...").split()
     assert shown == words[: len(shown)]
     for line, following in zip(lines, [lines[1].split()[0], lines[2].split()[0]], strict=False):
         assert font.getlength(line) <= 500 < font.getlength(f"{line} {following}")
-    assert sheets.wrap("short", font, 500) == ["short"]
-    assert sheets.wrap(" ".join(words[:4]), font, 500) == [" ".join(words[:4])]
+    assert labels.wrap("short", font, 500) == ["short"]
+    assert labels.wrap(" ".join(words[:4]), font, 500) == [" ".join(words[:4])]
 
 
 @pytest.mark.parametrize("letter", ["é", "ü", "ñ", "—"])
 def test_letters_outside_ascii_are_not_drawn_as_a_box(letter, monkeypatch):
-    monkeypatch.setattr(sheets, "FONTS", ("no font has this name.ttf",))
-    font = sheets.font_for(letter, 28)
-    (line,) = sheets.wrap(letter, font, 500)
+    monkeypatch.setattr(labels, "FONTS", ("no font has this name.ttf",))
+    font = labels.font_for(letter, 28)
+    (line,) = labels.wrap(letter, font, 500)
     box = font.getmask("\uffff")  # which is no letter
     assert bytes(font.getmask(letter)) == bytes(box)
     assert bytes(font.getmask(line)) != bytes(box)
 
 
 def test_of_a_text_of_any_length_three_lines_are_found_soon():
-    font = sheets.font_for("a", 28)
+    font = labels.font_for("a", 28)
     began_s = time.process_time()
-    lines = sheets.wrap("word " * 100_000, font, 900)
+    lines = labels.wrap("word " * 100_000, font, 900)
     assert time.process_time() - began_s < 2  # 0.02 s, where cutting letter after letter takes hours
     assert [len(line.split()) for line in lines[:2]] == [len(lines[0].split())] * 2
     assert lines[2].endswith("word ...")
@@ -136,22 +136,22 @@ def test_of_a_text_of_any_length_three_lines_are_found_soon():
     ],
 )
 def test_a_label_says_what_no_font_here_can_draw(monkeypatch, text, shown):
-    monkeypatch.setattr(sheets, "FONTS", ("no font has this name.ttf",))
-    assert sheets.wrap(text, sheets.font_for(text, 28), 900) == [shown]
+    monkeypatch.setattr(labels, "FONTS", ("no font has this name.ttf",))
+    assert labels.wrap(text, labels.font_for(text, 28), 900) == [shown]
 
 
 @pytest.mark.parametrize("text", ["a café — naïve", "Красный круг", "cafe\u0301"])
 def test_a_label_is_drawn_by_a_font_of_the_system_that_has_its_letters(text):
-    font = sheets.font_for(text, 28)
+    font = labels.font_for(text, 28)
     if font.getname() == ImageFont.load_default(28).getname():
         pytest.skip("no font of many scripts is installed")
-    assert sheets.wrap(text, font, 900) == [unicodedata.normalize("NFC", text)]
-    assert sheets.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
+    assert labels.wrap(text, font, 900) == [unicodedata.normalize("NFC", text)]
+    assert labels.font_for("plain", 28).getname() == ImageFont.load_default(28).getname()
 
 
 def test_a_mark_that_no_font_has_leaves_no_box_beside_what_stands_for_its_letter():
     text = "नमस्ते दुनिया สวัสดี தமிழ்"
-    shown = " ".join(sheets.wrap(text, sheets.font_for(text, 28), 900))
+    shown = " ".join(labels.wrap(text, labels.font_for(text, 28), 900))
     alone = [letter for letter in shown if unicodedata.category(letter).startswith("M")]
     assert shown == text or not alone
 
@@ -187,7 +187,7 @@ def test_columns_of_long_names_are_told_apart_and_show_their_scales(side, length
 
 def test_a_seed_behind_a_long_prompt_is_not_cut_off():
     font = ImageFont.load_default(28)
-    lines = [sheets.wrap(f"{'a very ' * 100}long road ({seed})", font, 500) for seed in (0, 11)]
+    lines = [labels.wrap(f"{'a very ' * 100}long road ({seed})", font, 500) for seed in (0, 11)]
     assert [found[-1].rpartition(" ... ")[2] for found in lines] == ["(0)", "(11)"]
     assert all(font.getlength(line) <= 500 for found in lines for line in found)
 
