@@ -513,7 +513,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- the conditioning cache: encode once, then free the encoders ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
     negative = components.negative_prompt(None, folders)
-    shown = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
+    texts = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
     cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
     if args.cache_conditioning and args.center_crop:
         sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
@@ -525,7 +525,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
     if args.cache_conditioning and not args.train_text_encoder:
-        groups = [caption for several in captions for caption in several], shown
+        groups = [caption for several in captions for caption in several], texts
         where, bar = (folders, args.variant, device), partial(progress_bar, accelerator, "Encoding captions")
         prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *where, weight_dtype, share, bar)
     else:
@@ -708,7 +708,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     adapted = list(models.values())
     if args.validation_prompt:
         validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
-        embed = partial(validation.prompt_embeds, accelerator, shown, validation_prompts, tokenizers, text_encoders)
+        embed = partial(validation.prompt_embeds, accelerator, texts, validation_prompts, tokenizers, text_encoders)
         how = {"seeds": [args.seed + number for number in range(args.num_validation_images)]}
         how |= {"side_px": args.resolution, "num_inference_steps": args.validation_inference_steps}
         draw_share = partial(validation.draw_share, accelerator, unet, validation_vae, scheduler, **how)
