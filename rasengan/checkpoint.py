@@ -43,6 +43,8 @@ BEST_FOLDER, BEST_FILE = "best", "best.json"
 BYSTANDER = re.compile(r"\..*|desktop\.ini|Thumbs\.db|.* \(\d+\)(\.\w+)?")
 # PyTorch saves what a user chose together with the state; the learning rate, also saved, is set at every step.
 OPTIMIZER_OPTIONS = ("betas", "weight_decay", "eps")
+# Likewise, where the optimizer has them: how it computes, which hangs on the device.
+OPTIMIZER_OPTIONS += ("fused", "foreach", "capturable")
 
 # --- finding ---
 
@@ -281,10 +283,13 @@ def read_state(path: Path) -> dict:
         losses = state.get("validation_losses")
         if losses is not None and not is_record(losses):
             raise ValueError(f"validation_losses is {losses!r}"[:200])
+        plan = state.get("memory_plan")
+        if plan is not None and not (len(plan) == 3 and all(type(number) is int for number in plan) and plan[0] > 0):
+            raise ValueError(f"memory_plan is {plan!r}"[:200])
         for name in SKIPPED:
             if type(state.get(name, 0)) is not int:
                 raise ValueError(f"{name} is {state[name]!r}"[:200])
-    except (AttributeError, OSError, RecursionError, ValueError) as error:
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
         raise _damaged(path, f"{STATE_FILE}: {first_line(error)}") from error
     return state
 
@@ -317,9 +322,11 @@ def load_checkpoint(
         ema.shadow_params[0].copy_(flat.detach())
         ema.optimization_step = read_state(path)["global_step"]
     _load_adapter(path, models)
-    options = [{name: group[name] for name in OPTIMIZER_OPTIONS} for group in optimizer.param_groups]
+    options = [{name: group[name] for name in OPTIMIZER_OPTIONS if name in group} for group in optimizer.param_groups]
     try:
         accelerator.load_state(str(path))  # weights only: nothing that it unpickles can run
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
         check_state()
     except torch.OutOfMemoryError:
         raise
@@ -330,8 +337,6 @@ def load_checkpoint(
         raise _damaged(path, f"{OPTIMIZER_NAME}.bin: {first_line(error)}") from error
     if not torch.isfinite(flat).all():
         raise _damaged(path, "its adapter is not finite")
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
 
 
 @torch.no_grad()

@@ -173,8 +173,8 @@ class ValidationLoss:
         return values
 
     def is_best(self, global_step: int) -> bool:
-        """Say whether the loss after so many steps is the lowest so far."""
-        return self.record["best_step"] == global_step
+        """Say whether the loss after so many steps, the last measured, is the lowest so far."""
+        return (self.record["best_step"], self.record["best"]) == (global_step, self.record["last"])
 
     def measure(self) -> dict[str, float]:
         """Return the mean loss by the names of its plots: of all samples, and of each band of timesteps.
@@ -237,7 +237,7 @@ class ValidationLoss:
             except torch.OutOfMemoryError as error:
                 traceback.clear_frames(error.__traceback__)  # they hold what was computed
                 if made_room and size == 1:
-                    raise UserError(
+                    raise memory.DoesNotFit(
                         "The validation loss of one picture does not fit into the card's memory. Lower --resolution, "
                         "or train without --validation_split."
                     ) from error
@@ -262,16 +262,17 @@ class ValidationLoss:
         )
 
 
-def check_finite(last: float | None, output_dir: Path) -> None:
-    """Check that the last measured loss, None for none, is a number: else the adapter is ruined.
+def check_not_ruined(record: dict, output_dir: Path) -> None:
+    """Check that the loss that was just measured is a number where the base's is: else the adapter is ruined.
 
     Raises:
-        UserError: it is not.
+        UserError: it is.
     """
-    if last is not None and not math.isfinite(last):
+    if math.isfinite(record["base"]) and not math.isfinite(record["last"]):
         raise UserError(
-            f"The validation loss is {last} after the last step: the adapter is ruined, and is not written over what "
-            f"{output_dir} holds. Lower --learning_rate, and start anew or resume from an older checkpoint."
+            f"The validation loss is {record['last']} after the last step, and the base's {record['base']:.4f}: the "
+            f"adapter is ruined, and is not written over what {output_dir} holds. Lower --learning_rate, and start "
+            "anew or resume from an older checkpoint."
         )
 
 

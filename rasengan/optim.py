@@ -1,6 +1,7 @@
 """Optimizers over one flat parameter, its running average, and learning rates as functions of the step."""
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
@@ -11,7 +12,7 @@ from diffusers.training_utils import EMAModel
 
 # optimizer -> its usual learning rate; Prodigy estimates the rate, and is given a factor on it
 LEARNING_RATES = {"adamw": 1e-4, "prodigy": 1.0}
-FEW = 8192  # values, of which 8-bit AdamW holds the state in 8 bits
+FEW = 8192  # values; of less than 4096 bitsandbytes holds the state in fp32
 
 
 def make_optimizer(
@@ -109,8 +110,11 @@ def check_state(
     if not 0 <= float(state["step"]) < 2**31:
         raise ValueError(f"it has done {float(state['step']):g} updates")
     for name, own in example.param_groups[0].items():
-        if isinstance(own, bool) and optimizer.param_groups[0].get(name) is not own:
-            raise ValueError(f"{name} is {optimizer.param_groups[0].get(name)!r}, not {own}")
+        found = optimizer.param_groups[0].get(name)
+        if isinstance(own, bool) and name != "fused" and found is not own:
+            raise ValueError(f"{name} is {found!r}, not {own}")
+        if isinstance(own, float) and math.isfinite(own) and not math.isfinite(found):
+            raise ValueError(f"{name} is {found!r}")
 
 
 def make_ema(flat: torch.nn.Parameter, decay: float) -> EMAModel:

@@ -88,21 +88,14 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False, idl
         logger.warning("%s: --lr_scheduler %s goes on over the new length", listed, settings["lr_scheduler"])
 
 
-def check_split(path: Path, state: dict, lora_dropout: float, micro_batch_size: int, allow_changes: bool) -> None:
-    """Check that the memory plan of a run with dropout takes as many samples at once as its checkpoint's did.
-
-    Args:
-        path: the checkpoint.
-        state: what it says.
-        lora_dropout: of the run.
-        micro_batch_size: samples that the run takes at once.
-        allow_changes: whether another number may be.
+def check_samples_at_once(path: Path, micro_batch_size: int) -> None:
+    """Check that a run with dropout takes as many samples at once as the one that wrote the checkpoint.
 
     Raises:
         UserError: it does not.
     """
-    before = (state.get("memory_plan") or [micro_batch_size])[0]  # none once it did not fit
-    if lora_dropout and before != micro_batch_size and not allow_changes:
+    before = (read_state(path).get("memory_plan") or [micro_batch_size])[0]  # none once it did not fit
+    if before != micro_batch_size:
         raise UserError(
             f"{path} was written by a run that took {before} samples at once, and this takes {micro_batch_size}, for "
             "which --lora_dropout draws otherwise. Give the former --vram_budget_gib and --gradient_checkpointing on "

@@ -59,7 +59,7 @@ class Stopper:
         again = " again" if number == signal.SIGINT else ""
         self.signal_number = self.signal_number or number
         name = signal.Signals(number).name
-        self.tell(f"{name}: ending after this step, with a checkpoint. Ctrl-C{again} ends at once.")
+        self.tell(f"{name}: ending soon, with a checkpoint of the steps that are done. Ctrl-C{again} ends at once.")
 
     def asked(self) -> bool:
         """Say whether a signal asked for the end."""

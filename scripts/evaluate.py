@@ -118,7 +118,7 @@ def make_parser() -> Parser:
     add("--picture_seeds", type=number_type(0, most=2**31), nargs="+", default=[0], help="one or several [0]")
     add("--prompt", nargs="+", default=[], help="one or several [captions of held-out pictures]")
     add("--num_inference_steps", type=positive, default=30, help="[%(default)s]")
-    add("--guidance_scale", type=number_type(kind=float), default=7.5, help="[%(default)s]")
+    add("--guidance_scale", type=number_type(0, float), default=7.5, help="[%(default)s]")
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")
 
     add = parser.add_argument_group("scores", "of the pictures").add_argument
@@ -145,7 +145,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         known.discard("conditioning_cache_dir")  # likewise, or it names what is none
     words = words_of({name: settings[name] for name in known & settings.keys()}, parser, str(file))
     try:
-        of_run = parser.parse_args([*words, "--lora_weights", given.lora_weights])
+        of_run = parser.parse_args([*words, f"--lora_weights={given.lora_weights}"])
     except UserError as error:
         raise UserError(f"{file} is not as a training writes it: {error}") from error
     parser.set_defaults(**{name: getattr(of_run, name) for name in known & settings.keys()})

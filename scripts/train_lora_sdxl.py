@@ -100,6 +100,7 @@ logger = logging.getLogger(__name__)
 
 MOST_RANK, MOST_ALPHA = 4096, 1e6  # far beyond what helps, and within what fp32 and a card hold
 FOLDERS_WRITTEN = {"peft", "evaluation", checkpoint.BEST_FOLDER}
+TEMPORARY = ("checkpoint-", ".saving", ".removing", ".export", ".lock")  # beginnings of names
 FILES_WRITTEN = (export.DIFFUSERS_FILE, "args.json", "validation.png", "README.md")
 
 # --- the command line ---
@@ -317,9 +318,12 @@ def validate_args(args: argparse.Namespace) -> None:
     data.check_outside(vars(args) | {"logging_dir": logs})
     places = {"conditioning_cache_dir": args.conditioning_cache_dir, "cache_dir": args.cache_dir, "logging_dir": logs}
     for flag, place in places.items():
-        place = Path(os.path.abspath(place or "elsewhere"))
-        begin = place.relative_to(outputs).parts[:1] if place.is_relative_to(outputs) else ("elsewhere",)
-        if not begin or begin[0] in {*FOLDERS_WRITTEN, *FILES_WRITTEN} or begin[0].startswith(("checkpoint-", ".")):
+        place = Path(os.path.abspath(place)) if place else None
+        if place is None or not place.is_relative_to(outputs):
+            continue
+        begin = (*place.relative_to(outputs).parts, "")[0]
+        taken = (*TEMPORARY, *"." * (flag == "logging_dir"))  # a cache may be in a home folder's .cache
+        if begin in {"", *FOLDERS_WRITTEN, *FILES_WRITTEN} or begin.startswith(taken):
             raise UserError(f"--{flag} {getattr(args, flag)} is for other files in --output_dir. Give another name.")
     check_writable(Path(args.output_dir), "--output_dir")
     written = {
@@ -665,13 +669,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             cached_bytes = cache.disk_bytes(latents, prompts, validation_prompts)
             table = memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib, cached_bytes)
             print(table, flush=True)
-    if resume_from:
-        split_now = args.lora_dropout, plan.micro_batch_size, args.resume_with_changes
-        resuming.check_split(resume_from, resumed, *split_now)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:
         return 0
+    if resume_from and args.lora_dropout and not args.resume_with_changes:
+        resuming.check_samples_at_once(resume_from, plan.micro_batch_size)
     recompute_blocks(plan.recomputed_blocks)
     train_step.samples, train_step.micro_batch_size = samples_per_process, plan.micro_batch_size
 
@@ -882,20 +885,21 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         accelerator.end_training()
         if is_main:
             ended = f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}"
-            tell(f"{ended}. Go on with:\n  {resume_command}")
+            too_short = ". The time was over before the first step: give it more" * (global_step == first_step)
+            tell(f"{ended}{too_short * (stopper.exit_code() == 0)}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
     if rows.held_out:
         try:
             with validation.evaluating(adapted), averaged():
                 note_loss(global_step)
             logger.info(validation_loss.summary())
+            held_out.check_not_ruined(validation_loss.record, output_dir)
         except stopping.Interrupted:
             logger.warning("The validation loss after the last step was not measured, since the run was to end")
-        except UserError as error:
+        except (imaging.PictureChanged, memory.DoesNotFit) as error:
             if accelerator.num_processes > 1:  # the others wait for this one
                 raise
             logger.warning("The validation loss after the last step was not measured: %s", error)
-        held_out.check_finite(validation_loss.record["last"], output_dir)
     if is_main and not progress.is_doubtful():
         writer.finish()
 
@@ -948,7 +952,8 @@ def main(args: argparse.Namespace) -> int:
 def run(argv: list[str] | None = None) -> int:
     """Train by a command line, say in one line what is wrong, and return the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    stopping.raise_on_sigterm()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one that waits for others would not hear it
+        stopping.raise_on_sigterm()
     places, go_on = "--output_dir or --conditioning_cache_dir", "Then go on with --resume_from_checkpoint latest."
     return in_one_line(lambda: main(parse_args(argv)), places, int(os.environ.get("RANK", 0)), go_on)
 

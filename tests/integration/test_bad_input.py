@@ -215,6 +215,13 @@ def test_a_cache_with_the_name_of_something_else_is_refused(train, refused, tmp_
     refused(said, train, *place, output_dir=tmp_path)
 
 
+def test_a_cache_in_the_output_folder_that_is_a_home_is_none_of_its_own_files(train_script, train_arguments, tmp_path):
+    words = [*train_arguments, "--output_dir", str(tmp_path), "--conditioning_cache_dir", str(tmp_path / ".cache/x")]
+    train_script.validate_args(train_script.parse_args(words))
+    words = [*train_arguments, "--output_dir", "elsewhere", "--conditioning_cache_dir", str(tmp_path / "cache")]
+    train_script.validate_args(train_script.parse_args(words))
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--rank", 10**8), ("--lora_alpha", 1e300), ("--learning_rate", 1e300), ("--validation_inference_steps", 10**15)],

@@ -142,7 +142,7 @@ def test_the_deadline_ends_drawing_too(train, monkeypatch, capfd, tmp_path):
     train(*show, "--max_train_minutes", 0.001, output_dir=tmp_path / "run")
     assert len(drawn) == 1  # the one that saw that it is over
     said = capfd.readouterr().out
-    assert "Ended after 0 of 4 steps, since --max_train_minutes is over. Go on with:" in said
+    assert "Ended after 0 of 4 steps, since --max_train_minutes is over. The time was over before the first" in said
 
 
 def test_ctrl_c_into_a_pipe_that_has_ended_saves_too(train_arguments, tmp_path):

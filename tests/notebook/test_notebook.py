@@ -147,7 +147,7 @@ def whole(new_session, stopped) -> Session:
 
 def test_a_stopped_training_ends_with_a_checkpoint(stopped, place):
     session, checkpoint = stopped
-    assert "SIGINT: ending after this step, with a checkpoint" in session.text("train")
+    assert "SIGINT: ending soon, with a checkpoint of the steps" in session.text("train")
     assert 10 <= int(checkpoint.partition("-")[2]) < STEPS
     assert not (place / "a run" / "pytorch_lora_weights.safetensors").exists()
 

@@ -280,14 +280,22 @@ def test_with_dropout_a_step_that_is_split_otherwise_needs_the_flag(saved):
         resuming.check_resumable(path, before | {"train_batch_size": 2})
 
 
-def test_with_dropout_a_plan_that_takes_other_samples_at_once_needs_the_flag(tmp_path):
-    state = {"memory_plan": [4, 0, 1]}
-    resuming.check_split(tmp_path, state, 0.0, 2, False)
-    resuming.check_split(tmp_path, state, 0.5, 4, False)
-    resuming.check_split(tmp_path, state, 0.5, 2, True)
-    resuming.check_split(tmp_path, {"memory_plan": None}, 0.5, 2, False)
+def test_with_dropout_a_plan_that_takes_other_samples_at_once_needs_the_flag(saved):
+    path = saved / "checkpoint-2"
+    with_state(path, memory_plan=[4, 0, 1])
+    resuming.check_samples_at_once(path, 4)
     with pytest.raises(UserError, match="took 4 samples at once, and this takes 2.*--resume_with_changes"):
-        resuming.check_split(tmp_path, state, 0.5, 2, False)
+        resuming.check_samples_at_once(path, 2)
+    with_state(path, memory_plan=None)
+    resuming.check_samples_at_once(path, 2)
+
+
+@pytest.mark.parametrize("plan", [5, {"a": 1}, [], [0, 0, 1], [1, 2], ["1", 0, 1], "abc"])
+def test_a_memory_plan_that_is_none_is_damage(saved, plan):
+    path = saved / "checkpoint-2"
+    with_state(path, memory_plan=plan)
+    with pytest.raises(UserError, match="checkpoint-2 is damaged: trainer_state.json: "):
+        checkpoint.read_state(path)
 
 
 @pytest.mark.parametrize(("schedule", "listed"), [("constant", False), ("cosine", True)])

@@ -278,3 +278,24 @@ def test_a_best_that_is_gone_begins_anew_and_is_told(tmp_path, caplog):
     assert held_out.resumed_record(STATE, 0.1, None) == RECORD
     assert held_out.resumed_record(STATE, 0.1, tmp_path) == RECORD | {"best": None, "best_step": None}
     assert "does not hold the adapter of step 4" in caplog.text
+
+
+def test_a_step_that_is_measured_again_and_is_worse_is_not_the_best(monkeypatch):
+    loss = measurer([4])
+    monkeypatch.setattr(loss, "measure", lambda: {"validation_loss": 0.9})
+    loss.record |= {"base": 1.0, "best": 0.5, "best_step": 150}
+    loss.measure_tuned(150)
+    assert not loss.is_best(150)
+    assert (loss.record["best"], loss.record["best_step"]) == (0.5, 150)
+
+
+@pytest.mark.parametrize(
+    ("base", "last", "is_ruined"), [(1.0, math.nan, True), (math.nan, math.nan, False), (1, 2, False)]
+)
+def test_an_adapter_is_ruined_where_the_base_has_a_loss_and_it_has_none(base, last, is_ruined, tmp_path):
+    record = {"base": base, "last": last}
+    if not is_ruined:
+        held_out.check_not_ruined(record, tmp_path)
+        return
+    with pytest.raises(UserError, match="The validation loss is nan after the last step, and the base's 1.0000: "):
+        held_out.check_not_ruined(record, tmp_path)

@@ -1,3 +1,5 @@
+import math
+
 import bitsandbytes
 import pytest
 import torch
@@ -275,6 +277,16 @@ def test_a_state_that_is_none_of_this_optimizer_is_told_by_its_first_fault(kind)
     check(made, *kind, may_lack=True)
     with pytest.raises(ValueError, match="is missing"):
         check(made, *kind)
+
+
+def test_a_state_of_another_device_is_whole_and_a_rate_that_is_none_is_refused():
+    made, _ = updated("adamw", False)
+    made.param_groups[0]["fused"] = True
+    check(made, "adamw", False)
+    made, _ = updated("prodigy", False)
+    made.param_groups[0]["d"] = math.nan
+    with pytest.raises(ValueError, match="d is nan"):
+        check(made, "prodigy", False)
 
 
 def test_an_option_of_a_strangers_state_that_turns_the_optimizer_round_is_refused():

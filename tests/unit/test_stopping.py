@@ -39,7 +39,7 @@ def test_a_signal_asks_for_an_end_and_is_told(number):
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert out == f"{number.name} was received\n"
-    assert f"{number.name}: ending after this step, with a checkpoint" in err
+    assert f"{number.name}: ending soon, with a checkpoint of the steps" in err
     assert process.returncode == 128 + number
 
 
