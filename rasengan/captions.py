@@ -173,6 +173,8 @@ def _fault_of_jsonl(lines: list[str]) -> str | None:
         if any("::" in str(value) for key, value in row.items() if _names_pictures(key)):
             return f"line {number}: a file's name holds ::, which marks a file in an archive. Rename it"
         for key, value in row.items():
+            if isinstance(value, list) and len(set(map(type, value)) - {type(None)}) > 1:
+                return f"line {number}: {key} is a list of values of different kinds"
             first_kind, first = seen.setdefault(key, (type(value), number)) if value is not None else (None, None)
             if first_kind not in (None, type(value)) and {first_kind, type(value)} != {int, float}:
                 return f"line {number}: {key} is {_KINDS[type(value)]}, and {_KINDS[first_kind]} in line {first}"

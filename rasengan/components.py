@@ -338,7 +338,7 @@ def load(component: str, folder: Path, dtype: torch.dtype = torch.float32, varia
 
 def _damaged(component: str, folder: Path, reason: str) -> UserError:
     return UserError(
-        f"The {component} in {folder} cannot be loaded: {reason} Fetch it again, or correct "
+        f"The {component} in {folder} cannot be loaded: {reason.rstrip('.')}. Fetch it again, or correct "
         f"{COMPONENT_FLAGS[component]}."
     )
 

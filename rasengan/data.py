@@ -45,6 +45,12 @@ def check_settings(dataset_name: str | None, train_data_dir: str | None, resolut
             raise UserError(f"{flag} is {value}. Give a multiple of 8, such as {value // 8 * 8}.")
 
 
+def is_library_cache(place: object) -> bool:
+    """Say whether a place, as a stranger's file may name it, is a folder that holds downloads or read data sets."""
+    names = ("models--", "datasets--", "downloads", "metadata-")
+    return isinstance(place, str) and os.path.isdir(place) and any(n.startswith(names) for n in os.listdir(place))
+
+
 def check_outside(settings: Mapping[str, object]) -> None:
     """Check that what is written does not lie among the pictures; the settings are by the names of their flags.
 

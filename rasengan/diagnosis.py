@@ -1,8 +1,13 @@
 """Why a run's numbers stopped being finite: which step, samples and module, and what mends it."""
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
+
+from rasengan import UserError
 
 
 # In fp16 the gradient scaler may have to halve its scale this often before the first step that counts.
@@ -37,6 +42,42 @@ def first_non_finite_module(model: torch.nn.Module, run: Callable[[], object]) -
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+@torch.no_grad()
+def check_not_ruined(
+    batch: dict,
+    compute_losses: Callable[[dict], torch.Tensor],
+    without_adapter: Callable[[], AbstractContextManager],
+    output_dir: Path,
+) -> None:
+    """Check that the adapter, as it is after the last update, has a loss where the base alone has one.
+
+    What does not fit into the card's memory is not looked at.
+
+    Args:
+        batch: on the device.
+        compute_losses: of it, with the models in evaluation mode.
+        without_adapter: within which they run as the base.
+        output_dir: of the run, for the message.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        tuned = compute_losses(batch).mean().item()
+        if math.isfinite(tuned):
+            return
+        with without_adapter():
+            base = compute_losses(batch).mean().item()
+    except torch.OutOfMemoryError:
+        return
+    if math.isfinite(base):
+        raise UserError(
+            f"After the last step the loss is {tuned} with the adapter, and {base:.4f} without it: the adapter is "
+            f"ruined, and is not written over what {output_dir} holds. Lower --learning_rate, and start anew or resume "
+            "from an older checkpoint."
+        )
 
 
 def explain(

@@ -262,20 +262,6 @@ class ValidationLoss:
         )
 
 
-def check_not_ruined(record: dict, output_dir: Path) -> None:
-    """Check that the loss that was just measured is a number where the base's is: else the adapter is ruined.
-
-    Raises:
-        UserError: it is.
-    """
-    if math.isfinite(record["base"]) and not math.isfinite(record["last"]):
-        raise UserError(
-            f"The validation loss is {record['last']} after the last step, and the base's {record['base']:.4f}: the "
-            f"adapter is ruined, and is not written over what {output_dir} holds. Lower --learning_rate, and start "
-            "anew or resume from an older checkpoint."
-        )
-
-
 def resumed_record(state: dict, size: float | int | None, output_dir: Path | None) -> dict | None:
     """Return the record of a checkpoint's state, where it is of the same held-out pictures.
 

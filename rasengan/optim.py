@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 
 # optimizer -> its usual learning rate; Prodigy estimates the rate, and is given a factor on it
 LEARNING_RATES = {"adamw": 1e-4, "prodigy": 1.0}
+SQUARES = {"exp_avg_sq", "absmax1", "absmax2"}  # and scales, which are not negative
 FEW = 8192  # values; of less than 4096 bitsandbytes holds the state in fp32
 
 
@@ -102,17 +103,21 @@ def check_state(
             raise ValueError(f"{name} is {'missing' if found is None else f'a {type(found).__name__}'}")
         if not torch.is_tensor(found):
             continue
-        number = numbers.get(expected.numel(), expected.numel())
-        if (found.numel(), found.dtype) != (number, expected.dtype):
-            raise ValueError(f"{name} has {found.numel()} values of {found.dtype}, not {number} of {expected.dtype}")
+        shape = (numbers.get(expected.numel(), expected.numel()),) if expected.dim() else ()
+        if (found.shape, found.dtype) != (shape, expected.dtype) or not found.is_contiguous():
+            raise ValueError(f"{name} is {tuple(found.shape)} of {found.dtype}, not {shape} of {expected.dtype}")
         if found.is_floating_point() and not torch.isfinite(found).all():
             raise ValueError(f"{name} is not finite")
+        if name in SQUARES and (found < 0).any():
+            raise ValueError(f"{name} is negative")
     if not 0 <= float(state["step"]) < 2**31:
         raise ValueError(f"it has done {float(state['step']):g} updates")
     for name, own in example.param_groups[0].items():
         found = optimizer.param_groups[0].get(name)
         if isinstance(own, bool) and name != "fused" and found is not own:
             raise ValueError(f"{name} is {found!r}, not {own}")
+        if isinstance(own, int | float) and not isinstance(found, int | float):
+            raise ValueError(f"{name} is {found!r}, no number")
         if isinstance(own, float) and math.isfinite(own) and not math.isfinite(found):
             raise ValueError(f"{name} is {found!r}")
 

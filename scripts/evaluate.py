@@ -141,8 +141,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         known -= {*SOURCE, "max_train_samples"}  # other pictures than the run's
     if settings.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
         known.discard("mixed_precision")  # it was trained on another machine
+    # Likewise, or they name what is none: a stranger's settings choose no folder to write in.
     if not cache.is_one(settings.get("conditioning_cache_dir")):
-        known.discard("conditioning_cache_dir")  # likewise, or it names what is none
+        known.discard("conditioning_cache_dir")
+    if not data.is_library_cache(settings.get("cache_dir")):
+        known.discard("cache_dir")
     words = words_of({name: settings[name] for name in known & settings.keys()}, parser, str(file))
     try:
         of_run = parser.parse_args([*words, f"--lora_weights={given.lora_weights}"])
@@ -243,8 +246,10 @@ def steps_of_adapter(args: argparse.Namespace) -> int | None:
     if path.name.startswith("checkpoint-") and path in checkpoint.list_checkpoints(path.parent):
         return checkpoint.step_of(path)
     if path.name == checkpoint.BEST_FOLDER:
-        return read_json_or_empty(path / checkpoint.BEST_FILE).get("step")
-    return args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
+        step = read_json_or_empty(path / checkpoint.BEST_FILE).get("step")
+    else:
+        step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
+    return step if type(step) is int and step > 0 else None
 
 
 def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:

@@ -751,6 +751,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                 accelerator.log(validation_loss.measure_base(), step=0)
         except stopping.Interrupted:
             is_stopping = True
+        except imaging.PictureChanged as error:
+            raise UserError(samples.picture_changed(error, checkpoint.last_name(output_dir))) from error
     note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
 
     # What every checkpoint says of the run; the record is the live one.
@@ -893,7 +895,6 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             with validation.evaluating(adapted), averaged():
                 note_loss(global_step)
             logger.info(validation_loss.summary())
-            held_out.check_not_ruined(validation_loss.record, output_dir)
         except stopping.Interrupted:
             logger.warning("The validation loss after the last step was not measured, since the run was to end")
         except (imaging.PictureChanged, memory.DoesNotFit) as error:
@@ -904,6 +905,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         writer.finish()
 
     # --- save, verify, show ---
+    if global_step > first_step:
+        without = partial(validation.adapters_disabled, adapted)
+        with validation.evaluating(adapted), averaged():
+            diagnosis.check_not_ruined(batch, evaluate_losses, without, output_dir)
     if is_main:
         locks.check_held(output_dir)
         with averaged():
@@ -923,7 +928,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         elif args.push_to_hub:
             hub.upload(hub_model_id, args.hub_token, output_dir)
     accelerator.end_training()
-    return 0
+    if is_main and was_asked:
+        tell(f"Ended before all was measured and shown, since {stopper.reason()}. Go on with:\n  {resume_command}")
+    return stopper.exit_code()
 
 
 def train_in_what_fits(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack) -> int:

@@ -407,6 +407,14 @@ def test_a_strangers_settings_choose_no_folder_to_write_in(run, evaluate, evalua
     (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
     args = evaluate_script.parse_args(["--lora_weights", str(tmp_path / "run")])
     assert args.conditioning_cache_dir == str(tmp_path / "home" / "rasengan")
+    for name, kind in (("cache_dir", "models--x"), ("conditioning_cache_dir", "prompts")):
+        (tmp_path / name).mkdir()
+        (tmp_path / "run" / "args.json").write_text(json.dumps(settings | {name: str(tmp_path / name)}))
+        read = lambda: evaluate_script.parse_args(["--lora_weights", str(tmp_path / "run")])  # noqa: E731
+        assert getattr(read(), name) != str(tmp_path / name)
+        (tmp_path / name / kind).mkdir()
+        assert getattr(read(), name) == str(tmp_path / name)
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
     (private / "latents").mkdir()  # as in a cache, which is only added to
     assert evaluate_script.parse_args(["--lora_weights", str(tmp_path / "run")]).conditioning_cache_dir == str(private)
 

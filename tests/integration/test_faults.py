@@ -356,6 +356,15 @@ def test_a_shard_that_was_damaged_on_the_disk_is_built_again(train, trained, tmp
 # --- numbers gone wrong ---
 
 
+def test_an_adapter_that_its_last_update_ruined_is_not_written_over_a_good_one(train, tmp_path):
+    run = ["--lora_target_modules", "to_v", "--max_train_steps", 1]
+    good = bits(train(*run, output_dir=tmp_path))
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match=r"After the last step the loss is nan with the adapter, and \d\.\d+ without"):
+        train(*run, "--learning_rate", 1e37, output_dir=tmp_path)
+    assert bits(tmp_path) == good
+
+
 def test_a_run_that_stands_still_stops_and_names_step_samples_and_module(train, tmp_path):
     run = ["--max_train_steps", 60, "--checkpointing_steps", 1, "--logging_steps", 7, "--no-use_8bit_adam"]
     with pytest.raises(UserError) as caught:

@@ -348,7 +348,7 @@ def test_an_adapter_that_is_ruined_is_not_written_over_a_good_one(train, tmp_pat
     output_dir = train(*RUN, *FEW, "--max_train_steps", 1, output_dir=tmp_path)
     good = bits(output_dir)
     again = ["--resume_from_checkpoint", "latest", "--resume_with_changes", "--learning_rate", 1e37]
-    with pytest.raises(UserError, match=r"The validation loss is nan after the last step, .*Lower --learning_rate"):
+    with pytest.raises(UserError, match=r"After the last step the loss is nan with the adapter, .*Lower --learning"):
         train(*RUN, *FEW, *again, "--max_train_steps", 2, "--validation_loss_steps", 9, output_dir=tmp_path)
     assert bits(output_dir) == good
 

@@ -940,6 +940,11 @@ def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
         ),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n', None),
         ("metadata.jsonl", '{"file_name": 1, "text": "a"}', "line 1: file_name is a number, not the name of a file"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.png", "text": ["a", 5]}',
+            "line 1: text is a list of values of different",
+        ),
         ("metadata.parquet", "PAR", "metadata.parquet is no parquet file: "),
     ],
 )

@@ -287,15 +287,3 @@ def test_a_step_that_is_measured_again_and_is_worse_is_not_the_best(monkeypatch)
     loss.measure_tuned(150)
     assert not loss.is_best(150)
     assert (loss.record["best"], loss.record["best_step"]) == (0.5, 150)
-
-
-@pytest.mark.parametrize(
-    ("base", "last", "is_ruined"), [(1.0, math.nan, True), (math.nan, math.nan, False), (1, 2, False)]
-)
-def test_an_adapter_is_ruined_where_the_base_has_a_loss_and_it_has_none(base, last, is_ruined, tmp_path):
-    record = {"base": base, "last": last}
-    if not is_ruined:
-        held_out.check_not_ruined(record, tmp_path)
-        return
-    with pytest.raises(UserError, match="The validation loss is nan after the last step, and the base's 1.0000: "):
-        held_out.check_not_ruined(record, tmp_path)

@@ -257,8 +257,12 @@ def test_a_state_that_is_none_of_this_optimizer_is_told_by_its_first_fault(kind)
         whole = state[name]
         if torch.is_tensor(whole) and whole.dim():
             state[name] = whole[:-1]
-            with pytest.raises(ValueError, match=f"{name} has {len(whole) - 1} values of .*, not {len(whole)} of"):
+            with pytest.raises(ValueError, match=rf"{name} is \({len(whole) - 1},\) of .*, not \({len(whole)},\) of"):
                 check(made, *kind)
+            for odd in (whole.view(-1, 1), whole[:1].expand(len(whole))):
+                state[name] = odd
+                with pytest.raises(ValueError, match=f"{name} is "):
+                    check(made, *kind)
             if whole.is_floating_point():
                 state[name] = torch.full_like(whole, torch.nan)
                 with pytest.raises(ValueError, match=f"{name} is not finite"):
@@ -287,6 +291,13 @@ def test_a_state_of_another_device_is_whole_and_a_rate_that_is_none_is_refused()
     made.param_groups[0]["d"] = math.nan
     with pytest.raises(ValueError, match="d is nan"):
         check(made, "prodigy", False)
+    made.param_groups[0]["d"] = "x"
+    with pytest.raises(ValueError, match="d is 'x', no number"):
+        check(made, "prodigy", False)
+    made, state = updated("adamw", False)
+    state["exp_avg_sq"][5] = -1
+    with pytest.raises(ValueError, match="exp_avg_sq is negative"):
+        check(made, "adamw", False)
 
 
 def test_an_option_of_a_strangers_state_that_turns_the_optimizer_round_is_refused():
