@@ -75,8 +75,8 @@ def check_not_ruined(
     if math.isfinite(base):
         raise UserError(
             f"After the last step the loss is {tuned} with the adapter, and {base:.4f} without it: the adapter is "
-            f"ruined, and is not written over what {output_dir} holds. Lower --learning_rate, and start anew or resume "
-            "from an older checkpoint."
+            f"ruined, and is not written over what {output_dir} holds. Lower --learning_rate, and start anew or "
+            "resume from an older checkpoint."
         )
 
 

@@ -943,7 +943,7 @@ def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
         (
             "metadata.jsonl",
             '{"file_name": "1.png", "text": ["a", 5]}',
-            "line 1: text is a list of values of different",
+            "line 1: text is a list of values of diff",
         ),
         ("metadata.parquet", "PAR", "metadata.parquet is no parquet file: "),
     ],
