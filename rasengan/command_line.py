@@ -55,15 +55,10 @@ class Parser(argparse.ArgumentParser):
         add("--image_column", default="image", help="[%(default)s]")
         add("--caption_column", default="text", help="of captions, each a text or a list of texts [%(default)s]")
         add("--max_train_samples", type=number_type(1), help="use only so many pictures, drawn by the seed")
-        add(
-            "--resolution",
-            type=number_type(8, most=8192),
-            default=512,
-            help="side of the square crops, in px [%(default)s]",
-        )
+        side = number_type(8, most=8192)
+        add("--resolution", type=side, default=512, help="side of the square crops, in px [%(default)s]")
         add("--aspect_ratio_buckets", action=switch, default=False, help="crop to the nearest of several shapes [off]")
-        kind = number_type(8, most=8192)
-        add("--bucket_step_px", type=kind, default=64, help="bucket sides are multiples of it [%(default)s]")
+        add("--bucket_step_px", type=side, default=64, help="bucket sides are multiples of it [%(default)s]")
         add("--center_crop", action=switch, default=True, help="off: crop at random, the VAE in the loop [on]")
         add("--random_flip", action=switch, default=False, help="mirror half of the samples [off]")
         filters = sorted(interpolations)
