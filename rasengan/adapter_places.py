@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from rasengan import UserError, first_line, tensor_files
 from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from rasengan.components import BAD_TOKEN
-from rasengan.families import is_adapter
+from rasengan.families import is_adapter, is_whole_model
 
 
 # What a repository's folder is looked through for. No patterns: theirs would reach into every folder below, and fetch
@@ -55,7 +55,9 @@ def holds_adapter(path: Path) -> bool:
     """Say whether a local folder or .safetensors file holds an adapter."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
-            return is_adapter(tensor_files.stored(path))
+            names = list(tensor_files.stored(path))
+            # A whole model may have a stray tensor of an adapter's, which is left out.
+            return is_adapter(names) and not is_whole_model(name for name in names if not is_adapter([name]))
         except UserError:  # a damaged one is refused by who reads it
             return False
     return any((path / name).is_file() for name in KNOWN_FILES)

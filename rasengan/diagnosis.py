@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rasengan import UserError
+from rasengan.imaging import PictureChanged
 
 
 # In fp16 the gradient scaler may have to halve its scale this often before the first step that counts.
@@ -46,18 +47,14 @@ def first_non_finite_module(model: torch.nn.Module, run: Callable[[], object]) -
 
 @torch.no_grad()
 def check_not_ruined(
-    batch: dict,
-    compute_losses: Callable[[dict], torch.Tensor],
-    without_adapter: Callable[[], AbstractContextManager],
-    output_dir: Path,
+    compute_loss: Callable[[], torch.Tensor], without_adapter: Callable[[], AbstractContextManager], output_dir: Path
 ) -> None:
     """Check that the adapter, as it is after the last update, has a loss where the base alone has one.
 
-    What does not fit into the card's memory is not looked at.
+    What cannot be computed, since memory or a picture is missing, is not looked at.
 
     Args:
-        batch: on the device.
-        compute_losses: of it, with the models in evaluation mode.
+        compute_loss: of a sample of the training, encoded anew, with the models in evaluation mode.
         without_adapter: within which they run as the base.
         output_dir: of the run, for the message.
 
@@ -65,14 +62,23 @@ def check_not_ruined(
         UserError: it has none.
     """
     try:
-        tuned = compute_losses(batch).mean().item()
+        tuned = compute_loss().mean().item()
         if math.isfinite(tuned):
             return
         with without_adapter():
-            base = compute_losses(batch).mean().item()
-    except torch.OutOfMemoryError:
+            base = compute_loss().mean().item()
+    except (torch.OutOfMemoryError, PictureChanged):
         return
-    if math.isfinite(base):
+    refuse_ruined(tuned, base, output_dir)
+
+
+def refuse_ruined(tuned: float, base: float, output_dir: Path) -> None:
+    """Raise where the loss of a trained model is no number, and the base's is one.
+
+    Raises:
+        UserError: so it is.
+    """
+    if math.isfinite(base) and not math.isfinite(tuned):
         raise UserError(
             f"After the last step the loss is {tuned} with the adapter, and {base:.4f} without it: the adapter is "
             f"ruined, and is not written over what {output_dir} holds. Lower --learning_rate, and start anew or "

@@ -131,8 +131,10 @@ def lost_place(error: OSError, otherwise: str) -> str | None:
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise
     remedy = "Give a shorter name" if error.errno == errno.ENAMETOOLONG else "Make room, or mend it"
     is_full = error.errno in {errno.ENOSPC, errno.EDQUOT} and place != otherwise
-    folder = Path(place) if Path(place).is_dir() else Path(place).parent
-    needs = f" {room(folder, getattr(error, 'needed_bytes', None))}." if is_full else ""
+    needs = ""
+    if is_full:
+        folder = Path(place) if Path(place).is_dir() else Path(place).parent
+        needs = f" {room(folder, getattr(error, 'needed_bytes', None))}."
     return f"{place} cannot be written or read: {error.strerror}.{needs} {remedy}."
 
 

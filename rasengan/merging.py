@@ -194,7 +194,7 @@ def merge(
     """
     parts = [_Part.of(adapter, scale, model, component) for adapter, scale in adapters if component in adapter.weights]
     parts = [part for part in parts if part.scale != 0]
-    squared_change, squared_norm, changed = 0.0, 0.0, 0
+    squared_change, squared_sum, squared_norm, changed = 0.0, 0.0, 0.0, 0
     acting, squared_of_each = [False] * len(parts), [0.0] * len(parts)
     for layers in _groups(model, dict.fromkeys(name for part in parts for name in part.modules)):
         exact = {name: layer.weight.detach().float() for name, layer in layers.items()}
@@ -207,6 +207,8 @@ def merge(
                     squared_of_each[number] += _norm(after - new[name]) ** 2
                 new[name] = after
         for name, layer in layers.items():
+            if len(parts) > 1:
+                squared_sum += _norm(new[name] - exact[name]) ** 2
             rounded = new.pop(name).to(layer.weight.dtype)
             change = _norm(rounded.float() - exact[name])
             if not math.isfinite(change):
@@ -223,7 +225,7 @@ def merge(
         raise _idle_error(who, component, parts[idle[0] - 1], torch.float32)
     # What is left of adapters that cancel each other is rounding.
     if parts and squared_change <= NOTHING_LEFT**2 * max(squared_of_each):
-        if len(parts) > 1:
+        if len(parts) > 1 and squared_sum <= NOTHING_LEFT**2 * max(squared_of_each):
             raise UserError(f"The adapters cancel each other in the {component}: nothing is left. Give other weights.")
         raise _idle_error("The adapter", component, parts[0], rounded.dtype)
     return model.requires_grad_(False), MergeReport(changed, (squared_change / (squared_norm or 1.0)) ** 0.5)

@@ -224,8 +224,8 @@ def picture_name(prompt: str, seed: int, kind: str) -> str:
 
 
 def slug(kind: str) -> str:
-    """Return what a file name has of a kind of picture."""
-    return re.sub(r"[^\w.]+", "-", kind)
+    """Return what a file name has of a kind of picture; a scale keeps its sign."""
+    return re.sub(r"[^\w.]+", "-", re.sub(r" -(?=[\d.])", " minus ", kind))
 
 
 def place_of(path: Path, about: dict[str, object]) -> Path:

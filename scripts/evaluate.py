@@ -116,7 +116,7 @@ def make_parser() -> Parser:
         "--num_pictures", type=number_type(0), help="for each seed; 0 for none [8, or each --prompt; with --judge 200]"
     )
     add("--picture_seeds", type=number_type(0, most=2**31), nargs="+", default=[0], help="one or several [0]")
-    add("--prompt", nargs="+", default=[], help="one or several [captions of held-out pictures]")
+    add("--prompt", nargs="+", action="extend", default=[], help="one or several [captions of held-out pictures]")
     add("--num_inference_steps", type=positive, default=30, help="[%(default)s]")
     add("--guidance_scale", type=number_type(0, float), default=7.5, help="[%(default)s]")
     add("--scheduler", choices=sorted(sdxl.SAMPLERS), help="[the base's]")

@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_merged", type=path_type, metavar="PLACE", help=what)
 
     add = parser.add_argument_group("pictures").add_argument
-    add("--prompt", nargs="+", default=[], help="one or several")
+    add("--prompt", nargs="+", action="extend", default=[], help="one or several")
     add("--prompt_file", type=path_type, help="one prompt a line")
     add("--negative_prompt", help="what the pictures should not show")
     add("--compare", action="store_true", help="draw the base too, with the same seeds, and labelled grids of both")

@@ -890,11 +890,18 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             too_short = ". The time was over before the first step: give it more" * (global_step == first_step)
             tell(f"{ended}{too_short * (stopper.exit_code() == 0)}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
+
+    def first_loss() -> torch.Tensor:
+        return evaluate_losses(next(encode([samples.first_batch(training_set, plan.micro_batch_size)])))
+
+    with validation.evaluating(adapted), averaged():  # before an older checkpoint is removed
+        diagnosis.check_not_ruined(first_loss, partial(validation.adapters_disabled, adapted), output_dir)
     if rows.held_out:
         try:
             with validation.evaluating(adapted), averaged():
                 note_loss(global_step)
             logger.info(validation_loss.summary())
+            diagnosis.refuse_ruined(validation_loss.record["last"], validation_loss.record["base"], output_dir)
         except stopping.Interrupted:
             logger.warning("The validation loss after the last step was not measured, since the run was to end")
         except (imaging.PictureChanged, memory.DoesNotFit) as error:
@@ -905,10 +912,6 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         writer.finish()
 
     # --- save, verify, show ---
-    if global_step > first_step:
-        without = partial(validation.adapters_disabled, adapted)
-        with validation.evaluating(adapted), averaged():
-            diagnosis.check_not_ruined(batch, evaluate_losses, without, output_dir)
     if is_main:
         locks.check_held(output_dir)
         with averaged():

@@ -229,11 +229,11 @@ def test_a_model_in_another_dtype_is_the_rounded_one_and_keeps_it_from_then_on(c
 def test_what_a_single_file_has_besides_is_counted_and_v_prediction_kept(
     convert, tuned_file, tiny_base, tmp_path, capsys
 ):
-    more = {"v_pred": torch.zeros(0), "model_ema.decay": torch.zeros(1)}
+    more = {"v_pred": torch.zeros(0), "model_ema.decay": torch.zeros(1), "model_lora.alpha": torch.zeros(1)}
     save_file(load_file(tuned_file) | more, tmp_path / "more.safetensors")
     given = ["--input", tmp_path / "more.safetensors", "--base", tiny_base]
     folder = convert(tmp_path / "sdxl", *given, "--format", "pipeline")
-    assert "1 tensors that this SDXL has not are left out, such as model_ema.decay" in capsys.readouterr().out
+    assert "2 tensors that this SDXL has not are left out, such as model_ema.decay" in capsys.readouterr().out
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == "v_prediction"
     back = convert(tmp_path / "back.safetensors", "--input", folder, "--format", "single_file")

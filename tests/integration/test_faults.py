@@ -356,13 +356,19 @@ def test_a_shard_that_was_damaged_on_the_disk_is_built_again(train, trained, tmp
 # --- numbers gone wrong ---
 
 
-def test_an_adapter_that_its_last_update_ruined_is_not_written_over_a_good_one(train, tmp_path):
-    run = ["--lora_target_modules", "to_v", "--max_train_steps", 1]
-    good = bits(train(*run, output_dir=tmp_path))
-    shutil.rmtree(tmp_path / "checkpoint-1")
-    with pytest.raises(UserError, match=r"After the last step the loss is nan with the adapter, and \d\.\d+ without"):
-        train(*run, "--learning_rate", 1e37, output_dir=tmp_path)
-    assert bits(tmp_path) == good
+@pytest.mark.parametrize(
+    "flags", [[], ["--train_text_encoder"], ["--validation_split", 2]], ids=["plain", "text encoders", "held out"]
+)
+def test_an_adapter_that_its_last_update_ruined_is_not_written_over_a_good_one(flags, train, tmp_path):
+    run = [*flags, "--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:3,1e37", "--checkpointing_steps", 1]
+    good = bits(train(*run, "--max_train_steps", 3, output_dir=tmp_path))
+    said = r"After the last step the loss is nan with the adapter, and \d\.\d+ without"
+    resume = ["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1, "--max_train_steps", 4]
+    for _ in range(2):  # the second time nothing is left to train
+        with pytest.raises(UserError, match=said):
+            train(*run, *resume, output_dir=tmp_path)
+        assert bits(tmp_path) == good
+        assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)][-2:] == [3, 4]
 
 
 def test_a_run_that_stands_still_stops_and_names_step_samples_and_module(train, tmp_path):

@@ -216,6 +216,9 @@ def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
         with pytest.raises(UserError, match="The adapters cancel each other in the unet"):
             merged(tiny_base, *opposite, dtype=dtype)
     merged(tiny_base, opposite[0], (opposite[1][0], -0.99))
+    weak = [(adapter, 1e-9) for adapter, _ in opposite]
+    with pytest.raises(UserError, match="too small for float16"):
+        merged(tiny_base, *weak, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("LoRA", "lora_B"), ("LoHa", "hada_w2_a"), ("LoKr", "lokr_w1")])

@@ -231,3 +231,11 @@ def test_a_name_that_another_took_is_not_written_over(has_links, tmp_path, monke
     assert write_if_free(file, b"first")
     assert not write_if_free(file, b"second")
     assert [(path, path.read_bytes()) for path in file.parent.iterdir()] == [(file, b"first")]
+
+
+def test_a_name_that_is_too_long_is_told_of():
+    try:
+        os.stat("a" * 300)
+    except OSError as error:
+        said = files.lost_place(error, "--input")
+    assert said.endswith("cannot be written or read: File name too long. Give a shorter name.")

@@ -21,10 +21,10 @@ FLOORS = [
         "stopping",
     }
     | {"tensor_files", "world"},
-    {"adapter_reader", "adapter_writer", "components", "diagnosis", "endings", "graphs", "imaging"}
+    {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
     | {"single_file"},
-    {"captions", "component_checks"},
+    {"captions", "component_checks", "diagnosis"},
     {
         "adapter_places",
         "conversion",

@@ -291,9 +291,22 @@ def test_a_state_of_another_device_is_whole_and_a_rate_that_is_none_is_refused()
     made.param_groups[0]["d"] = math.nan
     with pytest.raises(ValueError, match="d is nan"):
         check(made, "prodigy", False)
-    made.param_groups[0]["d"] = "x"
-    with pytest.raises(ValueError, match="d is 'x', no number"):
-        check(made, "prodigy", False)
+    for name, odd in (
+        ("d", "x"),
+        ("k", -1),
+        ("k", 10**400),
+        ("d", math.inf),
+        ("slice_p", 0),
+        ("growth_rate", math.nan),
+    ):
+        made, _ = updated("prodigy", False)
+        made.param_groups[0][name] = odd
+        with pytest.raises(ValueError, match=f"{name} is "):
+            check(made, "prodigy", False)
+    made, state = updated("adamw", True)
+    state["qmap2"] = -state["qmap2"]
+    with pytest.raises(ValueError, match="qmap2 is no table of bitsandbytes'"):
+        check(made, "adamw", True)
     made, state = updated("adamw", False)
     state["exp_avg_sq"][5] = -1
     with pytest.raises(ValueError, match="exp_avg_sq is negative"):

@@ -278,3 +278,8 @@ def test_pictures_of_one_name_that_are_written_at_once_are_all_kept(tmp_path):
     for file, about in zip(files, abouts, strict=True):
         with Image.open(file) as image:
             assert (image.text, image.getpixel((0, 0))[0]) == ({"seed": str(about["seed"])}, about["seed"])
+
+
+def test_the_file_of_a_negative_scale_has_another_name_than_that_of_a_positive_one():
+    assert sheets.slug("LoRA x -1") == "LoRA-x-minus-1"
+    assert sheets.slug("epoch-000004 x 0.5") == "epoch-000004-x-0.5"
