@@ -45,7 +45,7 @@ SETTINGS = (
         for size in range(1, 9)
     }
 )
-PROGRAMS = ("ours", "diffusers, adapter unmerged", "diffusers, no adapter")
+PROGRAMS = ("ours", "diffusers, adapter unmerged", "diffusers, no adapter", "ours, no adapter")
 PROMPTS = ["a red fox in the snow", "a lighthouse in a storm"]
 LORA = "lora"
 
@@ -70,9 +70,10 @@ def draw(bench: Bench, program: str, side_px: int, pictures: int, arguments: lis
     shutil.rmtree(output, ignore_errors=True)
     steps = 4 if bench.tiny or "--as_t4" in options else 30
     prompts = ["--prompt", *PROMPTS]
-    if program == "ours":
+    if program.startswith("ours"):
         command = [str(ROOT / "scripts" / "infer.py"), "--pretrained_model_name_or_path", str(bench.work / "base")]
-        command += ["--lora_weights", str(bench.work / LORA), "--conditioning_cache_dir", str(bench.work / "cache")]
+        command += ["--lora_weights", str(bench.work / LORA)] if program == "ours" else []
+        command += ["--conditioning_cache_dir", str(bench.work / "cache")]
         command += ["--height", str(side_px), "--width", str(side_px), "--num_images_per_prompt", str(pictures)]
         command += ["--num_inference_steps", str(steps), "--output_dir", str(output), *arguments, *prompts]
     else:

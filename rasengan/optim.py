@@ -117,7 +117,8 @@ def check_state(
     for name, own in example.param_groups[0].items():
         found = optimizer.param_groups[0].get(name)
         if name in FOUND:
-            if type(found) not in (int, float) or not 0 <= found < 1e39:
+            least = -1e39 if name == "d_numerator" else 0  # a sum of products, of either sign
+            if type(found) not in (int, float) or not least <= found < 1e39:
                 raise ValueError(f"{name} is {found!r}")
         elif name not in {"params", "fused"} and found != own:
             raise ValueError(f"{name} is {found!r}, not {own!r}")
