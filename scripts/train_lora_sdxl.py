@@ -834,15 +834,17 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if ema is not None:
             ema.step([flat])
         global_step, samples_seen = global_step + 1, samples_seen + args.global_batch
+        unread = progress.add(step_loss, grad_norm)
         bar.update()
         writer.check()
 
         # Reading a loss waits for the card, so several are read together.
         is_last, minutes = global_step == max_train_steps, (time.monotonic() - saved_s) / 60
         is_late = args.checkpointing_minutes is not None and minutes >= args.checkpointing_minutes
-        is_stopping, is_late = ballot.any(stopper.due(), is_main and is_late)
+        with saving_before_errors():
+            is_stopping, is_late = ballot.any(stopper.due(), is_main and is_late)
         saves = global_step % args.checkpointing_steps == 0 or is_late or is_stopping or is_last
-        if progress.add(step_loss, grad_norm) >= args.logging_steps or saves:
+        if unread >= args.logging_steps or saves:
             is_first_reading = progress.step == first_step
             log_losses()
             accelerator.log({"lr": group["lr"] * group.get("d", 1.0)}, step=global_step)  # d is Prodigy's
