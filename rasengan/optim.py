@@ -110,7 +110,7 @@ def check_state(
             raise ValueError(f"{name} is not finite")
         if name in SQUARES and (found < 0).any():
             raise ValueError(f"{name} is negative")
-        if name.startswith("qmap") and not torch.equal(found, expected):
+        if name.startswith("qmap") and not torch.equal(found.cpu(), expected.cpu()):
             raise ValueError(f"{name} is no table of bitsandbytes'")
     if not 0 <= float(state["step"]) < 2**31:
         raise ValueError(f"it has done {float(state['step']):g} updates")
