@@ -40,13 +40,19 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
             raise
         text = f"{text} {once_mended}".rstrip()
     except KeyboardInterrupt as end:
-        by, number = ("SIGTERM", signal.SIGTERM) if isinstance(end, Terminated) else ("Ctrl-C", signal.SIGINT)
-        sys.stderr.write(f"\nEnded by {by}. What was finished before is whole. {once_mended}".rstrip() + "\n")
+        number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+        say_ended(once_mended, number)
         return 128 + number  # as shells have it
     text = TOKENS.sub("(a token)", text)  # given where it does not belong
     text = text.encode(errors="backslashreplace").decode()  # half a character of a stranger's JSON
     sys.stderr.write(f"error{f' (process {process})' if process else ''}: {text}\n")
     return 2
+
+
+def say_ended(once_mended: str, number: int) -> None:
+    """Say on stderr which signal ended the process, and how to go on."""
+    by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    sys.stderr.write(f"\nEnded by {by}. What was finished before is whole. {once_mended}".rstrip() + "\n")
 
 
 def name_log(error: OSError, directory: Path) -> None:

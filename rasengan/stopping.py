@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,38 @@ def raise_on_sigterm() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, end)
+
+
+def end_while_waiting(say: Callable[[int], object]) -> None:
+    """Let SIGTERM and Ctrl-C end the process at once, also while it waits for the others of its run.
+
+    Python runs no handler during a wait in C++: there a thread reads the signal's number from a pipe. It leaves those
+    that have another handler to it, as a `Stopper` has until its release.
+    `say` is given the number before the process ends.
+
+    Source: `signal.set_wakeup_fd`.
+    """
+    is_ending = threading.Lock()
+
+    def end(number: int, _frame=None) -> None:
+        if is_ending.acquire(blocking=False):
+            say(number)
+            os._exit(128 + number)
+
+    def watch() -> None:
+        while True:
+            number = os.read(receiver, 1)[0]
+            if signal.getsignal(number) is end:
+                end(number)
+
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    # A forked child shares the pipe, and its signals are none of this process's.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=watch, daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.set_wakeup_fd(sender)
 
 
 class Stopper:

@@ -87,7 +87,7 @@ from rasengan.command_line import (
     token_type,
     words_of_file,
 )
-from rasengan.endings import hush_writers, in_one_line, name_log
+from rasengan.endings import hush_writers, in_one_line, name_log, say_ended
 from rasengan.files import check_kinds, check_writable, write_atomically
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
@@ -963,10 +963,12 @@ def main(args: argparse.Namespace) -> int:
 
 def run(argv: list[str] | None = None) -> int:
     """Train by a command line, say in one line what is wrong, and return the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one that waits for others would not hear it
-        stopping.raise_on_sigterm()
     places, go_on = "--output_dir or --conditioning_cache_dir", "Then go on with --resume_from_checkpoint latest."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        stopping.end_while_waiting(partial(say_ended, go_on))
+    else:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stopping.raise_on_sigterm()
     return in_one_line(lambda: main(parse_args(argv)), places, int(os.environ.get("RANK", 0)), go_on)
 
 

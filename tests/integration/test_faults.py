@@ -117,15 +117,19 @@ def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(number, launch, 
     assert process.returncode != 0
 
 
-def test_sigterm_before_the_first_step_is_said_and_leaves_no_lock(train_arguments, tmp_path):
-    words = [sys.executable, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG]
+@pytest.mark.parametrize("launch", [[sys.executable], TWO], ids=["alone", "two"])
+def test_sigterm_before_the_first_step_is_said_and_leaves_no_lock(launch, train_arguments, tmp_path):
+    words = [*launch, ROOT / "scripts" / "train_lora_sdxl.py", *train_arguments, *LONG]
     words += ["--conditioning_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"]
     process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "run" / LOCK_FILE).exists() or process.poll() is not None)
     process.terminate()
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM, said
+    assert process.returncode != 0
     assert "Ended by SIGTERM. What was finished before is whole. Then go on with --resume_from_checkpoint" in said
+    if launch == TWO:
+        return  # a process that waits for another is ended where it is: its lock is a dead one's
+    assert process.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 

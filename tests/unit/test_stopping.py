@@ -71,6 +71,85 @@ def test_a_second_sigterm_ends_nothing_more():
     process.communicate()
 
 
+TOGETHER = """
+import os, sys, time
+import torch
+from rasengan import stopping
+stopping.end_while_waiting(lambda number: print(f"ended by {number}", file=sys.stderr, flush=True))
+if "fork" in sys.argv:
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(1)
+    time.sleep(0.5)
+    os.kill(child, 15)
+    print(os.waitpid(child, 0)[1], flush=True)
+    time.sleep(1)
+    sys.exit(0)
+rank = int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+if "stopper" in sys.argv:
+    stopper = stopping.Stopper(None, time.monotonic(), print)
+    print("ready", flush=True)
+    while not stopper.due():
+        time.sleep(0.01)
+    stopper.release()
+print("ready", flush=True)
+if rank == 0:
+    torch.distributed.barrier()
+time.sleep(60)
+"""
+
+
+def start_together(tmp_path, *words):
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, tmp_path / "met", str(rank), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_another_ends_with_a_word(number, tmp_path):
+    waiting, other = start_together(tmp_path)
+    try:
+        assert waiting.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # it waits in the barrier now, in C++
+        waiting.send_signal(number)
+        assert waiting.communicate(timeout=10)[1].endswith(f"ended by {number}\n")
+        assert waiting.returncode == 128 + number
+    finally:
+        other.kill()
+        other.communicate()
+        waiting.kill()
+
+
+def test_a_stopper_takes_the_signals_over_until_its_release(tmp_path):
+    waiting, other = start_together(tmp_path, "stopper")
+    try:
+        assert waiting.stdout.readline() == "ready\n"
+        waiting.terminate()
+        assert "SIGTERM: ending soon" in waiting.stdout.readline()
+        assert waiting.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        waiting.terminate()
+        assert waiting.communicate(timeout=10)[1].endswith("ended by 15\n")
+    finally:
+        other.kill()
+        other.communicate()
+        waiting.kill()
+
+
+def test_the_signal_of_a_forked_child_is_not_its_parents():
+    done = subprocess.run([sys.executable, "-c", TOGETHER, "fork"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "ended by 15\n"  # the child's own handler, where Python runs
+
+
 def test_a_deadline_is_counted_from_the_start_and_is_a_clean_end():
     before = signal.getsignal(signal.SIGINT)  # in the background of a shell it is ignored
     stopper = stopping.Stopper(1, time.monotonic() - 59, print)
