@@ -20,7 +20,7 @@ from measure import ROOT, Results
 from programs import exit_cleanly
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rasengan import UserError, components, demo, fused, lora, memory, optim, step
+from rasengan import UserError, components, demo, fused, lora, optim, quantization, step
 
 
 RANK, ALPHA = 16, 32.0
@@ -51,7 +51,7 @@ def build(base: Path, way: str, scaling: str = "default"):
     """Return the UNet with its LoRA, the flat parameter, the step run in one of WAYS, and one of SCALERS."""
     unet = components.load("unet", base / "unet", torch.float16)
     if way == "fused, nf4":
-        memory.quantize_base(unet, DEVICE, torch.float16)
+        quantization.quantize_base(unet, DEVICE, torch.float16)
     lora.stack_weights(unet, DEVICE)
     unet.to(DEVICE)
     torch.manual_seed(0)

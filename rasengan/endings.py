@@ -2,19 +2,13 @@
 
 import signal
 import sys
-import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from rasengan import TOKENS, UserError
 from rasengan.files import lost_place
 from rasengan.stopping import Terminated
-
-
-# What TensorBoard's log needs to go on, about: the scalars of some thousand steps and a few small pictures.
-LOG_BYTES = 2**20
 
 
 def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, once_mended: str = "") -> int:
@@ -53,28 +47,3 @@ def say_ended(once_mended: str, number: int) -> None:
     """Say on stderr which signal ended the process, and how to go on."""
     by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     sys.stderr.write(f"\nEnded by {by}. What was finished before is whole. {once_mended}".rstrip() + "\n")
-
-
-def name_log(error: OSError, directory: Path) -> None:
-    """Say of an error of a tracker's, which names no file, where its files are and what they need."""
-    error.filename, error.needed_bytes = error.filename or str(directory), LOG_BYTES
-
-
-def hush_writers(directory: Path) -> None:
-    """Keep TensorBoard's thread from printing a traceback where its file cannot be written.
-
-    Its writer raises the same error again in the thread that gives it the next scalar.
-
-    Args:
-        directory: where its file is.
-    """
-    show = threading.excepthook
-
-    def show_others(end: threading.ExceptHookArgs) -> None:
-        is_writer = type(end.thread).__module__.startswith("tensorboard.")
-        if not (is_writer and isinstance(end.exc_value, OSError)):
-            show(end)
-            return
-        name_log(end.exc_value, directory)
-
-    threading.excepthook = show_others

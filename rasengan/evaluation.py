@@ -1,7 +1,7 @@
 """The losses of a tuned model beside the base's, picture by picture, and what those of a run's checkpoints show.
 
-Losses are fp64 on the CPU, (pictures, BANDS), as `held_out.ValidationLoss` measures them: with the same noise for
-every model, so that differences are taken picture by picture, and their standard error is that of such differences.
+Losses are fp64 on the CPU, (pictures, BANDS), as `ValidationLoss` measures them: with the same noise for every model,
+so that differences are taken picture by picture, and their standard error is that of such differences.
 """
 
 import math
@@ -15,9 +15,9 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from rasengan import merging, prompts, samples, sdxl, step
 from rasengan.adapters import Adapter
 from rasengan.components import TEXT_ENCODERS
-from rasengan.held_out import BANDS, ValidationLoss, named_means
 from rasengan.imaging import Picture
 from rasengan.pipeline import Pipeline
+from rasengan.validation_loss import BANDS, ValidationLoss, named_means
 
 
 KINDS = ("base", "tuned")

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rasengan import pages, printable
 from rasengan.evaluation import KINDS, Drawn, signed
-from rasengan.held_out import LOSS
+from rasengan.validation_loss import LOSS
 
 
 EVENTS = "events.out.tfevents."  # what TensorBoard's files begin with

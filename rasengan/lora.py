@@ -1,5 +1,7 @@
 """Give a frozen model a LoRA through PEFT, and hold all its matrices in one flat parameter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -178,3 +180,30 @@ def stacked_weight(layers: list[nn.Module]) -> torch.Tensor:
     if len({w.untyped_storage().data_ptr() for w in weights}) > 1 or steps != {rows * columns}:
         raise RuntimeError("the weights of a group are not stacked: call stack_weights first")
     return first.detach().as_strided((len(weights) * rows, columns), (columns, 1), first.storage_offset())
+
+
+# --- for a while ---
+
+
+@contextmanager
+def adapters_disabled(models: list[torch.nn.Module]) -> Iterator[None]:
+    """Run the models without their adapters for a while, as the base model."""
+    for model in models:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.enable_adapters()
+
+
+@contextmanager
+def evaluating(models: list[torch.nn.Module]) -> Iterator[None]:
+    """Run the models in evaluation mode for a while: no dropout, no gradient checkpointing."""
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.train()

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from rasengan import UserError, first_line
@@ -24,6 +24,8 @@ from rasengan.components import weight_dtype
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# Others wait while one process downloads or decodes, or writes to a slow disk, which takes longer than usual limits.
+PATIENCE = timedelta(hours=12)
 
 # The variables by which `accelerate launch` hands on what a configuration asks for and training here leaves undone.
 NOT_SUPPORTED = {
@@ -76,9 +78,10 @@ def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None
     # NCCL refuses two processes on one GPU; gloo carries them.
     here = machine_share(environment)[1]
     shared_gpu = not on_cpu and here > torch.cuda.device_count()
-    # Others wait while one process downloads or decodes, which takes longer than the usual limit of ten minutes.
-    group = InitProcessGroupKwargs(backend="gloo" if on_cpu or shared_gpu else "nccl", timeout=timedelta(hours=12))
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu or shared_gpu else "nccl", timeout=PATIENCE)
     launched = int(environment.get("WORLD_SIZE", 1))
+    # A step divides its loss itself, and a plugin wins over the environment's own number.
+    options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
     options["kwargs_handlers"] = [group] if launched > 1 else []
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, **options)
     # `accelerate launch --cpu --num_processes 2` sets an address for several processes, and starts one.
@@ -172,6 +175,23 @@ def as_on_main(call: Callable[[], T], refusal: type[Exception]) -> T:
     return first
 
 
+def check_same_settings(settings: Mapping[str, object]) -> None:
+    """Check that all processes were given the same settings, which those of several machines need not be.
+
+    Raises:
+        UserError: they were not; each of them raises it, and names what differs.
+    """
+    everywhere = gather([dict(settings)])
+    differing = {name: [found.get(name) for found in everywhere] for name in settings}
+    differing = {name: values for name, values in differing.items() if any(value != values[0] for value in values)}
+    if differing:
+        listed = "; ".join(f"--{name} is {', '.join(map(str, values))}" for name, values in differing.items())
+        raise UserError(
+            f"Not all processes of this run have the same settings: {listed}. Start every machine with the same "
+            "command and accelerate config, but for the machine's number."
+        )
+
+
 def check_same(what: str, found: str, remedy: str) -> None:
     """Check that all processes found the same, which those of machines with a disk of their own need not.
 
@@ -227,7 +247,7 @@ class Ballot:
     def __init__(self):
         """Begin on every process."""
         several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        self.group = torch.distributed.new_group(backend="gloo") if several else None
+        self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
     def any(self, *votes: bool) -> tuple[bool, ...]:
         """Return for each vote whether any process has it."""

@@ -1,5 +1,6 @@
 """Ending a run early without losing it: signals, a deadline, and the death of the launcher."""
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -67,6 +68,12 @@ def end_while_waiting(say: Callable[[int], object]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     signal.set_wakeup_fd(sender)
+
+
+def tell(text: str) -> None:
+    """Say something to the user, also from inside a signal's handler, and to nobody where the terminal is gone."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"\n{text}\n".encode())
 
 
 class Stopper:

@@ -13,8 +13,6 @@ Eight GPUs: the same with `--config_file accelerate_configs/multi_gpu.yaml`. No 
 import argparse
 import contextlib
 import gc
-import importlib.util
-import json
 import logging
 import math
 import os
@@ -41,15 +39,11 @@ if __name__ == "__main__":
 # What is imported stays, and to look through it for garbage again and again takes a quarter of the imports' time.
 gc.disable()
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType
-from PIL import Image
 
 from rasengan import (
     UserError,
@@ -61,21 +55,22 @@ from rasengan import (
     data,
     diagnosis,
     export,
-    first_line,
     fused,
     held_out,
     hub,
     locks,
+    logs,
     lora,
     memory,
+    memory_plan,
     nvrtc,
     optim,
     processes,
+    quantization,
     resuming,
     samples,
-    sheets,
     step,
-    validation,
+    training_settings,
 )
 from rasengan.captions import read_captions, warn_of_long_captions
 from rasengan.command_line import (
@@ -87,10 +82,11 @@ from rasengan.command_line import (
     token_type,
     words_of_file,
 )
-from rasengan.endings import hush_writers, in_one_line, name_log, say_ended
-from rasengan.files import check_kinds, check_writable, write_atomically
+from rasengan.endings import in_one_line, say_ended
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
+from rasengan.validation_loss import ValidationLoss, resumed_record
+from rasengan.validation_pictures import ValidationPictures, prompt_embeds
 
 
 gc.freeze()
@@ -99,9 +95,6 @@ gc.enable()
 logger = logging.getLogger(__name__)
 
 MOST_RANK, MOST_ALPHA = 4096, 1e6  # far beyond what helps, and within what fp32 and a card hold
-FOLDERS_WRITTEN = {"peft", "evaluation", checkpoint.BEST_FOLDER}
-TEMPORARY = ("checkpoint-", ".saving", ".removing", ".export", ".lock")  # beginnings of names
-FILES_WRITTEN = (export.DIFFUSERS_FILE, "args.json", "validation.png", "README.md")
 
 # --- the command line ---
 
@@ -226,129 +219,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def idle_settings(args: argparse.Namespace) -> list[str]:
-    """Return the settings that can do nothing beside the others."""
-    encodes_once = args.cache_conditioning and args.center_crop
-    is_idle = {
-        "debug_loss": args.report_to == "none",
-        "logging_dir": args.report_to == "none",
-        "dataset_config_name": args.dataset_name is None,
-        "hub_model_id": not args.push_to_hub,
-        "hub_token": not args.push_to_hub,
-        "lr_num_cycles": args.lr_scheduler != SchedulerType.COSINE_WITH_RESTARTS.value,
-        "num_train_epochs": args.max_train_steps is not None,
-        "lr_warmup_steps": args.lr_scheduler in {"constant", "piecewise_constant"},
-        "lr_power": args.lr_scheduler != SchedulerType.POLYNOMIAL.value,
-        "lr_step_rules": args.lr_scheduler != SchedulerType.PIECEWISE_CONSTANT.value,
-        "encode_batch_size": not encodes_once,
-        "num_validation_images": not args.validation_prompt,
-        "validation_epochs": not args.validation_prompt,
-        "validation_inference_steps": not args.validation_prompt,
-        "validation_loss_steps": args.validation_split is None,
-        "bucket_step_px": not args.aspect_ratio_buckets,
-        "ema_decay": not args.use_ema,
-        "use_8bit_adam": args.optimizer != "adamw",
-        "vram_budget_gib": not torch.cuda.is_available(),
-        "base_quantization": args.base_quantization == "auto" and not torch.cuda.is_available(),
-    }
-    return [name for name in is_idle if is_idle[name]]
-
-
-def idle_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags that were given and that can do nothing beside the others."""
-    default = make_parser().get_default
-    return [f"--{name}" for name in idle_settings(args) if getattr(args, name) != default(name)]
-
-
-def validate_args(args: argparse.Namespace) -> None:
-    """Check what the arguments and the launcher say, before anything is read, loaded or downloaded."""
-    processes.check_launch(os.environ)
-    data.check_settings(args.dataset_name, args.train_data_dir, args.resolution, args.bucket_step_px)
-    for flag in ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
-        if not getattr(args, flag) < 1:
-            raise UserError(f"--{flag} is {getattr(args, flag)}. Give a number from 0 to under 1.")
-    if args.report_to not in {"tensorboard", "none"} and args.hub_token is not None:
-        raise UserError(f"--report_to {args.report_to} would upload --hub_token too. Use `hf auth login` instead.")
-    trackers = [tracker.value for tracker in get_available_trackers()]
-    if args.report_to not in (*trackers, "all", "none"):
-        raise UserError(
-            f"--report_to {args.report_to} is not installed here; installed are: {', '.join(trackers)}. "
-            "Give one of these, all or none, or install its package."
-        )
-    if args.local_rank > 0 and "LOCAL_RANK" not in os.environ:
-        raise UserError(
-            f"--local_rank is {args.local_rank}, but no launcher set up this process. Start it by `accelerate launch`."
-        )
-    if args.deterministic and args.enable_xformers_memory_efficient_attention:
-        raise UserError("--deterministic promises equal bits, which xformers does not. Drop one of the flags.")
-    needed = {
-        "xformers": args.enable_xformers_memory_efficient_attention and "enable_xformers_memory_efficient_attention",
-        "bitsandbytes": args.optimizer == "adamw" and args.use_8bit_adam and "use_8bit_adam",
-    }
-    for package, flag in needed.items():
-        if flag and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag} needs {package}, which is not installed. Install it, or give --no-{flag}.")
-    if args.base_quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--base_quantization {args.base_quantization} needs bitsandbytes: install it, or give none.")
-    if args.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
-        raise UserError("--optimizer prodigy needs prodigyopt: `pip install -e '.[prodigy]'`.")
-    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
-        logger.warning("--learning_rate is a factor on the rate that prodigy finds: %g is small", args.learning_rate)
-    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
-        raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU. Drop the flag.")
-    if args.enable_npu_flash_attention:
-        raise UserError("--enable_npu_flash_attention needs an Ascend NPU, and this trains on CUDA or CPU. Drop it.")
-    if args.plan_only and not torch.cuda.is_available():
-        raise UserError("--plan_only needs a CUDA GPU, whose memory it plans. Drop the flag.")
-    if args.save_best and args.validation_split is None:
-        raise UserError("--save_best needs a validation loss. Give --validation_split too, such as 0.05.")
-    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
-        raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as '1:100,0.1'.")
-    if found := idle_flags(args):
-        logger.info("Without effect beside the other flags: %s", ", ".join(found))
-    try:
-        schedule_of(args, args.learning_rate, 1)
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler {args.lr_scheduler} cannot be used so: {first_line(error)}.") from error
-    try:
-        make_optimizer(args, torch.nn.Parameter(torch.zeros(1)), args.learning_rate)
-    except ValueError as error:  # Prodigy takes no rate of 0, for example
-        raise UserError(f"--optimizer {args.optimizer} cannot be used so: {first_line(error)}.") from error
-    outputs, logs = Path(os.path.abspath(args.output_dir)), Path(args.output_dir, args.logging_dir)
-    data.check_outside(vars(args) | {"logging_dir": logs})
-    places = {"conditioning_cache_dir": args.conditioning_cache_dir, "cache_dir": args.cache_dir, "logging_dir": logs}
-    for flag, place in places.items():
-        place = Path(os.path.abspath(place)) if place else None
-        if place is None or not place.is_relative_to(outputs):
-            continue
-        begin = (*place.relative_to(outputs).parts, "")[0]
-        taken = (*TEMPORARY, *"." * (flag == "logging_dir"))  # a cache may be in a home folder's .cache
-        if begin in {"", *FOLDERS_WRITTEN, *FILES_WRITTEN} or begin.startswith(taken):
-            raise UserError(f"--{flag} {getattr(args, flag)} is for other files in --output_dir. Give another name.")
-    check_writable(Path(args.output_dir), "--output_dir")
-    written = {
-        **dict.fromkeys(FILES_WRITTEN, False),
-        "peft": True,
-        checkpoint.BEST_FOLDER: True,
-        args.logging_dir: True,
-    }
-    check_kinds(Path(args.output_dir), written, "--output_dir")
-    check_writable(Path(args.conditioning_cache_dir), "--conditioning_cache_dir")
-
-
-def schedule_of(args: argparse.Namespace, learning_rate: float, num_training_steps: int):
-    """Return the learning rate's factor as a function of the optimizer steps done."""
-    counts = (args.lr_warmup_steps, num_training_steps, args.lr_num_cycles)
-    return optim.learning_rate_schedule(args.lr_scheduler, learning_rate, *counts, args.lr_power, args.lr_step_rules)
-
-
-def make_optimizer(args: argparse.Namespace, flat: torch.nn.Parameter, learning_rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer of the flat parameter."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    options = (learning_rate, betas, args.adam_weight_decay, args.adam_epsilon)
-    return optim.make_optimizer(flat, args.optimizer, args.use_8bit_adam, *options)
-
-
 # --- side stories, before the story ---
 
 
@@ -357,16 +227,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
     log_with = None if args.report_to == "none" else args.report_to
     return processes.make_accelerator(os.environ, args.mixed_precision, log_with=log_with, project_config=folders)
-
-
-def set_up_logging() -> None:
-    """Log on one process of each machine: our own words, and of the libraries only warnings."""
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    level = logging.WARNING if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
-    for own in (logger, logging.getLogger("rasengan")):
-        own.setLevel(logging.INFO if level == logging.WARNING else level)
 
 
 def choose_kernels(args: argparse.Namespace, device: torch.device) -> None:
@@ -390,25 +250,11 @@ def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
     return dataset, pictures, read_captions(dataset, args.caption_column, pictures)
 
 
-def show_validation(args, accelerator, base_images, images, global_step: int) -> None:
-    """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
-    if accelerator.is_main_process:
-        grid = sheets.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
-        sheets.save_png(Path(args.output_dir) / "validation.png", grid)
-        validation.log_image(accelerator.trackers, "validation", grid, global_step)
-
-
 def note_validation_loss(args, accelerator, validation_loss, writer, global_step: int) -> None:
     """Measure the loss of the held-out pictures, show it in the trackers, and keep the adapter if it is the best."""
     accelerator.log(validation_loss.measure_tuned(global_step), step=global_step)
     if args.save_best and accelerator.is_main_process and validation_loss.is_best(global_step):
         writer.save_best(global_step, validation_loss.record["best"])
-
-
-def tell(text: str) -> None:
-    """Say something to the user, also from inside a signal's handler, and to nobody where the terminal is gone."""
-    with contextlib.suppress(OSError):
-        os.write(1, f"\n{text}\n".encode())
 
 
 def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
@@ -419,20 +265,10 @@ def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_s
     return checkpoint.last_name(writer.output_dir)
 
 
-def public_settings(args: argparse.Namespace) -> dict:
-    """Return the arguments without the token, as JSON can hold them."""
-    return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
-
-
-def write_settings(args: argparse.Namespace, **more) -> None:
-    """Write args.json; a run that has ended adds to it after how many steps the adapter beside it was written."""
-    write_atomically(Path(args.output_dir) / "args.json", json.dumps(public_settings(args) | more, indent=2).encode())
-
-
 def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
     """Write the README.md of the adapter."""
     base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).resolve().name
-    settings = public_settings(args) | {"optimizer_steps": global_step}
+    settings = training_settings.public(vars(args)) | {"optimizer_steps": global_step}
     hub.write_model_card(output_dir, base, dataset, args.validation_prompt or [], grid_file, settings)
 
 
@@ -460,6 +296,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     args.mixed_precision = accelerator.mixed_precision
     args.num_processes = accelerator.num_processes
     args.global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    training_settings.check_same_everywhere(vars(args))
     weight_dtype = components.weight_dtype(args.mixed_precision, device)
     if args.seed is None:
         seed = checkpoint.read_state(resume_from)["seed"] if resume_from else random.randrange(2**31)
@@ -470,7 +307,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if resume_from:
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
-        resuming.check_resumable(resume_from, public_settings(args), args.resume_with_changes, idle_settings(args))
+        idle = training_settings.idle_settings(vars(args))
+        resuming.check_resumable(resume_from, vars(args), args.resume_with_changes, idle)
     choose_kernels(args, device)
     if args.vram_budget_gib and device.type == "cuda":  # what encodes the pictures keeps to it too
         memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
@@ -543,7 +381,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
     with memory.must_fit(unet, can_quantize=args.base_quantization != "nf4"):
         if args.base_quantization == "nf4":
-            memory.quantize_base(unet, device, weight_dtype)
+            quantization.quantize_base(unet, device, weight_dtype)
         lora.stack_weights(unet, device)
         unet.to(device)
         lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
@@ -570,7 +408,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         logger.warning("The UNet runs as PEFT wrote it, more slowly: %s", slow_because)
         if args.deterministic:
             fused.upsample_deterministically(unet)
-        blocks, recompute_blocks = 1, partial(memory.recompute_whole, unet)
+        blocks, recompute_blocks = 1, partial(memory_plan.recompute_whole, unet)
     as_graph = args.cuda_graph and device.type == "cuda" and slow_because is None and not args.train_text_encoder
     if args.train_text_encoder and args.cuda_graph and device.type == "cuda":
         logger.info("Steps run without a CUDA graph, since the text encoders are trained")
@@ -589,16 +427,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the optimizer and its schedule, both over optimizer steps ---
     learning_rate = args.learning_rate * (args.global_batch if args.scale_lr else 1)
-    optimizer = accelerator.prepare(make_optimizer(args, flat, learning_rate))
+    optimizer = accelerator.prepare(training_settings.make_optimizer(vars(args), flat, learning_rate))
     ema = optim.make_ema(flat, args.ema_decay) if args.use_ema else None
     averaged = partial(optim.averaged, ema, flat)
-    schedule = schedule_of(args, learning_rate, max_train_steps)
+    schedule = training_settings.schedule_of(vars(args), learning_rate, max_train_steps)
 
     # --- resume ---
     global_step, samples_seen, resumed = 0, 0, {}
     if resume_from:
         resumed = checkpoint.read_state(resume_from)
-        make_like = partial(make_optimizer, args, learning_rate=learning_rate)
+        make_like = partial(training_settings.make_optimizer, vars(args), learning_rate=learning_rate)
         may_lack = resumed.get("skipped_steps", 0) >= resumed["global_step"]
         check_state = partial(optim.check_state, optimizer.optimizer, make_like, may_lack)
         checkpoint.load_checkpoint(accelerator, optimizer, resume_from, models, flat, ema, check_state)
@@ -641,34 +479,29 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
     samples_per_process = args.global_batch // accelerator.num_processes
-    plan = memory.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
+    plan = memory_plan.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else None  # a plan holds for one kind
     if device.type == "cuda":
-        update_bytes = optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema)
-        state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)  # a resume has brought it already
-        budget_gib = memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
-        can_keep_plan = resumed.get("card") == card and not args.resume_with_changes
-        make_plan = partial(
-            memory.make_plan,
+        planner = memory_plan.Planner(
             lambda size: train_step.run(next(encode([samples.first_batch(training_set, size)]))),
             recompute_blocks,
             flat,
+            optimizer.optimizer,
             samples=samples_per_process,
             batch_size=args.train_batch_size,
             blocks=blocks,
             recompute=args.gradient_checkpointing,
-            budget_gib=budget_gib,
-            state_bytes=state_bytes,
-            remembered=resumed.get("memory_plan") if can_keep_plan else None,
+            budget_gib=args.vram_budget_gib,
+            sharing=processes.sharing_a_gpu(os.environ),
+            update_bytes=optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema),
             can_quantize=args.base_quantization != "nf4",
-            can_raise=args.vram_budget_gib is not None,
         )
-        plan = processes.as_on_main(make_plan, UserError)
+        can_keep_plan = resumed.get("card") == card and not args.resume_with_changes
+        remembered = resumed.get("memory_plan") if can_keep_plan else None
+        plan = processes.as_on_main(partial(planner.plan, remembered), UserError)
         if is_main:
-            parts_bytes = memory.parts_bytes(unet, [vae, *text_encoders], flat, update_bytes)
             cached_bytes = cache.disk_bytes(latents, prompts, validation_prompts)
-            table = memory.describe(plan, blocks, samples_per_process, parts_bytes, budget_gib, cached_bytes)
-            print(table, flush=True)
+            print(planner.describe(plan, unet, [vae, *text_encoders], cached_bytes), flush=True)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:
@@ -694,70 +527,65 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     )
     batches = encode(samples.prefetched(iter(dataloader)))
 
-    # --- trackers, and the base model's pictures ---
+    # --- what the run writes, and the base model's pictures and loss ---
+    settings = training_settings.public(vars(args))
     if is_main:
-        write_settings(args)
-    settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in public_settings(args).items()}
-    hush_writers(output_dir / args.logging_dir)
-    try:
-        accelerator.init_trackers("text2image-fine-tune", config=settings)
-    except OSError as error:
-        name_log(error, output_dir / args.logging_dir)
-        raise
-    validation.log_settings(accelerator.trackers, settings)
-    # From here on a signal or the deadline ends what is being done in order.
-    stopper, ballot, is_stopping = stopping.Stopper(args.max_train_minutes, began_s, tell), processes.Ballot(), False
-    at_end.callback(stopper.release)
-    adapted = list(models.values())
-    if args.validation_prompt:
-        validation_vae = vae or components.load("vae", folders["vae"], variant=args.variant)
-        embed = partial(validation.prompt_embeds, accelerator, texts, validation_prompts, tokenizers, text_encoders)
-        how = {"seeds": [args.seed + number for number in range(args.num_validation_images)]}
-        how |= {"side_px": args.resolution, "num_inference_steps": args.validation_inference_steps}
-        draw_share = partial(validation.draw_share, accelerator, unet, validation_vae, scheduler, **how)
-
-        def draw(**options) -> list[Image.Image]:
-            embeds = embed()
-            prompts, negatives = embeds[: len(args.validation_prompt)], embeds[len(args.validation_prompt) :]
-            return draw_share(prompts, negatives[0] if negatives else None, **options)
-
-        try:
-            with validation.evaluating(adapted), validation.adapters_disabled(adapted):
-                base_images = draw(should_stop=stopper.due)
-        except stopping.Interrupted:
-            is_stopping = True
-
+        training_settings.write(settings, output_dir)
+    logs.begin_trackers(accelerator, settings, output_dir / args.logging_dir)
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
     parts["check_held"] = partial(locks.check_held, output_dir)
     writer = checkpoint_writer.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
     at_end.callback(writer.close)
-
-    # --- the validation loss, without min-SNR weights, so that runs compare; first the base's ---
-    validation_loss = held_out.ValidationLoss(
+    # From here on a signal or the deadline ends what is being done in order.
+    stopper = stopping.Stopper(args.max_train_minutes, began_s, stopping.tell)
+    at_end.callback(stopper.release)
+    ballot, is_stopping, adapted = processes.Ballot(), False, list(models.values())
+    if args.validation_prompt:
+        pictures_shown = ValidationPictures(
+            accelerator,
+            unet,
+            vae or components.load("vae", folders["vae"], variant=args.variant),
+            scheduler,
+            partial(
+                prompt_embeds,
+                accelerator=accelerator,
+                cached=validation_prompts,
+                tokenizers=tokenizers,
+                text_encoders=text_encoders,
+            ),
+            prompts=args.validation_prompt,
+            negative=negative,
+            seeds=[args.seed + number for number in range(args.num_validation_images)],
+            side_px=args.resolution,
+            num_inference_steps=args.validation_inference_steps,
+            file=output_dir / "validation.png",
+        )
+    validation_loss = ValidationLoss(
         make_samples(rows=rows.held_out),
         partial(encode, trains_text=False),
-        partial(evaluate_losses, snr_gamma=None),
+        partial(evaluate_losses, snr_gamma=None),  # without weights, so that runs compare
         train_step.release,
         device=device,
         share=(accelerator.process_index, accelerator.num_processes),
         batch_size=plan.micro_batch_size,
         every=args.validation_loss_steps or steps_per_epoch,
-        record=held_out.resumed_record(resumed, args.validation_split, output_dir if args.save_best else None),
+        should_stop=stopper.due,
+        record=resumed_record(resumed, vars(args), output_dir if args.save_best else None),
     )
-    validation_loss.should_stop = stopper.due
-    if rows.held_out and validation_loss.record["base"] is None and not is_stopping:
-        try:
-            with validation.evaluating(adapted), validation.adapters_disabled(adapted):
-                accelerator.log(validation_loss.measure_base(), step=0)
-        except stopping.Interrupted:
-            is_stopping = True
-        except imaging.PictureChanged as error:
-            raise UserError(samples.picture_changed(error, checkpoint.last_name(output_dir))) from error
     note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
+    try:
+        with lora.evaluating(adapted), lora.adapters_disabled(adapted):
+            if args.validation_prompt:
+                pictures_shown.draw_base(stopper.due)
+            if rows.held_out and validation_loss.record["base"] is None:
+                accelerator.log(validation_loss.measure_base(), step=0)
+    except stopping.Interrupted:
+        is_stopping = True
+    except imaging.PictureChanged as error:
+        raise UserError(samples.picture_changed(error, checkpoint.last_name(output_dir))) from error
 
     # What every checkpoint says of the run; the record is the live one.
-    state = public_settings(args) | {"memory_plan": list(plan), "card": card}
-    state |= {"validation_losses": validation_loss.record}
+    state = settings | {"memory_plan": list(plan), "card": card, "validation_losses": validation_loss.record}
     counts = f"{len(rows.trained)} pictures, {max_train_steps} steps of {args.global_batch}"
     logger.info(f"{counts}; {flat.numel():,} trainable parameters")
 
@@ -791,11 +619,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             train_step.release()
             saved = save_before_end(memory_plan=None)
-            room_gib = min(budget_gib, memory.left_gib(device, processes.sharing_a_gpu(os.environ)))
-            state_bytes = update_bytes - optim.state_bytes(optimizer.optimizer)
             is_alone = accelerator.num_processes == 1  # others may be computing on the card, or waiting for this one
-            plan_for = partial(make_plan, state_bytes=state_bytes, remembered=None) if is_alone else None
-            raise UserError(memory.out_of_memory(plan, blocks, global_step, saved, room_gib, plan_for)) from error
+            raise UserError(planner.out_of_memory(plan, global_step, saved, can_measure=is_alone)) from error
         except samples.WorkerDied as error:
             raise UserError(samples.worker_died(error, global_step, save_before_end())) from error
         except imaging.PictureChanged as error:
@@ -808,7 +633,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         # After the checkpoint of the step: a run that ends in between measures when it is resumed.
         if validation_loss.due(global_step):
             try:
-                with saving_before_errors(), progress.paused(), validation.evaluating(adapted), averaged():
+                with saving_before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
                     note_loss(global_step)
             except stopping.Interrupted:
                 save_before_end()
@@ -869,10 +694,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not (is_last or is_stopping)
         if args.validation_prompt and shows:
             try:
-                with saving_before_errors(), progress.paused(), validation.evaluating(adapted), averaged():
+                with saving_before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
                     train_step.release()
-                    images = draw(should_stop=stopper.due)
-                    show_validation(args, accelerator, base_images, images, global_step)
+                    pictures_shown.show(global_step, stopper.due)
             except stopping.Interrupted:
                 save_before_end()
                 break
@@ -890,17 +714,17 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if is_main:
             ended = f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}"
             too_short = ". The time was over before the first step: give it more" * (global_step == first_step)
-            tell(f"{ended}{too_short * (stopper.exit_code() == 0)}. Go on with:\n  {resume_command}")
+            stopping.tell(f"{ended}{too_short * (stopper.exit_code() == 0)}. Go on with:\n  {resume_command}")
         return stopper.exit_code()
 
     def first_loss() -> torch.Tensor:
         return evaluate_losses(next(encode([samples.first_batch(training_set, plan.micro_batch_size)])))
 
-    with validation.evaluating(adapted), averaged():  # before an older checkpoint is removed
-        diagnosis.check_not_ruined(first_loss, partial(validation.adapters_disabled, adapted), output_dir)
+    with lora.evaluating(adapted), averaged():  # before an older checkpoint is removed
+        diagnosis.check_not_ruined(first_loss, partial(lora.adapters_disabled, adapted), output_dir)
     if rows.held_out:
         try:
-            with validation.evaluating(adapted), averaged():
+            with lora.evaluating(adapted), averaged():
                 note_loss(global_step)
             logger.info(validation_loss.summary())
             diagnosis.refuse_ruined(validation_loss.record["last"], validation_loss.record["base"], output_dir)
@@ -918,13 +742,13 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         locks.check_held(output_dir)
         with averaged():
             export.publish(output_dir, models, checkpoint.last_name(output_dir))
-        write_settings(args, optimizer_steps=global_step)
+        training_settings.write(settings, output_dir, optimizer_steps=global_step)
         logger.info("Saved and verified %s and %s", output_dir / export.DIFFUSERS_FILE, output_dir / "peft")
     was_asked, is_over = ballot.any(stopper.asked(), stopper.due())
     stopper.release()  # what comes now may be lost
     if args.validation_prompt and not is_over:
-        with validation.evaluating(adapted), averaged():
-            show_validation(args, accelerator, base_images, draw(), global_step)
+        with lora.evaluating(adapted), averaged():
+            pictures_shown.show(global_step)
     if is_main:
         grid = "validation.png" if args.validation_prompt and (output_dir / "validation.png").is_file() else None
         write_model_card(args, output_dir, global_step, grid)
@@ -934,7 +758,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             hub.upload(hub_model_id, args.hub_token, output_dir)
     accelerator.end_training()
     if is_main and was_asked:
-        tell(f"Ended before all was measured and shown, since {stopper.reason()}. Go on with:\n  {resume_command}")
+        ended = f"Ended before all was measured and shown, since {stopper.reason()}"
+        stopping.tell(f"{ended}. Go on with:\n  {resume_command}")
     return stopper.exit_code()
 
 
@@ -954,8 +779,10 @@ def train_in_what_fits(args: argparse.Namespace, began_s: float, at_end: context
 def main(args: argparse.Namespace) -> int:
     """Check the arguments, train alone in --output_dir, and return the exit code."""
     began_s = time.monotonic()
-    set_up_logging()
-    validate_args(args)
+    logs.begin([logger.name, "rasengan"], speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+    training_settings.check(vars(args), os.environ)
+    if idle := training_settings.idle_flags(vars(args), make_parser().get_default):
+        logger.info("Without effect beside the other flags: %s", ", ".join(idle))
     only_run = locks.only_run(Path(args.output_dir), is_first=os.environ.get("RANK", "0") == "0")
     with only_run, contextlib.ExitStack() as at_end:
         return train_in_what_fits(args, began_s, at_end)

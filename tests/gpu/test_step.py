@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from rasengan import components, fused, graphs, lora, memory, optim, step
+from rasengan import components, fused, graphs, lora, memory, memory_plan, optim, quantization, step
 from rasengan.demo import build_tiny_sdxl
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def load(folder, dtype=torch.float16, quantize=False):
     unet = components.load("unet", folder / "unet", dtype)
     if quantize:
-        memory.quantize_base(unet, DEVICE, dtype)
+        quantization.quantize_base(unet, DEVICE, dtype)
     lora.stack_weights(unet, DEVICE)
     unet.to(DEVICE)
     torch.manual_seed(0)
@@ -192,18 +192,22 @@ def plan_within(folder, budget_gib, samples=4, recompute=None):
     """Return what is planned for a step of so many large pictures."""
     unet, flat, fused_unet = load(folder)
     train_step = make_step(unet, flat, True)
-    return memory.make_plan(
+    planner = memory_plan.Planner(
         lambda size: train_step.run(make_batch(unet, size, 128)),
         fused_unet.recompute,
         flat,
+        torch.optim.AdamW([flat]),
         samples=samples,
         batch_size=samples,
         blocks=len(fused_unet.units()),
         recompute=recompute,
         budget_gib=budget_gib,
-        state_bytes=0,
-        remembered=None,
+        sharing=1,
+        update_bytes=0,
+        can_quantize=True,
     )
+    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)  # of the tests that follow
+    return planner.plan()
 
 
 def train_by(folder, plan):
@@ -224,8 +228,8 @@ def train_by(folder, plan):
 
 
 def test_a_step_that_a_budget_splits_or_recomputes_trains_what_the_whole_one_does(folder):
-    whole, one = plan_within(folder, 100), plan_within(folder, 100, samples=1)
-    least = plan_within(folder, 100, samples=1, recompute=True)
+    whole, one = plan_within(folder, None), plan_within(folder, None, samples=1)
+    least = plan_within(folder, None, samples=1, recompute=True)
     assert whole[:2] == (4, 0)
     assert least.predicted_bytes < one.predicted_bytes < whole.predicted_bytes
     split = plan_within(folder, (whole.predicted_bytes + one.predicted_bytes) / 2 / memory.GIB)

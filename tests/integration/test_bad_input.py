@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rasengan import UserError, components
+from rasengan import UserError, components, training_settings
 from rasengan.pairs import PairDrawer
 from rasengan.pipeline import Pipeline
 
@@ -217,9 +217,9 @@ def test_a_cache_with_the_name_of_something_else_is_refused(train, refused, tmp_
 
 def test_a_cache_in_the_output_folder_that_is_a_home_is_none_of_its_own_files(train_script, train_arguments, tmp_path):
     words = [*train_arguments, "--output_dir", str(tmp_path), "--conditioning_cache_dir", str(tmp_path / ".cache/x")]
-    train_script.validate_args(train_script.parse_args(words))
+    training_settings.check(vars(train_script.parse_args(words)), os.environ)
     words = [*train_arguments, "--output_dir", "elsewhere", "--conditioning_cache_dir", str(tmp_path / "cache")]
-    train_script.validate_args(train_script.parse_args(words))
+    training_settings.check(vars(train_script.parse_args(words)), os.environ)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, checkpoint, demo, drawing, held_out
+from rasengan import UserError, checkpoint, demo, drawing, validation_loss
 from rasengan.locks import LOCK_FILE
 
 
@@ -205,14 +205,14 @@ def test_a_run_past_its_deadline_ends_cleanly_and_goes_on_to_the_same_adapter(tr
 
 def test_a_signal_while_the_end_is_measured_loses_nothing(train, monkeypatch, tmp_path):
     """The last step has a checkpoint, whatever the cadence is, and the adapter is written before the run ends."""
-    measure = held_out.ValidationLoss.measure_tuned
+    measure = validation_loss.ValidationLoss.measure_tuned
 
     def measure_under_a_signal(self, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(self, step)
 
-    monkeypatch.setattr(held_out.ValidationLoss, "measure_tuned", measure_under_a_signal)
+    monkeypatch.setattr(validation_loss.ValidationLoss, "measure_tuned", measure_under_a_signal)
     train(*("--max_train_steps", 3, "--validation_split", 2, "--validation_loss_steps", 50), output_dir=tmp_path)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     assert bits(tmp_path) == bits(tmp_path / "checkpoint-3")
@@ -230,7 +230,7 @@ def test_a_signal_while_a_run_validates_is_answered_at_once_and_loses_nothing(
     }[what]
     flags += ["--validation_inference_steps", 3] * (what == "pictures")
     whole = train(*flags, *cadence)
-    place, name = (held_out.ValidationLoss, "_losses") if what == "loss" else (drawing.Denoiser, "__call__")
+    place, name = (validation_loss.ValidationLoss, "_losses") if what == "loss" else (drawing.Denoiser, "__call__")
     original = getattr(place, name)
 
     def call_under_a_signal(self, *arguments):

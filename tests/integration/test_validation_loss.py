@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rasengan import UserError, checkpoint_writer, demo, held_out, imaging, samples, step
+from rasengan import UserError, checkpoint_writer, demo, imaging, samples, step, validation_loss
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -52,7 +52,7 @@ def read_losses(read_scalars):
 @pytest.fixture
 def seen(monkeypatch) -> dict[str, list]:
     """What the training steps and the measurements of a run meet: the names of pictures, and whole samples."""
-    seen, call, fixed = {"trained": [], "held_out": []}, step.TrainingStep.__call__, held_out.fixed_sample
+    seen, call, fixed = {"trained": [], "held_out": []}, step.TrainingStep.__call__, validation_loss.fixed_sample
 
     def train(self, batch):
         seen["trained"] += batch["name"]
@@ -63,7 +63,7 @@ def seen(monkeypatch) -> dict[str, list]:
         return seen["held_out"][-1]
 
     monkeypatch.setattr(step.TrainingStep, "__call__", train)
-    monkeypatch.setattr(held_out, "fixed_sample", measure)
+    monkeypatch.setattr(validation_loss, "fixed_sample", measure)
     return seen
 
 
@@ -262,7 +262,7 @@ def test_two_processes_measure_what_one_does_within_rounding(
 def test_measuring_disturbs_nothing(flags, train, read_scalars, monkeypatch):
     run = [*RUN, *FEW, "--max_train_steps", 3, *flags]
     measured = train(*run)
-    monkeypatch.setattr(held_out.ValidationLoss, "measure", lambda self: {"validation_loss": 1.0})
+    monkeypatch.setattr(validation_loss.ValidationLoss, "measure", lambda self: {"validation_loss": 1.0})
     left_alone = train(*run)
     assert set(read_scalars(left_alone, "validation_loss").values()) == {1.0}
     assert set(read_scalars(measured, "validation_loss").values()) != {1.0}
@@ -420,7 +420,7 @@ def test_a_full_disk_leaves_the_former_best_and_says_so(train, monkeypatch, tmp_
 @pytest.fixture
 def losing_pictures(monkeypatch) -> dict[str, bytes]:
     """Files that were removed right before each measurement of a tuned model: all that are held out."""
-    removed, measure = {}, held_out.ValidationLoss.measure_tuned
+    removed, measure = {}, validation_loss.ValidationLoss.measure_tuned
 
     def remove_and_measure(self, global_step):
         for row in self.held_out.rows:
@@ -429,7 +429,7 @@ def losing_pictures(monkeypatch) -> dict[str, bytes]:
             file.unlink()
         return measure(self, global_step)
 
-    monkeypatch.setattr(held_out.ValidationLoss, "measure_tuned", remove_and_measure)
+    monkeypatch.setattr(validation_loss.ValidationLoss, "measure_tuned", remove_and_measure)
     return removed
 
 

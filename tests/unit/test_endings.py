@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from rasengan import UserError, endings, stopping
+from rasengan import UserError, endings, logs, stopping
 
 
 def failing(error):
@@ -80,7 +80,7 @@ def log_on(writer):
 def test_a_tracker_whose_folder_vanished_raises_and_prints_nothing(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
-    endings.hush_writers(tmp_path / "logs")
+    logs.hush_writers(tmp_path / "logs")
     writer = SummaryWriter(tmp_path / "logs", max_queue=1, flush_secs=1)
     shutil.rmtree(tmp_path / "logs")
     with pytest.raises(FileNotFoundError):  # by the next scalar after its thread has seen it
@@ -94,7 +94,7 @@ def test_a_tracker_whose_folder_vanished_raises_and_prints_nothing(tmp_path, mon
 
 def test_a_full_disk_under_a_tracker_is_named_with_what_it_takes_and_what_is_free(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    endings.hush_writers(tmp_path / "logs")
+    logs.hush_writers(tmp_path / "logs")
     writer = SummaryWriter(tmp_path / "logs", max_queue=1, flush_secs=1)
     (file,) = (tmp_path / "logs").iterdir()
     file.unlink()

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 
-from rasengan import components, fused, lora, memory, step
+from rasengan import components, fused, lora, memory, quantization, step
 
 
 ALPHAS_CUMPROD = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
@@ -23,7 +23,7 @@ def load_unet(tiny_base):
     def load(fuse: bool, dtype=torch.float64, targets=lora.UNET_TARGETS, dropout=0.0, quantize=False):
         unet = components.load("unet", tiny_base / "unet", dtype)
         if quantize:
-            memory.quantize_base(unet, CPU, dtype)
+            quantization.quantize_base(unet, CPU, dtype)
         lora.stack_weights(unet, CPU)
         torch.manual_seed(0)
         lora.add_lora(unet, lora.lora_config(RANK, ALPHA, list(targets), dropout))

@@ -22,9 +22,9 @@ FLOORS = [
     }
     | {"tensor_files", "world"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
-    | {"kernels", "locks", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
+    | {"kernels", "locks", "logs", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
     | {"single_file"},
-    {"captions", "component_checks", "diagnosis"},
+    {"captions", "component_checks", "diagnosis", "memory_plan", "quantization"},
     {
         "adapter_places",
         "conversion",
@@ -39,10 +39,10 @@ FLOORS = [
         "run_folders",
     }
     | {"scores"},
-    {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "whole_model"}
-    | {"validation"},
-    {"data_page", "evaluation", "pairs"},
+    {"cache", "checkpoint", "data_survey", "drawing", "fused", "held_out", "hub", "merging", "progress", "samples"},
+    {"checkpoint_writer", "data_report", "pipeline", "prompts", "resuming", "step", "whole_model"}
+    | {"validation_loss", "validation_pictures"},
+    {"data_page", "evaluation", "pairs", "training_settings"},
     {"evaluation_page"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from rasengan import UserError, memory
-from rasengan.memory import GIB, Plan
+from rasengan import UserError, memory, memory_plan
+from rasengan.memory import GIB
+from rasengan.memory_plan import Plan, Planner
 
 
 BLOCKS = 20
@@ -25,7 +26,7 @@ class Card:
 
 def choose(budget_gib, samples, batch_size, recompute=None):
     card = Card(budget_gib)
-    plan = memory.choose_plan(
+    plan = memory_plan.choose_plan(
         samples, batch_size, BLOCKS, recompute, card.measure, card.lift, budget_bytes=budget_gib * GIB
     )
     return plan, card
@@ -56,7 +57,8 @@ def test_the_fastest_plan_that_fits_is_chosen(budget_gib, samples, batch_size, e
 def test_a_plan_that_takes_more_than_the_budget_is_not_taken_though_the_card_lets_it_run(budget_gib, expected):
     """As where the optimizer's state comes later, and counts."""
     card = Card(100)
-    plan = memory.choose_plan(8 if budget_gib > 6 else 1, 8, BLOCKS, None, card.measure, card.lift, budget_gib * GIB)
+    samples = 8 if budget_gib > 6 else 1
+    plan = memory_plan.choose_plan(samples, 8, BLOCKS, None, card.measure, card.lift, budget_gib * GIB)
     assert plan[:2] == expected
     assert plan.predicted_bytes <= budget_gib * GIB
 
@@ -81,13 +83,13 @@ def test_a_budget_that_is_too_small_is_an_error_with_the_smallest_figure(recompu
 
 def test_a_quantized_base_is_not_offered_to_one_who_has_it():
     with pytest.raises(memory.DoesNotFit) as error:
-        memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_quantize=False)
+        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_quantize=False)
     assert "nf4" not in str(error.value)
 
 
 def test_a_budget_that_nobody_gave_is_not_to_be_raised():
     with pytest.raises(memory.DoesNotFit, match="take a card with more memory") as error:
-        memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_raise=False)
+        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_raise=False)
     assert "--vram_budget_gib" not in str(error.value)
 
 
@@ -101,7 +103,7 @@ def test_weights_that_do_not_fit_are_an_error_with_their_size():
 
 def test_a_card_that_is_too_small_by_itself_is_an_error_too():
     with pytest.raises(UserError, match="takes more than this card has"):
-        memory.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, budget_bytes=GIB)
+        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, budget_bytes=GIB)
 
 
 @pytest.mark.parametrize(
@@ -115,11 +117,25 @@ def test_a_card_that_is_too_small_by_itself_is_an_error_too():
     ],
 )
 def test_a_checkpoints_plan_is_used_where_it_still_holds(recompute, samples, budget_gib, kept, monkeypatch):
-    monkeypatch.setattr(memory, "measure_peak", lambda run, device: 8 * GIB)
+    monkeypatch.setattr(memory_plan, "measure_peak", lambda run, device: 8 * GIB)
     flat = torch.nn.Parameter(torch.zeros(2))
     flat.grad = torch.ones(2)
-    arguments = (lambda size: None, lambda count: None, flat, samples, 1, BLOCKS, recompute, budget_gib, GIB // 2)
-    plan = memory.make_plan(*arguments, [2, 3, 10 * GIB])
+    monkeypatch.setattr(memory_plan, "limit", lambda budget_gib, *_: budget_gib)
+    planner = Planner(
+        lambda size: None,
+        lambda count: None,
+        flat,
+        torch.optim.AdamW([flat]),
+        samples=samples,
+        batch_size=1,
+        blocks=BLOCKS,
+        recompute=recompute,
+        budget_gib=budget_gib,
+        sharing=1,
+        update_bytes=GIB // 2,
+        can_quantize=True,
+    )
+    plan = planner.plan([2, 3, 10 * GIB])
     assert (plan == Plan(2, 3, 10 * GIB)) == kept
     if not kept:
         assert plan == Plan(samples, BLOCKS if recompute else 0, 8 * GIB + GIB // 2)
@@ -128,7 +144,7 @@ def test_a_checkpoints_plan_is_used_where_it_still_holds(recompute, samples, bud
 
 def test_the_table_adds_up():
     plan = Plan(4, 3, 10 * GIB)
-    text = memory.describe(plan, BLOCKS, 8, {"base weights": 5 * GIB, "optimizer": GIB}, 14.3, GIB // 4)
+    text = memory_plan.as_table(plan, BLOCKS, 8, {"base weights": 5 * GIB, "optimizer": GIB}, 14.3, GIB // 4)
     assert text.splitlines()[0] == "Memory plan: 4 pictures at once, 2 times a step; 3 of 20 blocks recomputed"
     rows = {line[:28].strip(): float(line[28:].split(" GiB")[0]) for line in text.splitlines()[1:]}
     assert rows == {
@@ -155,12 +171,12 @@ def test_a_step_that_does_not_fit_any_more_says_what_fits_and_how_to_go_on(saved
         asked.append(budget_gib)
         return Plan(2, 3, 4 * GIB)
 
-    text = memory.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, 4.5, plan_for)
+    text = memory_plan.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, 4.5, plan_for)
     assert text.startswith("Out of memory in step 8, with 4 pictures at once and 0 blocks recomputed")
     assert f"{named} is where to resume, with --resume_from_checkpoint latest, and with --vram_budget_gib 4.50" in text
     assert "as measured, 2 pictures at once with 3 of 5 blocks recomputed take 4.00 GiB." in text
     # However much room there is, what failed is not to be planned again.
-    memory.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, 80.0, plan_for)
+    memory_plan.out_of_memory(Plan(4, 0, 10 * GIB), 5, 7, saved, 80.0, plan_for)
     assert asked == [4.5, 9.9]
 
 
@@ -171,11 +187,11 @@ def test_out_of_memory_where_nothing_fits_or_can_be_measured_says_so():
     def broken(budget_gib):
         raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
 
-    text = memory.out_of_memory(Plan(2, 0, 3 * GIB), 5, 7, "checkpoint-7", 2.0, too_small)
+    text = memory_plan.out_of_memory(Plan(2, 0, 3 * GIB), 5, 7, "checkpoint-7", 2.0, too_small)
     assert text.endswith("latest, once the card has more room. The smallest plan takes 3.00 GiB, but 2.")
     for plan_for in (broken, None):
-        text = memory.out_of_memory(Plan(1, 3, 3 * GIB), 5, 7, "checkpoint-7", 80.0, plan_for)
+        text = memory_plan.out_of_memory(Plan(1, 3, 3 * GIB), 5, 7, "checkpoint-7", 80.0, plan_for)
         assert text.endswith("checkpoint latest, and with --vram_budget_gib 2.9, say, for a smaller plan.")
-    text = memory.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7", 80.0, broken)
+    text = memory_plan.out_of_memory(Plan(1, 5, 3 * GIB), 5, 7, "checkpoint-7", 80.0, broken)
     assert "once the card has more room: no plan takes less" in text
     assert "--vram_budget_gib" not in text

@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rasengan import components, drawing, lora, sdxl, validation
+from rasengan import components, drawing, lora, sdxl, validation_pictures
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_without_adapters_the_models_are_the_base_and_with_them_again_what_they_
         model.eval()
     tuned = answers(*models)
     assert equal(tuned, base) == [False, False]
-    with validation.adapters_disabled(models):
+    with lora.adapters_disabled(models):
         assert equal(answers(*models), base) == [True, True]
     assert equal(answers(*models), tuned) == [True, True]
 
@@ -49,7 +49,7 @@ def test_after_an_error_the_adapters_are_on_again(models):
     for model in models:
         model.eval()
     tuned = answers(*models)
-    with pytest.raises(KeyboardInterrupt), validation.adapters_disabled(models):
+    with pytest.raises(KeyboardInterrupt), lora.adapters_disabled(models):
         raise KeyboardInterrupt
     assert equal(answers(*models), tuned) == [True, True]
 
@@ -57,7 +57,7 @@ def test_after_an_error_the_adapters_are_on_again(models):
 def test_training_goes_on_after_the_adapters_were_off(models):
     trainable = lora.trainable_parameters(*models)
     flat = lora.flatten_parameters(list(trainable.values()))
-    with validation.evaluating(models), validation.adapters_disabled(models):
+    with lora.evaluating(models), lora.adapters_disabled(models):
         answers(*models)
     assert list(lora.trainable_parameters(*models)) == list(trainable)
     sum(answer.square().mean() for answer in answers(*models)).backward()
@@ -69,11 +69,11 @@ def test_evaluation_has_no_dropout_and_ends_in_training_mode(models):
     before = [module.training for model in models for module in model.modules()]
     assert all(before)
     assert equal(answers(*models), answers(*models)) == [False, False]
-    with validation.evaluating(models):
+    with lora.evaluating(models):
         assert not any(module.training for model in models for module in model.modules())
         assert equal(answers(*models), answers(*models)) == [True, True]
     assert [module.training for model in models for module in model.modules()] == before
-    with pytest.raises(KeyboardInterrupt), validation.evaluating(models):
+    with pytest.raises(KeyboardInterrupt), lora.evaluating(models):
         raise KeyboardInterrupt
     assert [module.training for model in models for module in model.modules()] == before
 
@@ -92,11 +92,11 @@ def test_each_prompt_is_drawn_with_each_seed_prompt_by_prompt(tiny_base):
     generator = torch.Generator().manual_seed(0)
     prompts = [(torch.randn(7, 96, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)]
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    images = validation.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5, 6], 64, 2)
+    images = validation_pictures.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5, 6], 64, 2)
     expected = [drawn(unet, vae, scheduler, prompt, seed) for prompt in prompts for seed in (5, 6)]
     assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
     assert len({image.tobytes() for image in images}) == 4
-    (image,) = validation.draw_share(accelerator, unet, vae, scheduler, prompts[:1], prompts[1], [5], 64, 2)
+    (image,) = validation_pictures.draw_share(accelerator, unet, vae, scheduler, prompts[:1], prompts[1], [5], 64, 2)
     row = sdxl.conditioning(prompts[0], prompts[1], 1)
     (expected,) = drawing.decode(vae, drawing.draw(drawing.Denoiser(unet), scheduler, row, [5], 64, 64, 2, 5.0))
     assert image.tobytes() == expected.tobytes() != images[0].tobytes()
@@ -108,7 +108,7 @@ def test_a_picture_with_non_finite_values_is_grey_and_warned_of(tiny_base, caplo
     prompts = [(torch.randn(7, 96, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)]
     prompts[0][0][3, 3] = float("nan")
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    broken, whole = validation.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
+    broken, whole = validation_pictures.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
     assert broken.size == whole.size == (64, 64)
     assert broken.getextrema() == ((128, 128),) * 3
     assert whole.getextrema() != broken.getextrema()
@@ -130,7 +130,7 @@ def test_a_picture_that_does_not_fit_is_grey_and_warned_of(tiny_base, caplog):
 
     unet.register_forward_pre_hook(full_at_first)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    missing, drawn = validation.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
+    missing, drawn = validation_pictures.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
     assert missing.getextrema() == ((128, 128),) * 3
     assert drawn.getextrema() != missing.getextrema()
     (record,) = [record for record in caplog.records if record.name == "rasengan.validation"]

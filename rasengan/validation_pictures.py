@@ -1,17 +1,16 @@
 """Pictures drawn while training."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from rasengan import UserError, drawing, memory, processes, sdxl
+from rasengan import UserError, drawing, logs, memory, processes, sdxl, sheets
 from rasengan.stopping import Interrupted
 
 
@@ -27,34 +26,72 @@ DOES_NOT_FIT = (
 )
 
 
-@contextmanager
-def adapters_disabled(models: list[torch.nn.Module]) -> Iterator[None]:
-    """Run the models without their adapters for a while, as the base model."""
-    for model in models:
-        model.disable_adapters()
-    try:
-        yield
-    finally:
-        for model in models:
-            model.enable_adapters()
+class ValidationPictures:
+    """Draws some prompts with the base and with the current adapter, by the same seeds, and shows both."""
 
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        unet: torch.nn.Module,
+        vae: torch.nn.Module,
+        scheduler: SchedulerMixin,
+        embed: Callable[[list[str]], list[tuple[torch.Tensor, torch.Tensor]]],
+        *,
+        prompts: list[str],
+        negative: str | None,
+        seeds: list[int],
+        side_px: int,
+        num_inference_steps: int,
+        file: Path,
+    ):
+        """Take what is drawn, and how.
 
-@contextmanager
-def evaluating(models: list[torch.nn.Module]) -> Iterator[None]:
-    """Run the models in evaluation mode for a while: no dropout, no gradient checkpointing."""
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in models:
-            model.train()
+        Args:
+            accelerator: as `draw_share` takes it, and so are the UNet, the VAE and the scheduler.
+            unet: likewise.
+            vae: likewise.
+            scheduler: likewise.
+            embed: returns the embeddings of prompts as `prompt_embeds` does.
+            prompts: each is drawn with each seed.
+            negative: the negative prompt; None for zeros.
+            seeds: of the pictures of a prompt.
+            side_px: of the square pictures.
+            num_inference_steps: denoising steps.
+            file: where both are shown, PNG.
+        """
+        self.accelerator, self.embed, self.file = accelerator, embed, file
+        self.prompts, self.negative = prompts, negative
+        how = {"seeds": seeds, "side_px": side_px, "num_inference_steps": num_inference_steps}
+        self.draw_share = partial(draw_share, accelerator, unet, vae, scheduler, **how)
+        self.of_base = None
+
+    def draw(self, should_stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:
+        """Return all pictures, of the models as they run now, on every process.
+
+        Raises:
+            Interrupted: a process was asked to end.
+        """
+        rows = self.embed([*self.prompts, *({self.negative} - {None})])
+        prompts, negatives = rows[: len(self.prompts)], rows[len(self.prompts) :]
+        return self.draw_share(prompts, negatives[0] if negatives else None, should_stop=should_stop)
+
+    def draw_base(self, should_stop: Callable[[], bool]) -> None:
+        """Draw with the models, which run without their adapters now, and keep the pictures."""
+        self.of_base = self.draw(should_stop)
+
+    def show(self, global_step: int, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Draw with the models as they run now, and show that beside the base's, in the trackers and in the file."""
+        images = self.draw(should_stop)
+        if self.accelerator.is_main_process:
+            grid = sheets.pair_grid(self.of_base, images, self.prompts, f"step {global_step}")
+            sheets.save_png(self.file, grid)
+            logs.log_image(self.accelerator.trackers, "validation", grid, global_step)
 
 
 @torch.no_grad()
 def prompt_embeds(
-    accelerator: Accelerator,
     prompts: list[str],
+    accelerator: Accelerator,
     cached: Mapping[str, dict[str, torch.Tensor]] | None,
     tokenizers: list,
     text_encoders: list,
@@ -139,20 +176,3 @@ def draw_share(
     if len(drawn) < len(jobs):
         raise Interrupted
     return [image for _, image in sorted(drawn, key=lambda item: item[0])]
-
-
-def log_settings(trackers: list[GeneralTracker], settings: dict[str, object]) -> None:
-    """Show the run's arguments as a table in TensorBoard."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_text("arguments", f"| argument | value |\n|---|---|\n{rows}")
-
-
-def log_image(trackers: list[GeneralTracker], name: str, image: Image.Image, global_step: int) -> None:
-    """Show a picture in those of accelerate's trackers that can."""
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(name, np.asarray(image), global_step, dataformats="HWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: [image]}, step=global_step)
