@@ -179,8 +179,8 @@ def merge(
     """Merge adapters into the model's own weights through PEFT, in place, and prove that they changed them.
 
     Copies of some layers at a time, in fp32, are given to PEFT, which adds the change of one adapter after the other,
-    W + scale * alpha / rank * B A for a LoRA; the sum is rounded once, to the model's dtype. The changes of LoRAs,
-    LoHas and LoKrs are sums, whatever their order; a DoRA rescales what the adapters before it have made.
+    W + scale * alpha / rank * B A for a LoRA; the sum is rounded once, to the model's dtype. Changes are summed
+    whatever their order: what a DoRA rescales is the model's own weight, not what others made of it.
 
     Args:
         model: the component, on any device.
@@ -200,12 +200,14 @@ def merge(
         exact = {name: layer.weight.detach().float() for name, layer in layers.items()}
         new = dict(exact)
         for number, part in enumerate(parts):
-            for name, after in _merged_weights(layers, new, part).items():
-                _check_change(part, name, component, new[name], after)
-                acting[number] = acting[number] or not torch.equal(new[name], after)
+            start = exact if getattr(part.config, "use_dora", False) else new
+            for name, after in _merged_weights(layers, start, part).items():
+                before = start[name]
+                _check_change(part, name, component, before, after)
+                acting[number] = acting[number] or not torch.equal(before, after)
                 if len(parts) > 1:
-                    squared_of_each[number] += _norm(after - new[name]) ** 2
-                new[name] = after
+                    squared_of_each[number] += _norm(after - before) ** 2
+                new[name] = after if new[name] is before else new[name] + (after - before)
         for name, layer in layers.items():
             if len(parts) > 1:
                 squared_sum += _norm(new[name] - exact[name]) ** 2

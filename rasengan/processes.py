@@ -36,6 +36,18 @@ NOT_SUPPORTED = {
 }
 
 
+class OtherEnded(UserError):
+    """Another process of the run has ended."""
+
+
+def holds_up_the_card(error: UserError) -> bool:
+    """Say whether an error leaves the card waiting for ever, so that nothing can be read from it any more.
+
+    So does the end of another process: NCCL's sum of the gradients may have begun, and does not end without it.
+    """
+    return isinstance(error, OtherEnded) and torch.distributed.get_backend() == "nccl"
+
+
 def check_launch(environment: Mapping[str, str]) -> None:
     """Check that the accelerate configuration asks for nothing that would silently not happen.
 
@@ -235,7 +247,7 @@ def _told_of_an_end() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo's and NCCL's
-        raise UserError(
+        raise OtherEnded(
             f"Another process of this run has ended ({first_line(error).rstrip('.')}). Its own error stands above or "
             "below this. Start again; a training goes on with --resume_from_checkpoint latest."
         ) from error

@@ -229,6 +229,20 @@ def first_batch(training_set: TrainingSamples, size: int) -> dict:
     return collate([training_set[0, alike[index % len(alike)]] for index in range(size)])
 
 
+def load(training_set: TrainingSamples, stream: Iterable[list], workers: int, pin_memory: bool) -> Iterator[dict]:
+    """Yield the batches of a stream, prepared by so many processes, or by a thread where there are none."""
+    loader = torch.utils.data.DataLoader(
+        training_set,
+        batch_sampler=stream,
+        collate_fn=collate,
+        generator=torch.Generator(),  # else the loader draws from the global one, after the step has seeded it
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin_memory,
+    )
+    return prefetched(iter(loader))
+
+
 class WorkerDied(Exception):
     """A process that loads samples has ended without warning."""
 

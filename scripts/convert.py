@@ -32,6 +32,7 @@ from rasengan.command_line import Parser, number_type, path_type
 from rasengan.conversion import LAYOUTS, check_family, write_adapter
 from rasengan.endings import in_one_line
 from rasengan.files import check_name, check_writable
+from rasengan.tensor_files import PICKLES
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -120,8 +121,10 @@ def validate_model(args: argparse.Namespace) -> None:
             f"--format {args.format} writes a whole SDXL: --extract_from, --rank, --resize_rank, --lora_alpha and "
             "--allow_pickle belong to adapters. Drop them."
         )
-    if args.input.endswith(".safetensors") and not Path(args.input).is_file():
+    if Path(args.input).suffix in {".safetensors", *PICKLES} and not Path(args.input).exists():
         raise UserError(f"There is no file at {args.input}. Correct --input.")
+    if Path(args.input).suffix in PICKLES:
+        raise UserError(f"--input {args.input} is a pickle, which is not read. Give the model as safetensors.")
     if Path(args.input).is_file() != bool(args.base):
         raise UserError(
             "--base is for a whole SDXL that is a single file, which does not hold its configuration and tokenizers: "

@@ -11,6 +11,7 @@ import argparse
 import gc
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from rasengan import (
     UserError,
@@ -241,10 +243,13 @@ def report(model: Model, component: str, change: merging.MergeReport) -> None:
         f"alpha {default_alpha(config):g} / {root[getattr(config, 'use_rslora', False)]} {config.r} x {scale:g}"
         for config, scale in configs
     )
+    say = partial(tqdm.write, file=sys.stdout)  # above a progress bar, where there is one
     relative = f"relative weight change {change.relative_change:.3e}"
-    print(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
+    say(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
     if change.relative_change < 1e-6:
-        print("warning: this is too small a change to be seen. Was the adapter trained, and is its alpha right?")
+        say("warning: this is too small a change to be seen. Was the adapter trained, and is its alpha right?")
+    elif change.relative_change > 10:
+        say("warning: it drowns what the model had. Are the adapter's numbers and its alpha right?")
 
 
 def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, model: Model) -> dict:

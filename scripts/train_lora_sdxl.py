@@ -257,14 +257,6 @@ def note_validation_loss(args, accelerator, validation_loss, writer, global_step
         writer.save_best(global_step, validation_loss.record["best"])
 
 
-def save_now(writer: checkpoint_writer.CheckpointWriter, is_main: bool, global_step: int, state: dict) -> str:
-    """Save what was done, before the run ends here, and return the name of the last checkpoint; empty for none."""
-    if is_main:
-        writer.save(global_step, state, keep_all=True)
-        writer.wait()
-    return checkpoint.last_name(writer.output_dir)
-
-
 def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
     """Write the README.md of the adapter."""
     base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).resolve().name
@@ -516,16 +508,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     stream = samples.sample_stream(
         training_set.buckets(), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
     )
-    dataloader = torch.utils.data.DataLoader(
-        training_set,
-        batch_sampler=stream,
-        collate_fn=samples.collate,
-        generator=torch.Generator(),  # else the loader draws from the global one, after the step has seeded it
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=samples.ignore_signals,
-        pin_memory=device.type == "cuda",
-    )
-    batches = encode(samples.prefetched(iter(dataloader)))
+    batches = encode(samples.load(training_set, stream, args.dataloader_num_workers, device.type == "cuda"))
 
     # --- what the run writes, and the base model's pictures and loss ---
     settings = training_settings.public(vars(args))
@@ -604,11 +587,13 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         return state | {"samples_seen": samples_seen} | progress.skipped()
 
     def save_before_end(**changes) -> str:
+        """Save what was done, and return the name of the last checkpoint; empty for none."""
         if progress.unread:
             log_losses()
-        if progress.is_stuck():
-            return checkpoint.last_name(output_dir)
-        return save_now(writer, is_main, global_step, state_now() | changes)
+        if is_main and not progress.is_stuck():
+            writer.save(global_step, state_now() | changes, keep_all=True)
+            writer.wait()
+        return checkpoint.last_name(output_dir)
 
     @contextlib.contextmanager
     def saving_before_errors() -> Iterator[None]:
@@ -626,17 +611,26 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         except imaging.PictureChanged as error:
             raise UserError(samples.picture_changed(error, save_before_end())) from error
         except UserError as error:
-            saved = save_before_end()
+            saved = checkpoint.last_name(output_dir) if processes.holds_up_the_card(error) else save_before_end()
             raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error
+
+    @contextlib.contextmanager
+    def aside() -> Iterator[None]:
+        """Measure or draw between two steps, with the weights that are saved; a run that is to end leaves off."""
+        nonlocal is_stopping
+        try:
+            with saving_before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
+                yield
+        except stopping.Interrupted:
+            save_before_end()
+            is_stopping = True
 
     while global_step < max_train_steps and not is_stopping:
         # After the checkpoint of the step: a run that ends in between measures when it is resumed.
         if validation_loss.due(global_step):
-            try:
-                with saving_before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
-                    note_loss(global_step)
-            except stopping.Interrupted:
-                save_before_end()
+            with aside():
+                note_loss(global_step)
+            if is_stopping:
                 break
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss, names = torch.zeros((), device=device), []
@@ -693,13 +687,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         epoch, rest = divmod(global_step, steps_per_epoch)
         shows = rest == 0 and (epoch - 1) % args.validation_epochs == 0 and not (is_last or is_stopping)
         if args.validation_prompt and shows:
-            try:
-                with saving_before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
-                    train_step.release()
-                    pictures_shown.show(global_step, stopper.due)
-            except stopping.Interrupted:
-                save_before_end()
-                break
+            with aside():
+                train_step.release()
+                pictures_shown.show(global_step, stopper.due)
     bar.close()
     train_step.release()
     writer.wait()

@@ -442,6 +442,7 @@ def test_a_whole_model_in_the_place_of_an_adapter_is_told_how_to_be_one(convert,
         ),
         (["--input", "a", "--format", "peft"], "--output is .*a.safetensors, but --format peft is a folder"),
         (["--input", "/no/such/adapter", "--format", "kohya"], "There is no adapter at /no/such/adapter"),
+        (["--input", "/no/such.ckpt", "--base", "b", "--format", "pipeline"], "There is no file at /no/such.ckpt"),
         (["--input", "a"], "required: --format"),
     ],
 )
@@ -450,6 +451,12 @@ def test_wrong_arguments_are_refused(convert, tmp_path, words, pattern):
         convert(tmp_path / "a.safetensors", *words)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_model_that_is_a_pickle_is_refused(convert, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match="model.ckpt is a pickle, which is not read. Give the model as safetensors"):
+        convert(tmp_path / "out", "--input", tmp_path / "model.ckpt", "--base", "b", "--format", "pipeline")
 
 
 def test_weights_that_overflow_are_refused_by_their_name(convert, trained, tmp_path):

@@ -60,3 +60,12 @@ def test_machines_with_other_pictures_do_not_train_together(refused_on_both, tmp
     flags = [["--train_data_dir", tmp_path / name, "--output_dir", tmp_path / "run"] for name in ("one", "another")]
     lines = refused_on_both(*flags)
     assert all("the same pictures and captions, but those of digest " in line for line in lines)
+
+
+def test_machines_with_other_settings_do_not_train_together(refused_on_both, tmp_path):
+    flags = [["--output_dir", tmp_path / "run", "--learning_rate", rate] for rate in (1e-4, 1e-2)]
+    flags[1] += ["--use_ema", "--dataloader_num_workers", 1]  # the latter may differ
+    lines = refused_on_both(*flags)
+    differing = "the same settings: --learning_rate is 0.0001, 0.01; --use_ema is False, True. Start every machine"
+    assert all(differing in line for line in lines)
+    assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -206,6 +206,16 @@ def test_several_adapters_of_other_kinds_are_those_that_peft_merges_one_after_th
     assert_close(merged(tiny_base, *(adapter_of(unet=live[kind]) for kind in kinds)).state_dict(), model.state_dict())
 
 
+def test_a_dora_beside_others_adds_the_change_that_it_makes_alone_in_any_order(tiny_base, live):
+    base = load(tiny_base).state_dict()
+    several = [adapter_of(unet=live[kind]) for kind in ("LoRA", "DoRA")]
+    several.append(adapter_of(unet=trained(tiny_base, KINDS["DoRA"], seed=7)))
+    alone = [merged(tiny_base, adapter).state_dict() for adapter in several]
+    expected = {key: sum((one[key] - weight for one in alone), start=weight) for key, weight in base.items()}
+    assert_close(merged(tiny_base, *several).state_dict(), expected)
+    assert_close(merged(tiny_base, *reversed(several)).state_dict(), expected)
+
+
 def test_of_several_adapters_one_that_does_nothing_is_named(tiny_base, live):
     idle = adapter_of(unet=live["LoRA"])
     idle.weights["unet"] |= {key: 0 * w for key, w in idle.weights["unet"].items() if "lora_B" in key}

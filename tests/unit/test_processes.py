@@ -54,3 +54,11 @@ def test_each_meeting_with_a_process_that_was_killed_ends_with_an_error_that_say
     lines = shown.splitlines()
     assert [line.split(":")[0] for line in lines] == calls
     assert all("Another process of this run has ended (" in line for line in lines)
+
+
+def test_an_accumulation_of_the_environment_does_not_divide_gradients_once_more():
+    script = "import os, torch; from rasengan import processes; p = torch.nn.Parameter(torch.ones(())); "
+    script += "processes.make_accelerator(os.environ, 'no').backward(8 * p); print(p.grad.item())"
+    environment = os.environ | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "8.0\n", done.stderr
