@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -364,6 +364,18 @@ def load_scheduler(folder: Path, prediction_type: str | None) -> SchedulerMixin:
     prediction_type = prediction_type or scheduler.config.get("prediction_type", "epsilon")
     scheduler.register_to_config(prediction_type=objective.check_prediction_type(prediction_type))
     return scheduler
+
+
+def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
+    """Return what is left of the picture at each timestep of the training, the squared share, (num_train_timesteps,).
+
+    Raises:
+        UserError: the scheduler's settings give none.
+    """
+    levels = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    if not torch.isfinite(levels).all():
+        raise UserError(f"The scheduler's betas give no noise levels. Correct {COMPONENT_FLAGS['scheduler']}.")
+    return levels
 
 
 def _scheduler_class(folder: Path) -> type[SchedulerMixin]:

@@ -10,9 +10,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 
-from rasengan import merging, prompts, samples, sdxl, step
+from rasengan import components, merging, prompts, samples, sdxl, step
 from rasengan.adapters import Adapter
 from rasengan.components import TEXT_ENCODERS
 from rasengan.imaging import Picture
@@ -79,8 +79,7 @@ class Bench:
         self.negative_prompt = negative_prompt
         self.pipeline, self.scheduler, self.lora_scale, self.batch_size = pipeline, scheduler, lora_scale, batch_size
         self.base_embeds = self.embeds = dict(embeds)
-        noise_scheduler = DDPMScheduler.from_config(scheduler.config)
-        self.alphas_cumprod = noise_scheduler.alphas_cumprod.to(pipeline.device)
+        self.alphas_cumprod = components.noise_levels(scheduler).to(pipeline.device)
 
     def use(self, adapter: Adapter | None) -> merging.MergeReport | None:
         """Merge an adapter, or none, in place of the one before; return what that changed in the UNet.

@@ -42,7 +42,6 @@ gc.disable()
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType
 
 from rasengan import (
@@ -333,12 +332,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         hub_model_id = hub.create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_token)
     scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
     args.prediction_type = prediction_type = scheduler.config.prediction_type
-    noise_scheduler = DDPMScheduler.from_config(scheduler.config)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
-    if not torch.isfinite(alphas_cumprod).all():
-        raise UserError(
-            f"The scheduler's betas give no noise levels. Correct {components.COMPONENT_FLAGS['scheduler']}."
-        )
+    alphas_cumprod = components.noise_levels(scheduler).to(device)
     if resume_from:  # the settings that are known only now
         known_now = ("data_digest", "base_digest", "prediction_type", "total_steps", "lr_scheduler")
         settings = {name: getattr(args, name) for name in known_now}

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -256,7 +255,7 @@ def train_unet(model: dict, pictures: Pictures, steps: int, batch_size: int) -> 
     captions = [world.STYLES[style] + scene.caption for scene, style in labelled]
     options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
     tokens = [model[name](captions, **options).input_ids.to(device) for name in ("tokenizer", "tokenizer_2")]
-    alphas_cumprod = DDPMScheduler.from_config(model["scheduler"].config).alphas_cumprod.to(device)
+    alphas_cumprod = components.noise_levels(model["scheduler"]).to(device)
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = [

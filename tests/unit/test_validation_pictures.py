@@ -112,7 +112,7 @@ def test_a_picture_with_non_finite_values_is_grey_and_warned_of(tiny_base, caplo
     assert broken.size == whole.size == (64, 64)
     assert broken.getextrema() == ((128, 128),) * 3
     assert whole.getextrema() != broken.getextrema()
-    (record,) = [record for record in caplog.records if record.name == "rasengan.validation"]
+    (record,) = [record for record in caplog.records if record.name == "rasengan.validation_pictures"]
     assert "seed 5 came out with non-finite values" in record.getMessage()
     assert "--lora_scale" not in record.getMessage()
 
@@ -133,5 +133,5 @@ def test_a_picture_that_does_not_fit_is_grey_and_warned_of(tiny_base, caplog):
     missing, drawn = validation_pictures.draw_share(accelerator, unet, vae, scheduler, prompts, None, [5], 64, 2)
     assert missing.getextrema() == ((128, 128),) * 3
     assert drawn.getextrema() != missing.getextrema()
-    (record,) = [record for record in caplog.records if record.name == "rasengan.validation"]
+    (record,) = [record for record in caplog.records if record.name == "rasengan.validation_pictures"]
     assert "seed 5 does not fit into the card's memory" in record.getMessage()
