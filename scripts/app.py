@@ -29,7 +29,17 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import diffusers
 import transformers
 
-from rasengan import UserError, component_checks, components, first_line, memory, processes, sdxl, sheets
+from rasengan import (
+    UserError,
+    component_checks,
+    components,
+    first_line,
+    memory,
+    picture_files,
+    processes,
+    sdxl,
+    sheets,
+)
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.command_line import Parser, number_type, path_type
@@ -160,8 +170,8 @@ class Page:
         number, files = next(self.numbers), []
         shutil.rmtree(self.pictures / str(number - KEPT), ignore_errors=True)
         for kind, image in {"base": pair.base, "tuned": pair.tuned, "both": grid}.items():
-            file = self.pictures / str(number) / sheets.picture_name(settings.prompt, settings.seed, kind)
-            sheets.save_png(file, image, about | {"adapter": "none" if kind == "base" else tuned_by})
+            file = self.pictures / str(number) / picture_files.picture_name(settings.prompt, settings.seed, kind)
+            picture_files.save_png(file, image, about | {"adapter": "none" if kind == "base" else tuned_by})
             files.append(str(file))
         return files
 

@@ -42,6 +42,7 @@ from rasengan import (
     imaging,
     merging,
     miniature,
+    pages,
     processes,
     prompts,
     samples,
@@ -421,11 +422,11 @@ def main(args: argparse.Namespace) -> None:
     figures["pictures"] = found
     figures["loss"] = evaluation.loss_figures(both[0], losses, points, scheduler.config.num_train_timesteps)
     pairs = [
-        evaluation_page.Pair(drawn[n], *(data_survey.as_jpeg(images[kind][n]) for kind in KINDS))
+        evaluation_page.Pair(drawn[n], *(pages.as_jpeg(images[kind][n]) for kind in KINDS))
         for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)
     ]
     best_first = [about["row"] for about in figures["loss"]["pictures"][: evaluation_page.MOST_HELD_OUT]]
-    thumbnails = [data_survey.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
+    thumbnails = [pages.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_left_behind(output_dir)

@@ -34,6 +34,7 @@ from rasengan import (
     drawing,
     memory,
     merging,
+    picture_files,
     processes,
     prompts,
     sdxl,
@@ -271,7 +272,7 @@ def place_pictures(args: argparse.Namespace, models: list[Model]) -> dict[tuple[
         enumerate(models), enumerate(args.prompt), seeds_of(args)
     ):
         about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": model.places}
-        name = f"{number:03d}-{sheets.picture_name(prompt, seed, model.kind)}"
+        name = f"{number:03d}-{picture_files.picture_name(prompt, seed, model.kind)}"
         pictures[place, number, seed] = Picture(Path(args.output_dir) / name, about)
     return pictures
 
@@ -317,7 +318,7 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[
 def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_gib: float) -> None:
     """Decode what `draw_share` gives, and write it, beside pictures of other settings that are there."""
     waiting = []
-    with sheets.PictureWriter() as writer:
+    with picture_files.PictureWriter() as writer:
         for drawn in shares:
             waiting.append(drawn)
             if pipeline.decode_fits(args.height, args.width, budget_gib):
@@ -328,7 +329,7 @@ def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_
             decode(args, pipeline, pictures, waiting, writer)
 
 
-def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: sheets.PictureWriter) -> None:
+def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: picture_files.PictureWriter) -> None:
     """Decode what was drawn, and write it with what it was made from in its metadata."""
     for place, number, latents in drawn:
         for seed, image in enumerate(pipeline.decode(latents), args.seed):
@@ -341,7 +342,7 @@ def show_together(args: argparse.Namespace, models: list[Model], pictures: dict)
     rows = []
     for number, seed in itertools.product(range(len(args.prompt)), seeds_of(args)):
         # Where each is now, whichever process wrote it.
-        files = [sheets.place_of(*pictures[place, number, seed]) for place in range(len(models))]
+        files = [picture_files.place_of(*pictures[place, number, seed]) for place in range(len(models))]
         rows.append((f"{args.prompt[number]} ({seed})", files))
     columns = [(model.label, model.places) for model in models]
     sheets.write_together(Path(args.output_dir), rows, columns, settings_of(args))

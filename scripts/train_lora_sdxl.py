@@ -70,6 +70,7 @@ from rasengan import (
     memory,
     nvrtc,
     optim,
+    picture_files,
     processes,
     resuming,
     samples,
@@ -394,7 +395,7 @@ def show_validation(args, accelerator, base_images, images, global_step: int) ->
     """Show the adapter's pictures beside the base's, in the trackers and in validation.png."""
     if accelerator.is_main_process:
         grid = sheets.pair_grid(base_images, images, args.validation_prompt, f"step {global_step}")
-        sheets.save_png(Path(args.output_dir) / "validation.png", grid)
+        picture_files.save_png(Path(args.output_dir) / "validation.png", grid)
         validation.log_image(accelerator.trackers, "validation", grid, global_step)
 
 

@@ -22,9 +22,9 @@ FLOORS = [
     }
     | {"tensor_files", "world"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
-    | {"kernels", "locks", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
+    | {"kernels", "locks", "memory", "miniature", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
-    {"captions", "component_checks", "diagnosis"},
+    {"captions", "component_checks", "diagnosis", "sheets"},
     {
         "adapter_places",
         "conversion",
