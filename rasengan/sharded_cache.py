@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from rasengan import UserError, first_line, imaging
-from rasengan.files import room, write_atomically
+from rasengan import first_line, imaging
+from rasengan.files import write_atomically, writing
 from rasengan.row_file import RowFile
 
 
@@ -75,14 +75,9 @@ class ShardedCache:
                 on_items(len(items[start : start + batch_size]))
             tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
             content = save(tensors, metadata={"crc32": str(_checksum(tensors))})
-            try:
+            needed_bytes = len(content) * len(self.items) // len(items)
+            with writing(self.directory, "Make room, or give another --conditioning_cache_dir.", needed_bytes):
                 write_atomically(self._paths[number], content)
-            except OSError as error:
-                needs = room(self.directory, len(content) * len(self.items) // len(items))
-                raise UserError(
-                    f"{self.directory} cannot be written: {error.strerror}. {needs}. Make room, or give another "
-                    "--conditioning_cache_dir."
-                ) from error
 
     def __getitem__(self, item: str) -> dict[str, torch.Tensor]:
         number, row = divmod(self._positions[item], ITEMS_PER_SHARD)

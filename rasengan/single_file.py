@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from rasengan import UserError, tensor_files
-from rasengan.files import room, sync, sync_folder, write_failure
+from rasengan.files import sync, sync_folder, writing
 from rasengan.naming import original_unet_name
 
 
@@ -152,23 +152,21 @@ def write_single_file(
     header, places, size = _header(planned)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(unfinished, "wb") as file:
-            file.write(header)
-            file.truncate(size)  # so that safetensors opens it before its end is written
-            for name in COMPONENTS:
-                tensors = original_weights(name, load_weights(name))
-                if _shapes(tensors) != shapes[name]:
-                    raise RuntimeError(f"the {name}'s weights are not of the names and shapes of its configuration")
-                _write(file, tensors, dtypes[name], places)
-                _verify(unfinished, tensors, dtypes[name])
-        sync(unfinished)
-        os.replace(unfinished, path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        reason = write_failure(error)
-        raise UserError(
-            f"{path} cannot be written: {reason}. {room(path.parent, size)}. Make room, or give another place."
-        ) from error
+        with writing(path, "Make room, or give another place.", size):
+            with open(unfinished, "wb") as file:
+                file.write(header)
+                file.truncate(size)  # so that safetensors opens it before its end is written
+                for name in COMPONENTS:
+                    tensors = original_weights(name, load_weights(name))
+                    if _shapes(tensors) != shapes[name]:
+                        raise RuntimeError(
+                            f"the {name}'s weights are not of the names and shapes of its configuration"
+                        )
+                    _write(file, tensors, dtypes[name], places)
+                    _verify(unfinished, tensors, dtypes[name])
+            sync(unfinished)
+            os.replace(unfinished, path)
+            sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
