@@ -14,11 +14,12 @@ from safetensors import safe_open
 from rasengan import UserError, components, locks, merging, single_file, tensor_files
 from rasengan.adapters import Adapter, fit_names
 from rasengan.files import give_default_mode, sync, write_atomically, writing
+from rasengan.safetensors_header import DTYPES
 
 
 # Empty tensors of a single file, as ComfyUI reads them, and what a scheduler's configuration says in their place.
 MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-KEPT_DTYPES = {stored: dtype for dtype, stored in single_file.DTYPES.items()}
+KEPT_DTYPES = {name: DTYPES[name] for name in ("F32", "F16", "BF16")}
 
 
 class Opened(NamedTuple):

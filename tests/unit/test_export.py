@@ -16,7 +16,17 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, adapter_reader, adapter_writer, adapters, components, export, lora, merging
+from rasengan import (
+    UserError,
+    adapter_reader,
+    adapter_writer,
+    adapters,
+    components,
+    export,
+    lora,
+    merging,
+    safetensors_header,
+)
 
 
 RANK, LORA_ALPHA = 4, 12.0
@@ -691,7 +701,7 @@ def test_sorting_the_metadata_moves_no_weight_and_changes_no_character(tmp_path)
     for _ in range(8):  # safetensors shuffles it
         save_file(tensors, file, metadata=metadata)
         size = file.stat().st_size
-        adapter_writer.sort_metadata(file)
+        safetensors_header.sort_metadata(file)
         assert file.stat().st_size == size
         contents.add(file.read_bytes())
     assert len(contents) == 1
