@@ -1,14 +1,35 @@
 """Are the components of one SDXL base, as far as their configurations tell?"""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rasengan import UserError
-from rasengan.components import COMPONENT_FLAGS, MODELS, TEXT_ENCODERS, TOKENIZERS, config_name, read_config
+from rasengan.components import (
+    COMPONENT_FLAGS,
+    MODELS,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    Source,
+    config_name,
+    fetch,
+    read_config,
+)
 from rasengan.families import OTHER_FAMILIES
 
 
 MOST_TIMESTEPS = 10**5
 MOST_LAYERS = 1000  # of a text encoder; SDXL's have 12 and 32
+
+
+def fetch_checked(sources: Mapping[str, Source]) -> dict[str, Path]:
+    """Fetch the configurations of components alone, check them, and return their folders.
+
+    Raises:
+        UserError: one cannot be fetched, or as `check_components`.
+    """
+    folders = {name: fetch(name, source, weights=False) for name, source in sources.items()}
+    check_components(folders)
+    return folders
 
 
 def check_components(folders: dict[str, Path]) -> None:

@@ -22,9 +22,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # What is imported stays, and to look through it for garbage again and again takes a quarter of the imports' time.
 gc.disable()
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 
 from rasengan import (
@@ -351,8 +349,7 @@ def show_together(args: argparse.Namespace, models: list[Model], pictures: dict)
 def main(args: argparse.Namespace) -> None:
     """Draw, and leave the pictures in --output_dir."""
     validate_args(args)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    components.disable_progress_bars()
     precision = args.mixed_precision = args.mixed_precision or processes.default_precision(os.environ)
     accelerator = processes.make_accelerator(os.environ, precision)
     device, budget_gib = processes.device_of(accelerator), float("inf")
@@ -364,8 +361,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Everything that can be wrong, before anything is loaded.
     sources = components.sources_of(vars(args))
-    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    component_checks.check_components(folders)
+    folders = component_checks.fetch_checked(sources)
     models = read_models(args)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     for adapter in {id(adapter): adapter for model in models for adapter, _ in model.adapters}.values():

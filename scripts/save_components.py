@@ -103,8 +103,7 @@ def main(args: argparse.Namespace) -> None:
             "folder, or remove them."
         )
     sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
-    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    component_checks.check_components(folders)
+    folders = component_checks.fetch_checked(sources)
     check_writable(directory, "DIR")
     dtype = torch.float16 if args.dtype == "fp16" else torch.float32
     with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
