@@ -26,7 +26,6 @@ from pathlib import Path
 # Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-
 from rasengan import (
     UserError,
     component_checks,

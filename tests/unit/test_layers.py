@@ -12,6 +12,7 @@ FLOORS = [
         "adamw_8bit",
         "adapters",
         "command_line",
+        "data_scope",
         "families",
         "labels",
         "near_duplicates",
