@@ -15,6 +15,7 @@ FLOORS = [
         "data_scope",
         "families",
         "labels",
+        "manifest",
         "near_duplicates",
         "nvrtc",
         "objective",
