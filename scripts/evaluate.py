@@ -36,9 +36,9 @@ from rasengan import (
     drawing,
     evaluation,
     evaluation_page,
+    fitting,
     held_out,
     imaging,
-    merging,
     miniature,
     pages,
     processes,
@@ -254,7 +254,7 @@ def steps_of_adapter(args: argparse.Namespace) -> int | None:
 def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
     """Return an adapter, once it is shown to fit the base."""
     adapter = read_adapter(path, lora_alpha)
-    merging.check_fits(adapter, skeletons)
+    fitting.check_fits(adapter, skeletons)
     return adapter
 
 

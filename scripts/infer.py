@@ -30,6 +30,7 @@ from rasengan import (
     component_checks,
     components,
     drawing,
+    fitting,
     memory,
     merging,
     picture_files,
@@ -365,7 +366,7 @@ def main(args: argparse.Namespace) -> None:
     models = read_models(args)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     for adapter in {id(adapter): adapter for model in models for adapter, _ in model.adapters}.values():
-        merging.check_fits(adapter, skeletons)
+        fitting.check_fits(adapter, skeletons)
     default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
     begin = drawing.read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
     args.height, args.width = begin.shape[2:] if begin is not None else (args.height, args.width)

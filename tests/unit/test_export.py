@@ -23,6 +23,7 @@ from rasengan import (
     adapters,
     components,
     export,
+    fitting,
     lora,
     merging,
     safetensors_header,
@@ -562,7 +563,7 @@ def test_an_adapter_whose_targets_are_a_regular_expression_or_exclude_modules_fi
         config = copy.copy(adapter.configs["unet"])
         for field, value in options.items():
             setattr(config, field, value)
-        modules = merging.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
+        modules = fitting.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
         assert len(modules) == MODULES["unet"]
 
 

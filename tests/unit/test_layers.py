@@ -26,7 +26,7 @@ FLOORS = [
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "memory", "miniature", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
-    {"captions", "component_checks", "diagnosis", "sharded_cache", "sheets"},
+    {"captions", "component_checks", "diagnosis", "fitting", "sharded_cache", "sheets"},
     {
         "adapter_places",
         "conversion",
