@@ -1,6 +1,5 @@
 """Write an adapter in the layouts of diffusers, PEFT and kohya, alpha with it in each; compare what is read back."""
 
-import json
 import math
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from rasengan.adapters import (
     strength_of,
 )
 from rasengan.naming import KOHYA_PARTS, encoder_name, kohya_name
+from rasengan.safetensors_header import sort_metadata
 
 
 _TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -60,23 +60,6 @@ def _diffusers_names(component: str, weights: dict[str, torch.Tensor]) -> dict[s
     # only those with the other names. It takes PEFT's for all.
     is_mixed = len({".lora.down." in key for key in names if ".lora.up." not in key and ".lora_B." not in key}) > 1
     return weights if component == "unet" and is_mixed else names
-
-
-def sort_metadata(file: Path) -> None:
-    """Sort a safetensors file's metadata, whose order changes from one writing to the next.
-
-    In place: a copy of all that follows the header would keep the interpreter, and with it the training, waiting.
-    """
-    with open(file, "r+b") as content:
-        size = int.from_bytes(content.read(8), "little")
-        header = json.loads(content.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        # As compact as it was, with characters as they were: so it has the room that it had.
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > size:
-            raise ValueError(f"{file}: the sorted header takes {len(text)} bytes of {size}")
-        content.seek(8)
-        content.write(text.ljust(size))
 
 
 # --- PEFT ---

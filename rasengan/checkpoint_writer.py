@@ -19,14 +19,13 @@ from rasengan.checkpoint import (
     BEST_FOLDER,
     EMA_FOLDER,
     STATE_FILE,
-    HashedFile,
     find_damage,
     last_name,
     list_checkpoints,
     step_of,
-    write_manifest,
 )
 from rasengan.files import give_default_mode, room, sync, sync_folder, write_failure
+from rasengan.manifest import HashedFile, write_manifest
 
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -93,6 +94,12 @@ def component_sources(
                 f"{COMPONENT_FLAGS[component]} for this component alone."
             )
     return sources
+
+
+def disable_progress_bars() -> None:
+    """Keep diffusers and transformers from showing bars of their own while they load weights."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
 
 
 def fetch(component: str, source: Source, weights: bool = True) -> Path:

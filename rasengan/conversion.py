@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from rasengan import UserError, locks
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapter_writer import same_adapter, write_diffusers, write_kohya, write_peft_folders
 from rasengan.adapters import WHOLE_LOKR, Adapter, by_module, kind_of, rank_of, strength_of
 from rasengan.families import SDXL, guess_family, not_in_sdxl
-from rasengan.files import give_default_mode, sync, write_failure
+from rasengan.files import give_default_mode, sync, writing
 
 
 LAYOUTS = ("diffusers", "peft", "kohya")
@@ -35,21 +34,17 @@ def write_adapter(path: Path, adapter: Adapter, layout: str, dtype: torch.dtype 
     adapter = _cast(adapter, dtype)
     adapter = without_rslora(adapter) if layout == "kohya" else adapter
     check_layout(adapter, layout)
-    try:
-        with locks.only_writer(path, "--output") as written:
-            if layout == "diffusers":
-                write_diffusers(written.parent, adapter, path.name)
-            elif layout == "kohya":
-                write_kohya(written, adapter)
-            else:
-                write_peft_folders(written, adapter)
-            _verify(written, adapter, path)
-            for file in [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]:
-                give_default_mode(file)
-                sync(file)
-    except (OSError, SafetensorError) as error:
-        reason = write_failure(error)
-        raise UserError(f"{path} cannot be written: {reason}. Make room, or give another place.") from error
+    with writing(path, "Make room, or give another place."), locks.only_writer(path, "--output") as written:
+        if layout == "diffusers":
+            write_diffusers(written.parent, adapter, path.name)
+        elif layout == "kohya":
+            write_kohya(written, adapter)
+        else:
+            write_peft_folders(written, adapter)
+        _verify(written, adapter, path)
+        for file in [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]:
+            give_default_mode(file)
+            sync(file)
 
 
 def check_family(adapter: Adapter, place: str) -> None:

@@ -6,19 +6,15 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
-import pyarrow.compute
-import yaml
 from tqdm.auto import tqdm
 
-from rasengan import UserError, captions, first_line, printable
+from rasengan import UserError, captions, data_scope, first_line, printable
 from rasengan.imaging import Picture, inspect_pictures, is_picture_name
 
 
@@ -124,7 +120,7 @@ def load_pictures(
     used_cache, beside = cache_dir, None
     try:
         if dataset_name is not None:
-            _check_data_files(given, dataset_name, dataset_config_name, train_data_dir, cache_dir)
+            data_scope.check_data_files(given, dataset_name, dataset_config_name, train_data_dir, cache_dir)
             found = datasets.load_dataset(
                 dataset_name, dataset_config_name, cache_dir=cache_dir, data_dir=train_data_dir
             )
@@ -140,32 +136,28 @@ def load_pictures(
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated classes for what is a wrong name or a broken file
-        cause = error.__cause__ or error
-        where = cache_dir or datasets.config.HF_DATASETS_CACHE
-        is_there = isinstance(cause, OSError) and Path(str(cause.filename or "/")).is_relative_to(
-            os.path.abspath(where)
-        )
-        if isinstance(cause, OSError) and (cause.errno in NO_ROOM or (is_there and cause.errno in NOT_WRITABLE)):
-            raise UserError(
-                f"{where} cannot be written: {cause.strerror}. Make room, or give another --cache_dir."
-            ) from error
-        reason = (captions.metadata_fault(files) or first_line(cause)).rstrip(".")
-        raise UserError(f"{given} cannot be read: {reason}. Correct the name, or what it holds.") from error
+        raise _unreadable(error, given, files, cache_dir) from error
     if "train" not in found:
         raise UserError(f"{given} has no split 'train', but {', '.join(found)}. Rename one of them.")
     dataset = found["train"]
     _check_columns(dataset, given, image_column, caption_column)
     if len(dataset) == 0:
         raise none_there
-    if outside := _outside(dataset, image_column, [dataset_name, train_data_dir, *_downloads(used_cache)]):
-        listed = "".join(f"\n  {printable(path)}" for path in outside[:20]) + "\n  ..." * (len(outside) > 20)
-        raise UserError(
-            f"{given} names pictures outside of it, {len(outside)} in all. A data set may hold only pictures of its "
-            f"own: put them there, or use another data set:{listed}"
-        )
+    data_scope.check_pictures(given, dataset, image_column, [dataset_name, train_data_dir], used_cache)
     if dataset_name is None:
-        _warn_of_odd_files(given, files, _paths(dataset, image_column).to_pylist(), beside)
+        _warn_of_odd_files(given, files, data_scope.picture_paths(dataset, image_column).to_pylist(), beside)
     return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def _unreadable(error: Exception, given: str, files: list[Path], cache_dir: str | None) -> UserError:
+    """Return what to tell of an error of datasets: its cache cannot be written, or what it read is wrong."""
+    cause = error.__cause__ or error
+    where = cache_dir or datasets.config.HF_DATASETS_CACHE
+    is_there = isinstance(cause, OSError) and Path(str(cause.filename or "/")).is_relative_to(os.path.abspath(where))
+    if isinstance(cause, OSError) and (cause.errno in NO_ROOM or (is_there and cause.errno in NOT_WRITABLE)):
+        return UserError(f"{where} cannot be written: {cause.strerror}. Make room, or give another --cache_dir.")
+    reason = (captions.metadata_fault(files) or first_line(cause)).rstrip(".")
+    return UserError(f"{given} cannot be read: {reason}. Correct the name, or what it holds.")
 
 
 def _check_columns(dataset: datasets.Dataset, given: str, image_column: str, caption_column: str) -> None:
@@ -203,85 +195,6 @@ def _warn_of_odd_files(given: str, files: list[Path], paths: list[str | None], b
     if beside and beside.strays:
         strays = _few(beside.strays)
         logger.warning("%d .txt of %s stand beside no picture of their name: %s", len(beside.strays), given, strays)
-
-
-def _downloads(cache_dir: str | None) -> list[str]:
-    """Return the folders to which datasets downloads and extracts the files of a data set."""
-    if cache_dir:
-        own = [os.path.join(cache_dir, datasets.config.DOWNLOADED_DATASETS_DIR)]
-    else:
-        own = [str(datasets.config.DOWNLOADED_DATASETS_PATH), str(datasets.config.EXTRACTED_DATASETS_PATH)]
-    return [huggingface_hub.constants.HF_HUB_CACHE, *own]
-
-
-def _paths(dataset: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:
-    # From the table: the records hold whole files.
-    return pyarrow.compute.struct_field(dataset.data.column(column), "path")
-
-
-def _check_data_files(given: str, name: str, config_name: str | None, data_dir: str | None, cache_dir: str | None):
-    """Check that a local data set's own settings name no files elsewhere, before anything is read.
-
-    Raises:
-        UserError: they do. Those of the hub are refused by the library.
-    """
-    if not Path(name).is_dir():
-        return
-    try:
-        outside = list(_urls_in_settings(Path(name)))  # which the library would open to look for files there
-    except RecursionError as error:
-        raise UserError(
-            f"{given}: the settings in its README.md or .huggingface.yaml repeat themselves by YAML aliases, which "
-            "may be without end. Write them out."
-        ) from error
-    if not outside:
-        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
-        files = [path for split in (builder.config.data_files or {}).values() for path in split]
-        outside = [path for path in files if not _is_inside(path, _starts([name, data_dir]))]
-    if outside:
-        raise UserError(
-            f"{given} takes its data from {printable(outside[0])}, which is outside of it. A data set may hold only "
-            "data of its own: put them there and correct what its README.md or .huggingface.yaml says, or use another "
-            "data set."
-        )
-
-
-def _urls_in_settings(folder: Path) -> Iterator[str]:
-    card, settings = folder / "README.md", folder / datasets.config.REPOYAML_FILENAME
-    found = []
-    if card.is_file():
-        found.append(huggingface_hub.RepoCard.load(card, ignore_metadata_errors=True).data.get("configs"))
-    if settings.is_file():
-        found.append((yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("configs"))
-    seen = set()
-    while found:
-        value = found.pop()
-        if isinstance(value, dict | list):
-            if id(value) in seen:  # aliases may lead round in a circle, and multiply in the library's hands
-                raise RecursionError
-            seen.add(id(value))
-            found.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, str) and ("://" in value or "::" in value):
-            yield value
-
-
-def _starts(folders: Iterable[str | None]) -> tuple[str, ...]:
-    places = [place(os.path.expanduser(f)) for f in folders if f for place in (os.path.abspath, os.path.realpath)]
-    return tuple(os.path.join(place, "") for place in places)
-
-
-def _is_inside(path: str, starts: tuple[str, ...]) -> bool:
-    # Only the name is looked at, so links are followed. Of "zip://inner::archive" the place is the archive's.
-    inner, is_packed, place = path.partition("::") if re.match(r"(zip|tar)://", path) else ("", "", path)
-    return "://" not in place and os.path.abspath(place).startswith(starts)
-
-
-def _outside(dataset: datasets.Dataset, column: str, folders: Iterable[str | None]) -> list[str]:
-    """Return the paths of pictures that are in none of the folders, by their names alone: a slow disk is not asked."""
-    starts = _starts(folders)
-    is_elsewhere = pyarrow.compute.struct_field(dataset.data.column(column), "bytes").is_null()
-    paths = _paths(dataset, column).filter(is_elsewhere).to_pylist()
-    return [path for path in paths if path is not None and not _is_inside(path, starts)]
 
 
 def list_files(directory: str) -> list[Path]:

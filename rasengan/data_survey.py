@@ -12,12 +12,9 @@ import datasets
 import numpy as np
 from PIL import ExifTags, Image
 
-from rasengan import UserError, captions, data, first_line, imaging
+from rasengan import UserError, captions, data, first_line, imaging, pages
 from rasengan.imaging import Picture
 from rasengan.near_duplicates import Fingerprint, fingerprint
-
-
-THUMBNAIL_PX = 256
 
 
 class Look(NamedTuple):
@@ -111,7 +108,7 @@ def _look(
         kind = f"{stored.format} {stored.mode}"
         is_turned = stored.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     image = imaging.decode(content)
-    thumbnail = as_jpeg(center_crop(image, sizes, interpolation)) if row in shown else b""
+    thumbnail = pages.as_jpeg(center_crop(image, sizes, interpolation)) if row in shown else b""
     on_picture()
     return Look(kind, is_turned, fingerprint(image), thumbnail)
 
@@ -123,11 +120,3 @@ def center_crop(image: Image.Image, sizes: list[imaging.Size], interpolation: st
     pixels = imaging.crop_pixels(image, crop, interpolation, False, top_left)
     levels = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels.numpy()))
-
-
-def as_jpeg(image: Image.Image) -> bytes:
-    """Return a JPEG of the picture, at most `THUMBNAIL_PX` a side."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    small.save(file, "JPEG", quality=85)
-    return file.getvalue()

@@ -167,6 +167,29 @@ def write_failure(error: Exception) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def writing(place: Path, remedy: str, needed_bytes: int | None = None) -> Iterator[None]:
+    """Tell the user of a write within that fails.
+
+    Args:
+        place: what is written.
+        remedy: what to do, a sentence.
+        needed_bytes: that the write takes, told with what is free; None where it is not known.
+
+    Raises:
+        UserError: a disk or library could not write, or read back what was written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := write_failure(error)) is None:
+            raise
+        needs = "" if needed_bytes is None else f" {room(place, needed_bytes)}."
+        raise UserError(f"{place} cannot be written: {reason}.{needs} {remedy}") from error
+
+
 def check_name(path: Path, flag: str) -> None:
     """Check that a name leaves room for that of an unfinished file beside it; `flag` is what named it.
 

@@ -5,9 +5,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import diffusers
 import numpy as np
-import transformers
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
@@ -24,18 +22,11 @@ def begin(names: list[str], speaks: bool) -> None:
         names: of the loggers that are ours.
         speaks: this is the process of its machine that does.
     """
-    hush_progress_bars()
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING if speaks else logging.ERROR
     )
     for name in names:
         logging.getLogger(name).setLevel(logging.INFO if speaks else logging.ERROR)
-
-
-def hush_progress_bars() -> None:
-    """Keep the libraries from showing how they load weights, which takes no time worth showing."""
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
 
 
 def begin_trackers(accelerator: Accelerator, settings: Mapping[str, object], directory: Path) -> None:

@@ -22,7 +22,7 @@ h2 {{ font-size: 1.05rem; margin: 2rem 0 .6rem }}
 header p {{ margin: .2rem 0; color: var(--soft) }}
 header p.refusal {{ color: var(--bad) }}
 .side {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 2.5rem }}
-table {{ border-collapse: collapse; width: 100% }}
+table {{ border-collapse: collapse; width: 100%; max-width: 76rem }}
 td {{ padding: .25rem 0; vertical-align: top; border-bottom: 1px solid var(--line) }}
 td:first-child {{ padding-right: 1rem; color: var(--soft); width: 42% }}
 table.bars td:nth-child(2) {{ width: 4rem; padding-right: 1rem; text-align: right }}
@@ -47,6 +47,10 @@ table.figures td:first-child, table.figures th:first-child {{ text-align: left; 
 .good {{ color: var(--good) }} .bad {{ color: var(--bad) }}
 .pairs {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1.4rem }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .3rem }}
+body:has(.row) {{ max-width: none }}
+.row {{ display: grid; gap: .75rem; overflow-x: auto; grid-template-columns:
+  repeat(var(--columns), minmax(clamp(6rem, var(--width), 16rem), max(6rem, var(--width)))) }}
+.row img {{ width: auto; max-width: 100%; margin: 0 auto }} .row figcaption {{ text-align: center }}
 svg {{ display: block; width: 100%; max-width: 32rem; height: auto; font: 12px system-ui, sans-serif }}
 svg text {{ fill: var(--soft) }} svg .axis {{ stroke: var(--line) }}
 svg .line {{ fill: none; stroke-width: 2 }} svg .base {{ stroke: var(--soft); stroke-dasharray: 4 4 }}
@@ -75,6 +79,14 @@ def table(rows: dict[str, str]) -> str:
     """Return a table of names and values, both plain text."""
     cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
     return f"<table>{''.join(cells)}</table>"
+
+
+def as_jpeg(image: Image.Image, most_px: int = 256, quality: int = 85) -> bytes:
+    """Return a JPEG of the picture, at most `most_px` a side."""
+    small, file = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((most_px, most_px), Image.Resampling.LANCZOS)
+    small.save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def image(jpeg: bytes, text: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image
 
-from rasengan import components, decoding, drawing, fused, lora, memory, merging, nvrtc, sdxl
+from rasengan import components, decoding, drawing, fitting, fused, lora, memory, merging, nvrtc, sdxl
 from rasengan.adapters import Adapter
 
 
@@ -38,7 +38,7 @@ class SwitchableWeights:
         if not is_last:
             for adapter, _ in adapters:
                 of = adapter.weights[self.component], adapter.configs[self.component]
-                for name in merging.check_adapter(*of, self.model, self.component):
+                for name in fitting.check_adapter(*of, self.model, self.component):
                     if name not in self.base:
                         self.base[name] = self.model.get_submodule(name).weight.detach().to("cpu", copy=True)
         return merging.merge(self.model, adapters, self.component)[1]

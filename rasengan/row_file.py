@@ -1,13 +1,10 @@
 """Rows of a cache's file, read one at a time."""
 
-import json
 from pathlib import Path
 
 import torch
 
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-MOST_HEADER_BYTES = 100 * 2**20  # of which safetensors takes no more either
+from rasengan.safetensors_header import DTYPES, read_header
 
 
 class RowFile:
@@ -15,7 +12,6 @@ class RowFile:
 
     safetensors' own ways either map the file into memory, so that a disk that goes away, or a file that is cut off
     meanwhile, ends the process by SIGBUS without a word; or read whole tensors. No descriptor stays open.
-    Source: https://github.com/huggingface/safetensors#format.
     """
 
     def __init__(self, path: Path):
@@ -25,12 +21,11 @@ class RowFile:
             OSError: it cannot be read.
             ValueError: it is damaged.
         """
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = file.read(min(size, MOST_HEADER_BYTES))
         self.path, self.parts = path, {}
         try:
-            for name, about in json.loads(header).items():
+            with open(path, "rb") as file:
+                header, size = read_header(file)
+            for name, about in header.items():
                 if name != "__metadata__":
                     count, *shape = about["shape"]
                     begin, end = about["data_offsets"]

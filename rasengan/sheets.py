@@ -1,49 +1,21 @@
-"""Pictures beside each other for the eye: grids as PNG, contact sheets as HTML; and how a picture is saved."""
+"""Pictures beside each other for the eye: grids as PNG, and contact sheets as HTML."""
 
-import base64
 import html
 import io
-import itertools
-import os
 import re
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw
 
-from rasengan.files import write_atomically, write_if_free
+from rasengan import pages, picture_files
+from rasengan.files import write_atomically
 from rasengan.labels import font_for, wrap
 
 
-# A page that holds everything itself: it can be sent, and opened anywhere.
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
-h1 {{ font-size: 1.4rem }}
-table.settings td {{ padding: 0 1rem 0 0; vertical-align: top; color: #555; overflow-wrap: anywhere }}
-table.settings td:first-child {{ overflow-wrap: break-word; max-width: 45vw }}
-section {{ margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }}
-section p {{ margin: 0 0 .6rem; max-width: 60rem; overflow-wrap: anywhere }}
-.row {{ display: grid; gap: 12px; overflow-x: auto; grid-template-columns:
-  repeat(var(--columns), minmax(clamp(6rem, var(--width), 16rem), max(6rem, var(--width)))) }}
-figure {{ margin: 0 }}
-img {{ display: block; max-width: 100%; height: auto; margin: 0 auto }}
-figcaption {{ color: #555; text-align: center; overflow-wrap: anywhere }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #181818; color: #ddd }} section {{ border-color: #444 }}
-table.settings td, figcaption {{ color: #aaa }} }}
-</style></head><body>
-<h1>{title}</h1>
-<table class="settings">{settings}</table>
-{sections}
-</body></html>
-"""
-
-MOST_PENDING = 8  # pictures that are not written yet
 MOST_COLUMN_LINES = 8  # of a label over a column
 GRID_ROWS = 8  # more rows go into further grids
 MOST_GRID_PIXELS = 64 * 2**20  # likewise, but for labels and margins
+CONTACT_PX = 512
 
 
 # --- grids ---
@@ -117,7 +89,7 @@ def tiles(images: list[Image.Image], columns: int, side_px: int, gap_px: int = 4
 def contact_sheet(
     title: str, settings: dict[str, object], rows: list[tuple[str, list[Path]]], column_labels: list[str]
 ) -> str:
-    """Return a page of rows of pictures, which it holds itself, as JPEGs of at most 512 px a side.
+    """Return a page of rows of pictures, which it holds itself, as JPEGs of at most `CONTACT_PX` a side.
 
     Args:
         title: of the page.
@@ -125,34 +97,22 @@ def contact_sheet(
         rows: a text, and the files of its pictures, as many as there are column labels.
         column_labels: one for each column.
     """
-    listed = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in settings.items()
-    )
-    sections = []
+    parts = [pages.table({name: str(value) for name, value in settings.items()})]
     for text, files in rows:
-        figures = [_figure(file, label) for file, label in zip(files, column_labels, strict=True)]
-        size = f"--columns: {len(figures)}; --width: {max(width for _, width in figures)}px"
-        row = f'<div class="row" style="{size}">{"".join(figure for figure, _ in figures)}</div>'
-        sections.append(f"<section><p>{html.escape(text)}</p>{row}</section>")
-    return PAGE.format(title=html.escape(title), settings=listed, sections="\n".join(sections))
+        jpegs = [_small(file) for file in files]
+        figures = "".join(
+            f"<figure>{pages.image(jpeg, label)}<figcaption>{html.escape(label)}</figcaption></figure>"
+            for jpeg, label in zip(jpegs, column_labels, strict=True)
+        )
+        width_px = max(Image.open(io.BytesIO(jpeg)).width for jpeg in jpegs)
+        size = f"--columns: {len(jpegs)}; --width: {width_px}px"
+        parts.append(f'<p>{html.escape(text)}</p><div class="row" style="{size}">{figures}</div>')
+    return pages.document(title, "", "\n".join(parts))
 
 
-def _figure(file: Path, label: str) -> tuple[str, int]:
-    """Return a picture with its label, and its width in px."""
+def _small(file: Path) -> bytes:
     with Image.open(file) as image:
-        small = image.convert("RGB")
-    small.thumbnail((512, 512), Image.Resampling.LANCZOS)
-    jpeg = io.BytesIO()
-    small.save(jpeg, "JPEG", quality=88)
-    source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
-    size = f'width="{small.width}" height="{small.height}"'
-    label = html.escape(label)
-    figure = f'<figure><img src="{source}" alt="{label}" {size}><figcaption>{label}</figcaption></figure>'
-    return figure, small.width
-
-
-# --- files ---
+        return pages.as_jpeg(image, CONTACT_PX, quality=88)
 
 
 def write_together(
@@ -170,7 +130,7 @@ def write_together(
         settings: what all were drawn with.
     """
     for old in output_dir.glob("grid*.png"):  # a copy under another name, or another program's, stays
-        if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in read_about(old):
+        if re.fullmatch(r"grid(-\d+)?\.png", old.name) and "grid" in picture_files.read_about(old):
             old.unlink(missing_ok=True)  # another run may be at it too
     labels = [label for label, _ in columns]
     page = contact_sheet("Pictures", settings | dict(columns), rows, labels)
@@ -187,95 +147,4 @@ def write_together(
         images = [[Image.open(file) for file in files] for _, files in shown]
         name = "grid.png" if len(starts) == 1 else f"grid-{number:03d}.png"
         grid = image_grid(images, [text for text, _ in shown], labels)
-        save_png(output_dir / name, grid, {"grid": f"{number} of {len(starts)}"} | settings)
-
-
-class PictureWriter:
-    """Writes pictures while others are drawn; leaving it waits for all of them, and raises what kept one from it."""
-
-    def __init__(self):
-        self.pool, self.pending = ThreadPoolExecutor(1, thread_name_prefix="picture"), deque()
-
-    def __enter__(self) -> "PictureWriter":
-        return self
-
-    def write(self, path: Path, image: Image.Image, about: dict[str, object]) -> None:
-        """Begin to write a picture, as `save_beside` does; waits where many are not written yet.
-
-        Raises:
-            OSError: an earlier one could not be written.
-        """
-        self.pending.append(self.pool.submit(save_beside, path, image, about))
-        while len(self.pending) > MOST_PENDING:
-            self.pending.popleft().result()
-
-    def __exit__(self, error_type, *_) -> None:
-        self.pool.shutdown()
-        if error_type is None:
-            for future in self.pending:
-                future.result()
-
-
-def picture_name(prompt: str, seed: int, kind: str) -> str:
-    """Return a file name for a picture that tells it from others; what a prompt has besides letters is left out."""
-    prompt = os.fsencode(re.sub(r"\W+", "-", prompt).strip("-")[:40])[:80].decode(errors="ignore")
-    kind = os.fsencode(slug(kind))[-80:].decode(errors="ignore")  # the end, which has the scale
-    return f"{seed}-{prompt}-{kind}.png"
-
-
-def slug(kind: str) -> str:
-    """Return what a file name has of a kind of picture; a scale keeps its sign."""
-    return re.sub(r"[^\w.]+", "-", re.sub(r" -(?=[\d.])", " minus ", kind))
-
-
-def place_of(path: Path, about: dict[str, object]) -> Path:
-    """Return where a picture is, or is to be written: the first free name where none is made from the same.
-
-    Args:
-        path: that it has in an empty folder; beside pictures that were made otherwise its name ends in -2, -3, ...
-        about: what it is made from, as `save_png` takes it.
-    """
-    for number in itertools.count(1):
-        file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        if not os.path.lexists(file) or read_about(file) == _as_text(about):
-            return file
-
-
-def _as_text(about: dict[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in about.items()}
-
-
-def read_about(path: Path) -> dict[str, str]:
-    """Return what a picture was made from, as `save_png` wrote it; nothing of a file that it did not write."""
-    try:
-        with Image.open(path) as image:
-            return {name: value for name, value in image.info.items() if isinstance(value, str)}
-    except Exception:  # Pillow's plugins raise what they like
-        return {}
-
-
-def save_png(path: Path, image: Image.Image, about: dict[str, object] | None = None) -> None:
-    """Write a picture whole or not at all, with what it was made from in its metadata, as text by name."""
-    write_atomically(path, _as_png(image, about or {}))
-
-
-def save_beside(path: Path, image: Image.Image, about: dict[str, object]) -> Path:
-    """Write a picture as `save_png` does, over none that was made otherwise, and return its `place_of`.
-
-    The name is taken when the picture is whole: runs that draw into one folder at the same time keep theirs apart.
-    """
-    content = _as_png(image, about)
-    while not write_if_free(file := place_of(path, about), content):
-        if read_about(file) == _as_text(about):
-            write_atomically(file, content)
-            break
-    return file
-
-
-def _as_png(image: Image.Image, about: dict[str, object]) -> bytes:
-    metadata = PngImagePlugin.PngInfo()
-    for name, value in about.items():
-        metadata.add_itxt(name, str(value))
-    file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=metadata)
-    return file.getvalue()
+        picture_files.save_png(output_dir / name, grid, {"grid": f"{number} of {len(starts)}"} | settings)

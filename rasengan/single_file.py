@@ -1,6 +1,5 @@
 """SDXL as one safetensors file in the original checkpoint's layout, which ComfyUI and AUTOMATIC1111 read."""
 
-import json
 import os
 import re
 import uuid
@@ -9,11 +8,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from rasengan import UserError, tensor_files
-from rasengan.files import room, sync, sync_folder, write_failure
+from rasengan.files import sync, sync_folder, writing
 from rasengan.naming import original_unet_name
+from rasengan.safetensors_header import make_header
 
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -41,7 +41,6 @@ _BIGG_PLACES = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -149,48 +148,30 @@ def write_single_file(
     shapes = {name: _shapes(original_weights(name, skeletons[name].state_dict())) for name in COMPONENTS}
     planned = {key: (dtypes[name], shape) for name in COMPONENTS for key, shape in shapes[name].items()}
     planned |= dict.fromkeys(markers, (torch.float32, torch.Size([0])))
-    header, places, size = _header(planned)
+    header, places, size = make_header(planned)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(unfinished, "wb") as file:
-            file.write(header)
-            file.truncate(size)  # so that safetensors opens it before its end is written
-            for name in COMPONENTS:
-                tensors = original_weights(name, load_weights(name))
-                if _shapes(tensors) != shapes[name]:
-                    raise RuntimeError(f"the {name}'s weights are not of the names and shapes of its configuration")
-                _write(file, tensors, dtypes[name], places)
-                _verify(unfinished, tensors, dtypes[name])
-        sync(unfinished)
-        os.replace(unfinished, path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        reason = write_failure(error)
-        raise UserError(
-            f"{path} cannot be written: {reason}. {room(path.parent, size)}. Make room, or give another place."
-        ) from error
+        with writing(path, "Make room, or give another place.", size):
+            with open(unfinished, "wb") as file:
+                file.write(header)
+                file.truncate(size)  # so that safetensors opens it before its end is written
+                for name in COMPONENTS:
+                    tensors = original_weights(name, load_weights(name))
+                    if _shapes(tensors) != shapes[name]:
+                        raise RuntimeError(
+                            f"the {name}'s weights are not of the names and shapes of its configuration"
+                        )
+                    _write(file, tensors, dtypes[name], places)
+                    _verify(unfinished, tensors, dtypes[name])
+            sync(unfinished)
+            os.replace(unfinished, path)
+            sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def _shapes(tensors: Weights) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in tensors.items()}
-
-
-def _header(planned: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, int], int]:
-    """Return a safetensors file's beginning, where in it each tensor begins, and its size, in bytes.
-
-    Source: https://github.com/huggingface/safetensors#format.
-    """
-    entries, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
-    for key, (dtype, shape) in planned.items():
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        entries[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        places[key] = begin
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {key: len(header) + begin for key, begin in places.items()}, len(header) + end
 
 
 def _write(file: BinaryIO, tensors: Weights, dtype: torch.dtype, places: dict[str, int]) -> None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from rasengan import UserError, drawing, logs, memory, processes, sdxl, sheets
+from rasengan import UserError, drawing, logs, memory, picture_files, processes, sdxl, sheets
 from rasengan.stopping import Interrupted
 
 
@@ -84,7 +84,7 @@ class ValidationPictures:
         images = self.draw(should_stop)
         if self.accelerator.is_main_process:
             grid = sheets.pair_grid(self.of_base, images, self.prompts, f"step {global_step}")
-            sheets.save_png(self.file, grid)
+            picture_files.save_png(self.file, grid)
             logs.log_image(self.accelerator.trackers, "validation", grid, global_step)
 
 

@@ -13,12 +13,13 @@ from safetensors import safe_open
 
 from rasengan import UserError, components, locks, merging, single_file, tensor_files
 from rasengan.adapters import Adapter, fit_names
-from rasengan.files import give_default_mode, sync, write_atomically, write_failure
+from rasengan.files import give_default_mode, sync, write_atomically, writing
+from rasengan.safetensors_header import DTYPES
 
 
 # Empty tensors of a single file, as ComfyUI reads them, and what a scheduler's configuration says in their place.
 MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-KEPT_DTYPES = {stored: dtype for dtype, stored in single_file.DTYPES.items()}
+KEPT_DTYPES = {name: DTYPES[name] for name in ("F32", "F16", "BF16")}
 
 
 class Opened(NamedTuple):
@@ -196,14 +197,10 @@ def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path, forc
     index["force_zeros_for_empty_prompt"] = forces_zeros
     for name in components.COMPONENTS:
         model = tuned(name)
-        try:
+        with writing(place, "Make room, or give another place."):
             model.save_pretrained(folder / name)
             if name in components.MODELS:
                 _verify(folder / name, model)
-        except Exception as error:
-            if (reason := write_failure(error)) is None:
-                raise
-            raise UserError(f"{place} cannot be written: {reason}. Make room, or give another place.") from error
         library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())

@@ -26,10 +26,17 @@ from pathlib import Path
 # Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import diffusers
-import transformers
-
-from rasengan import UserError, component_checks, components, first_line, memory, processes, sdxl, sheets
+from rasengan import (
+    UserError,
+    component_checks,
+    components,
+    first_line,
+    memory,
+    picture_files,
+    processes,
+    sdxl,
+    sheets,
+)
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.command_line import Parser, number_type, path_type
@@ -160,8 +167,8 @@ class Page:
         number, files = next(self.numbers), []
         shutil.rmtree(self.pictures / str(number - KEPT), ignore_errors=True)
         for kind, image in {"base": pair.base, "tuned": pair.tuned, "both": grid}.items():
-            file = self.pictures / str(number) / sheets.picture_name(settings.prompt, settings.seed, kind)
-            sheets.save_png(file, image, about | {"adapter": "none" if kind == "base" else tuned_by})
+            file = self.pictures / str(number) / picture_files.picture_name(settings.prompt, settings.seed, kind)
+            picture_files.save_png(file, image, about | {"adapter": "none" if kind == "base" else tuned_by})
             files.append(str(file))
         return files
 
@@ -243,8 +250,7 @@ def main(args: argparse.Namespace) -> None:
     runs_dir = Path(args.runs_dir)
     if not runs_dir.is_dir():
         raise UserError(f"--runs_dir {runs_dir} is no folder. Give the --output_dir of a run, or a folder of several.")
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    components.disable_progress_bars()
     precision = args.mixed_precision or processes.default_precision(os.environ)
     accelerator = processes.make_accelerator(os.environ, precision)
     if accelerator.num_processes > 1:
@@ -252,9 +258,7 @@ def main(args: argparse.Namespace) -> None:
     device = processes.device_of(accelerator)
     dtype = components.weight_dtype(precision, device)
     sources = components.sources_of(vars(args))
-    component_checks.check_components(
-        {name: components.fetch(name, source, False) for name, source in sources.items()}
-    )
+    component_checks.fetch_checked(sources)
     folders = {name: components.fetch(name, source) for name, source in sources.items()}
     if device.type == "cuda":
         memory.limit(args.vram_budget_gib, device)

@@ -22,7 +22,7 @@ from rasengan import UserError, captions, components, data, data_page, data_repo
 from rasengan.command_line import Parser, conditioning_cache_dir, number_type, path_type
 from rasengan.endings import in_one_line
 from rasengan.files import check_writable, write_atomically
-from rasengan.sheets import save_png
+from rasengan.picture_files import save_png
 
 
 MOST_SHOWN = 200

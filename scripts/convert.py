@@ -161,8 +161,7 @@ def find_model(args: argparse.Namespace, flag: str, names: Iterable[str], weight
     """
     sources = components.component_sources(getattr(args, flag), {}, None, args.variant, args.cache_dir)
     try:
-        found = {name: components.fetch(name, sources[name], weights=False) for name in names}
-        component_checks.check_components(found)
+        found = component_checks.fetch_checked({name: sources[name] for name in names})
         return {name: components.fetch(name, sources[name]) for name in names} if weights else found
     except UserError as error:
         raise with_flag(error, flag) from error

@@ -22,9 +22,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 gc.disable()
 
 import datasets
-import diffusers
 import torch
-import transformers
 from PIL import Image
 
 from rasengan import (
@@ -38,10 +36,11 @@ from rasengan import (
     drawing,
     evaluation,
     evaluation_page,
+    fitting,
     held_out,
     imaging,
-    merging,
     miniature,
+    pages,
     processes,
     prompts,
     samples,
@@ -255,7 +254,7 @@ def steps_of_adapter(args: argparse.Namespace) -> int | None:
 def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
     """Return an adapter, once it is shown to fit the base."""
     adapter = read_adapter(path, lora_alpha)
-    merging.check_fits(adapter, skeletons)
+    fitting.check_fits(adapter, skeletons)
     return adapter
 
 
@@ -319,14 +318,56 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
     return found
 
 
+# --- the checkpoints' losses, and the report ---
+
+
+def measure_curve(
+    args, bench: evaluation.Bench, both: list, losses: dict[str, Losses], step: int | None, skeletons: dict
+) -> tuple[list[Point], list[str]]:
+    """Return the losses by step: of the base, of the adapter and of --checkpoints; and notes on what is left out.
+
+    Args:
+        args: of the command line.
+        bench: to measure with; the last checkpoint stays merged in it.
+        both: the samples that are held out, and those trained on.
+        losses: of base and tuned model.
+        step: of the adapter; None where nothing says it.
+        skeletons: that an adapter is to fit.
+    """
+    # The curve is of averages where the run has them, which a checkpoint's own adapter is not.
+    has_average = (Path(args.lora_weights) / checkpoint.EMA_FOLDER).is_dir()
+    on_curve, notes = None if has_average else step, []
+    points = [Point(0, losses["base"])] + ([Point(on_curve, losses["tuned"])] if on_curve else [])
+    paths = checkpoint.list_checkpoints(args.run) if args.checkpoints else []
+    for path in (path for path in paths if checkpoint.step_of(path) != on_curve):
+        if damage := checkpoint.find_damage(path):
+            notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
+            continue
+        print(f"Measuring {path.name}", flush=True)
+        average = path / checkpoint.EMA_FOLDER
+        bench.use(read_fitting(average if average.is_dir() else path, args.lora_alpha, skeletons))
+        points.append(Point(checkpoint.step_of(path), Losses(*map(bench.measure, both))))
+    return points, notes
+
+
+def write_report(output_dir: Path, figures: dict, pairs: list[evaluation_page.Pair], thumbnails: list[bytes]) -> None:
+    """Write the figures as a page, for TensorBoard and as JSON, and print them; the rest as `as_page` takes it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_left_behind(output_dir)
+    write_atomically(output_dir / "evaluation.html", evaluation_page.as_page(figures, pairs, thumbnails).encode())
+    evaluation_page.write_scalars(output_dir / "tensorboard", figures, figures["step"] or 0)
+    content = json.dumps(evaluation.as_json(figures), indent=1, allow_nan=False)
+    write_atomically(output_dir / "evaluation.json", content.encode())  # last: where it is, the rest is
+    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
+
+
 # --- the story ---
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, draw, score, and write the report."""
     validate_args(args)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    components.disable_progress_bars()
     args.mixed_precision = args.mixed_precision or processes.default_precision(os.environ)
     accelerator = processes.make_accelerator(os.environ, args.mixed_precision)
     device, make_bar = processes.device_of(accelerator), partial(processes.progress_bar, accelerator)
@@ -335,8 +376,7 @@ def main(args: argparse.Namespace) -> None:
     # --- everything that can be wrong, before anything is loaded ---
     judge = miniature.load_judge(args.judge) if args.judge else None
     sources = components.sources_of(vars(args))
-    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    component_checks.check_components(folders)
+    folders = component_checks.fetch_checked(sources)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     adapter = read_fitting(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
     measured, notes = find_measured(args, make_bar)
@@ -395,19 +435,8 @@ def main(args: argparse.Namespace) -> None:
             "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
             "is of the time before, and may have seen held-out pictures."
         )
-    # The curve is of averages where the run has them, which a checkpoint's own adapter is not.
-    has_average = (Path(args.lora_weights) / checkpoint.EMA_FOLDER).is_dir()
-    on_curve = None if has_average else step
-    points = [Point(0, losses["base"])] + ([Point(on_curve, losses["tuned"])] if on_curve else [])
-    paths = checkpoint.list_checkpoints(args.run) if args.checkpoints else []
-    for path in (path for path in paths if checkpoint.step_of(path) != on_curve):
-        if damage := checkpoint.find_damage(path):
-            notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
-            continue
-        print(f"Measuring {path.name}", flush=True)
-        average = path / checkpoint.EMA_FOLDER
-        bench.use(read_fitting(average if average.is_dir() else path, args.lora_alpha, skeletons))
-        points.append(Point(checkpoint.step_of(path), Losses(*map(bench.measure, both))))
+    points, damaged = measure_curve(args, bench, both, losses, step, skeletons)
+    notes += damaged
     pipeline.drop_unet()
 
     # --- pictures and their scores ---
@@ -421,19 +450,12 @@ def main(args: argparse.Namespace) -> None:
     figures["pictures"] = found
     figures["loss"] = evaluation.loss_figures(both[0], losses, points, scheduler.config.num_train_timesteps)
     pairs = [
-        evaluation_page.Pair(drawn[n], *(data_survey.as_jpeg(images[kind][n]) for kind in KINDS))
+        evaluation_page.Pair(drawn[n], *(pages.as_jpeg(images[kind][n]) for kind in KINDS))
         for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)
     ]
     best_first = [about["row"] for about in figures["loss"]["pictures"][: evaluation_page.MOST_HELD_OUT]]
-    thumbnails = [data_survey.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_left_behind(output_dir)
-    write_atomically(output_dir / "evaluation.html", evaluation_page.as_page(figures, pairs, thumbnails).encode())
-    evaluation_page.write_scalars(output_dir / "tensorboard", figures, step or 0)
-    content = json.dumps(evaluation.as_json(figures), indent=1, allow_nan=False)
-    write_atomically(output_dir / "evaluation.json", content.encode())  # last: where it is, the rest is
-    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
+    thumbnails = [pages.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
+    write_report(Path(args.output_dir), figures, pairs, thumbnails)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # What is imported stays, and to look through it for garbage again and again takes a quarter of the imports' time.
 gc.disable()
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
@@ -34,8 +32,10 @@ from rasengan import (
     component_checks,
     components,
     drawing,
+    fitting,
     memory,
     merging,
+    picture_files,
     processes,
     prompts,
     sdxl,
@@ -276,7 +276,7 @@ def place_pictures(args: argparse.Namespace, models: list[Model]) -> dict[tuple[
         enumerate(models), enumerate(args.prompt), seeds_of(args)
     ):
         about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": model.places}
-        name = f"{number:03d}-{sheets.picture_name(prompt, seed, model.kind)}"
+        name = f"{number:03d}-{picture_files.picture_name(prompt, seed, model.kind)}"
         pictures[place, number, seed] = Picture(Path(args.output_dir) / name, about)
     return pictures
 
@@ -322,7 +322,7 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[
 def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_gib: float) -> None:
     """Decode what `draw_share` gives, and write it, beside pictures of other settings that are there."""
     waiting = []
-    with sheets.PictureWriter() as writer:
+    with picture_files.PictureWriter() as writer:
         for drawn in shares:
             waiting.append(drawn)
             if pipeline.decode_fits(args.height, args.width, budget_gib):
@@ -333,7 +333,7 @@ def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_
             decode(args, pipeline, pictures, waiting, writer)
 
 
-def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: sheets.PictureWriter) -> None:
+def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: picture_files.PictureWriter) -> None:
     """Decode what was drawn, and write it with what it was made from in its metadata."""
     for place, number, latents in drawn:
         for seed, image in enumerate(pipeline.decode(latents), args.seed):
@@ -346,7 +346,7 @@ def show_together(args: argparse.Namespace, models: list[Model], pictures: dict)
     rows = []
     for number, seed in itertools.product(range(len(args.prompt)), seeds_of(args)):
         # Where each is now, whichever process wrote it.
-        files = [sheets.place_of(*pictures[place, number, seed]) for place in range(len(models))]
+        files = [picture_files.place_of(*pictures[place, number, seed]) for place in range(len(models))]
         rows.append((f"{args.prompt[number]} ({seed})", files))
     columns = [(model.label, model.places) for model in models]
     sheets.write_together(Path(args.output_dir), rows, columns, settings_of(args))
@@ -355,8 +355,7 @@ def show_together(args: argparse.Namespace, models: list[Model], pictures: dict)
 def main(args: argparse.Namespace) -> None:
     """Draw, and leave the pictures in --output_dir."""
     validate_args(args)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    components.disable_progress_bars()
     precision = args.mixed_precision = args.mixed_precision or processes.default_precision(os.environ)
     accelerator = processes.make_accelerator(os.environ, precision)
     device, budget_gib = processes.device_of(accelerator), float("inf")
@@ -368,12 +367,11 @@ def main(args: argparse.Namespace) -> None:
 
     # Everything that can be wrong, before anything is loaded.
     sources = components.sources_of(vars(args))
-    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    component_checks.check_components(folders)
+    folders = component_checks.fetch_checked(sources)
     models = read_models(args)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     for adapter in {id(adapter): adapter for model in models for adapter, _ in model.adapters}.values():
-        merging.check_fits(adapter, skeletons)
+        fitting.check_fits(adapter, skeletons)
     default_side = 8 * (components.read_config("unet", folders["unet"]).get("sample_size") or 128)
     begin = drawing.read_picture(args.init_image, args.height, args.width, default_side) if args.init_image else None
     args.height, args.width = begin.shape[2:] if begin is not None else (args.height, args.width)

@@ -26,7 +26,7 @@ from rasengan.files import (
     read_json_or_empty,
     sync,
     write_atomically,
-    write_failure,
+    writing,
 )
 
 
@@ -103,8 +103,7 @@ def main(args: argparse.Namespace) -> None:
             "folder, or remove them."
         )
     sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
-    folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-    component_checks.check_components(folders)
+    folders = component_checks.fetch_checked(sources)
     check_writable(directory, "DIR")
     dtype = torch.float16 if args.dtype == "fp16" else torch.float32
     with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
@@ -113,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
             known = manifest["components"].get(name)
             if known is not None and hash_files(directory / name) == known:
                 continue
-            try:
+            remedy = "Make room (7 GB in fp16), or give another folder; what is finished stays."
+            with writing(directory / name, remedy):
                 # What a run that was cut off has written wholly lacks only its name.
                 if known is None or hash_files(unfinished_name(directory / name)) != known:
                     folder = components.fetch(name, sources[name])
@@ -122,13 +122,6 @@ def main(args: argparse.Namespace) -> None:
                     manifest["components"][name] = known
                     write_atomically(manifest_file, json.dumps(manifest, indent=2).encode())
                 put_in_place(directory / name, known)
-            except Exception as error:
-                if isinstance(error, UserError) or (reason := write_failure(error)) is None:
-                    raise
-                raise UserError(
-                    f"{directory / name} cannot be written: {reason}. "
-                    "Make room (7 GB in fp16), or give another folder; what is finished stays."
-                ) from error
             memory.give_back()
     if not components.forces_zeros(folders):  # which SDXL 1.0 does, and a base without an index
         index = {"force_zeros_for_empty_prompt": False}

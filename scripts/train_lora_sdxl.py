@@ -320,8 +320,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     args.total_steps = max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     sources = components.sources_of(vars(args))
     with processes.one_goes_first(accelerator.is_local_main_process):
-        folders = {name: components.fetch(name, source, weights=False) for name, source in sources.items()}
-        component_checks.check_components(folders)
+        folders = component_checks.fetch_checked(sources)
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
         folders = {name: components.fetch(name, source) for name, source in sources.items()}
@@ -763,6 +762,7 @@ def train_in_what_fits(args: argparse.Namespace, began_s: float, at_end: context
 def main(args: argparse.Namespace) -> int:
     """Check the arguments, train alone in --output_dir, and return the exit code."""
     began_s = time.monotonic()
+    components.disable_progress_bars()
     logs.begin([logger.name, "rasengan"], speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     training_settings.check(vars(args), os.environ)
     if idle := training_settings.idle_flags(vars(args), make_parser().get_default):

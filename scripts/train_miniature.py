@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from rasengan import components, drawing, graphs, miniature, objective, scores, sdxl, sheets, world
+from rasengan import components, drawing, graphs, miniature, objective, picture_files, scores, sdxl, sheets, world
 from rasengan.command_line import Parser, number_type, path_type
 from rasengan.endings import in_one_line
 from rasengan.miniature import QUESTIONS, SIDE_PX
@@ -425,7 +425,7 @@ def main(args: argparse.Namespace) -> None:
     for name in modules:
         saved[name].to(device)
     figures["drawn"], grid = measure(saved, miniature.load_judge(output_dir), args.scenes, args.seed)
-    sheets.save_png(output_dir / "grid.png", grid)
+    picture_files.save_png(output_dir / "grid.png", grid)
     (output_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures["drawn"], indent=1))
 

@@ -45,6 +45,7 @@ from rasengan import (  # noqa: E402
     demo,
     export,
     imaging,
+    manifest,
     resuming,
     tensor_files,
 )
@@ -72,7 +73,7 @@ class Targets:
         shutil.copytree(work / "adapter", self.checkpoint)
         state = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 2, "noise_offset": 0.0}
         (self.checkpoint / checkpoint.STATE_FILE).write_text(json.dumps(state))
-        checkpoint.write_manifest(self.checkpoint)
+        manifest.write_manifest(self.checkpoint)
         run = {"rank": 4, "validation_prompt": ["a", "b"], "center_crop": False, "learning_rate": 1e-4}
         (work / "run.yaml").write_text(yaml.safe_dump(run))
 
@@ -100,7 +101,7 @@ class Targets:
                 lambda: adapter_reader.read_adapter(work / "adapter.bin", 4, allow_pickle=True),
             ),
             "manifest": (
-                saved / checkpoint.MANIFEST_FILE,
+                saved / manifest.MANIFEST_FILE,
                 lambda: checkpoint.find_checkpoint(work / "run", "latest"),
             ),
             "trainer state": (

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, checkpoint, naming
+from rasengan import UserError, manifest, naming
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -187,7 +187,7 @@ def test_a_checkpoint_whose_optimizer_runs_something_is_refused(train, trained, 
     shutil.copytree(trained / "checkpoint-2", folder)
     torch.save({"state": Runs(mark)}, folder / "optimizer.bin")
     (folder / "manifest.json").unlink()
-    checkpoint.write_manifest(folder)  # as a stranger would
+    manifest.write_manifest(folder)  # as a stranger would
     said = (
         r"checkpoint-2 is damaged: optimizer\.bin: it holds more than numbers and tensors.* was not read\. Remove it"
     )

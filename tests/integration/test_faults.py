@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, checkpoint, demo, drawing, validation_loss
+from rasengan import UserError, checkpoint, demo, drawing, manifest, validation_loss
 from rasengan.locks import LOCK_FILE
 
 
@@ -457,6 +457,6 @@ def test_a_checkpoint_whose_adapter_is_not_finite_is_damaged(train, trained, tmp
     next(iter(tensors.values()))[0] = float("nan")
     save_file(tensors, file, metadata)
     (folder / "manifest.json").unlink()
-    checkpoint.write_manifest(folder)
+    manifest.write_manifest(folder)
     with pytest.raises(UserError, match="checkpoint-4 is damaged: its adapter is not finite"):
         train("--resume_from_checkpoint", "latest", "--max_train_steps", 6, output_dir=tmp_path)

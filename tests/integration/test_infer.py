@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import UserError, components, drawing, merging, processes, sdxl, sheets
+from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl
 from rasengan.pipeline import Pipeline
 
 
@@ -525,7 +525,7 @@ def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, infer_scri
 
     def decode_later(args, pipeline, pictures, *rest):
         for picture in pictures.values():
-            sheets.save_png(picture.file, other, {"made": "otherwise"})
+            picture_files.save_png(picture.file, other, {"made": "otherwise"})
         decode(args, pipeline, pictures, *rest)
 
     monkeypatch.setattr(infer_script, "decode", decode_later)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, checkpoint, demo
+from rasengan import UserError, demo, manifest
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -275,7 +275,7 @@ def test_a_checkpoint_whose_optimizer_state_somebody_took_out_is_refused(trained
     content = torch.load(path / "optimizer.bin", weights_only=True)
     content["state"].clear()
     torch.save(content, path / "optimizer.bin")
-    (path / checkpoint.MANIFEST_FILE).unlink()
-    checkpoint.write_manifest(path)
+    (path / manifest.MANIFEST_FILE).unlink()
+    manifest.write_manifest(path)
     with pytest.raises(UserError, match=r"checkpoint-2 .*optimizer\.bin: state1 is missing|step is missing"):
         train("--resume_from_checkpoint", "latest", output_dir=tmp_path)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from rasengan import UserError, cache, components, data, imaging, row_file
+from rasengan import UserError, cache, components, data, imaging, row_file, sharded_cache
 
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def encode(items):
 
 
 def make(folder, items=ITEMS, **settings):
-    return cache.ShardedCache(folder, {"setting": 1} | settings, items)
+    return sharded_cache.ShardedCache(folder, {"setting": 1} | settings, items)
 
 
 def built(folder, items=ITEMS, **settings):
@@ -208,7 +208,7 @@ def test_a_full_disk_says_what_the_cache_takes_and_what_is_free(tmp_path, monkey
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache, "write_atomically", full)
+    monkeypatch.setattr(sharded_cache, "write_atomically", full)
     said = rf"{tmp_path} cannot be written: No space left on device\. It takes 9\.4 MiB, and .* MiB are free there\."
     with pytest.raises(UserError, match=said):  # 150 rows of 64 KiB
         make(tmp_path).build([2], lambda items: {"row": torch.zeros(len(items), 2**14)}, batch_size=10)

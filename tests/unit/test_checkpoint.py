@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from rasengan import UserError, adapter_writer, checkpoint, checkpoint_writer, lora, optim, resuming
+from rasengan import UserError, adapter_writer, checkpoint, checkpoint_writer, lora, manifest, optim, resuming
 
 
 STATE = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 16, "lora_target_modules": ["to_q", "to_k"]}
@@ -27,7 +27,7 @@ def saved(tmp_path):
         (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(json.dumps(STATE | {"global_step": step}))
         for name in ("optimizer.bin", "pytorch_lora_weights.safetensors"):
             (tmp_path / f"checkpoint-{step}" / name).write_bytes(b"content")
-        checkpoint.write_manifest(tmp_path / f"checkpoint-{step}")
+        manifest.write_manifest(tmp_path / f"checkpoint-{step}")
     return tmp_path
 
 
@@ -94,21 +94,21 @@ DAMAGE = {
     "trainer_state.json has": cut,
     "trainer_state.json has other content than was written": change,
     "trainer_state.json is missing": lambda folder: (folder / checkpoint.STATE_FILE).unlink(),
-    "manifest.json is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).unlink(),
+    "manifest.json is missing": lambda folder: (folder / manifest.MANIFEST_FILE).unlink(),
     "optimizer.bin is missing": lambda folder: (folder / "optimizer.bin").unlink(),
     "more.bin is not in manifest.json": lambda folder: (folder / "more.bin").touch(),
-    "/dev/zero is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text('{"/dev/zero": [0, "x"]}'),
-    "../checkpoint-2/optimizer.bin is missing": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(
+    "/dev/zero is missing": lambda folder: (folder / manifest.MANIFEST_FILE).write_text('{"/dev/zero": [0, "x"]}'),
+    "../checkpoint-2/optimizer.bin is missing": lambda folder: (folder / manifest.MANIFEST_FILE).write_text(
         '{"../checkpoint-2/optimizer.bin": [7, "x"]}'
     ),
-    "optimizer.bin is not in manifest.json": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("{}"),
-    "manifest.json is damaged": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text("[1]"),
+    "optimizer.bin is not in manifest.json": lambda folder: (folder / manifest.MANIFEST_FILE).write_text("{}"),
+    "manifest.json is damaged": lambda folder: (folder / manifest.MANIFEST_FILE).write_text("[1]"),
 }
 BRACKETS = "[" * 100_000
 TOO_LARGE = '{"optimizer.bin": [1e999, "x"]}'
 DAMAGE |= {
-    "manifest.json is": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(TOO_LARGE),
-    "manifest.json": lambda folder: (folder / checkpoint.MANIFEST_FILE).write_text(BRACKETS),
+    "manifest.json is": lambda folder: (folder / manifest.MANIFEST_FILE).write_text(TOO_LARGE),
+    "manifest.json": lambda folder: (folder / manifest.MANIFEST_FILE).write_text(BRACKETS),
 }
 
 
@@ -548,7 +548,7 @@ def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(run, tmp_p
 
 
 def test_a_file_for_which_there_is_no_room_says_so_at_its_end_and_not_inside_of_torch_save():
-    file = checkpoint.HashedFile(Path("/dev/full"))
+    file = manifest.HashedFile(Path("/dev/full"))
     torch.save({"state": torch.zeros(10**6)}, file)
     with pytest.raises(OSError, match="No space left on device"):
         file.close()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rasengan import data_page, data_report, data_survey, imaging, sheets
+from rasengan import data_page, data_report, data_survey, imaging, pages, sheets
 from rasengan.captions import LongCaption
 from rasengan.data_report import Finding, Report
 from rasengan.data_survey import Look, Usable
@@ -169,7 +169,7 @@ HOSTILE = ["<script>alert('x')</script>", 'a "quoted" & <b>bold</b>', "\x1b[31mr
 
 @pytest.fixture
 def tile():
-    return data_page.Tile(TILE_NAME, "64 x 64", HOSTILE, data_survey.as_jpeg(Image.new("RGB", (64, 64), "red")))
+    return data_page.Tile(TILE_NAME, "64 x 64", HOSTILE, pages.as_jpeg(Image.new("RGB", (64, 64), "red")))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rasengan import data_survey, evaluation, evaluation_page
+from rasengan import evaluation, evaluation_page, pages
 from rasengan.evaluation import Drawn, Losses, Point
 from rasengan.evaluation_page import Pair
 from rasengan.imaging import Picture
@@ -58,7 +58,7 @@ def figures():
 
 
 def jpeg_of(color):
-    return data_survey.as_jpeg(Image.new("RGB", (64, 48), color))
+    return pages.as_jpeg(Image.new("RGB", (64, 48), color))
 
 
 class Page(HTMLParser):

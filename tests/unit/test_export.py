@@ -16,7 +16,18 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rasengan import UserError, adapter_reader, adapter_writer, adapters, components, export, lora, merging
+from rasengan import (
+    UserError,
+    adapter_reader,
+    adapter_writer,
+    adapters,
+    components,
+    export,
+    fitting,
+    lora,
+    merging,
+    safetensors_header,
+)
 
 
 RANK, LORA_ALPHA = 4, 12.0
@@ -552,7 +563,7 @@ def test_an_adapter_whose_targets_are_a_regular_expression_or_exclude_modules_fi
         config = copy.copy(adapter.configs["unet"])
         for field, value in options.items():
             setattr(config, field, value)
-        modules = merging.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
+        modules = fitting.check_adapter(adapter.weights["unet"], config, load(tiny_base, "unet"), "unet")
         assert len(modules) == MODULES["unet"]
 
 
@@ -691,7 +702,7 @@ def test_sorting_the_metadata_moves_no_weight_and_changes_no_character(tmp_path)
     for _ in range(8):  # safetensors shuffles it
         save_file(tensors, file, metadata=metadata)
         size = file.stat().st_size
-        adapter_writer.sort_metadata(file)
+        safetensors_header.sort_metadata(file)
         assert file.stat().st_size == size
         contents.add(file.read_bytes())
     assert len(contents) == 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rasengan import world
+from rasengan import painting, world
 from rasengan.imaging import decode
 
 
@@ -49,7 +49,7 @@ def test_things_are_where_the_caption_says(position, count, size):
 @pytest.mark.parametrize("thing", world.THINGS)
 def test_outlines_are_distances_near_their_edge(thing):
     v, u = np.mgrid[-1.4:1.4:281j, -1.4:1.4:281j]
-    distance = world._SHAPES[thing](u, v)
+    distance = painting.SHAPES[thing](u, v)
     assert (distance < 0).any()
     steepness = np.hypot(*np.gradient(distance, 0.01))
     near = np.abs(distance) < 0.05
