@@ -107,9 +107,20 @@ def check(settings: Mapping, environment: Mapping[str, str]) -> None:
             f"--local_rank is {settings['local_rank']}, but no launcher set up this process. Start it by "
             "`accelerate launch`."
         )
-    _check_what_is_installed(settings)
     _check_combinations(settings)
+    _check_what_is_installed(settings)
+    _check_optimization(settings)
     _check_places(settings)
+
+
+def _check_combinations(settings: Mapping) -> None:
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
+        if not settings[name] < 1:
+            raise UserError(f"--{name} is {settings[name]}. Give a number from 0 to under 1.")
+    if settings["deterministic"] and settings["enable_xformers_memory_efficient_attention"]:
+        raise UserError("--deterministic promises equal bits, which xformers does not. Drop one of the flags.")
+    if settings["save_best"] and settings["validation_split"] is None:
+        raise UserError("--save_best needs a validation loss. Give --validation_split too, such as 0.05.")
 
 
 def _check_what_is_installed(settings: Mapping) -> None:
@@ -140,14 +151,7 @@ def _check_what_is_installed(settings: Mapping) -> None:
         raise UserError("--plan_only needs a CUDA GPU, whose memory it plans. Drop the flag.")
 
 
-def _check_combinations(settings: Mapping) -> None:
-    for name in ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
-        if not settings[name] < 1:
-            raise UserError(f"--{name} is {settings[name]}. Give a number from 0 to under 1.")
-    if settings["deterministic"] and settings["enable_xformers_memory_efficient_attention"]:
-        raise UserError("--deterministic promises equal bits, which xformers does not. Drop one of the flags.")
-    if settings["save_best"] and settings["validation_split"] is None:
-        raise UserError("--save_best needs a validation loss. Give --validation_split too, such as 0.05.")
+def _check_optimization(settings: Mapping) -> None:
     optimizer, kind, rate = settings["optimizer"], settings["lr_scheduler"], settings["learning_rate"]
     if optimizer == "prodigy" and rate < 0.1:
         logger.warning("--learning_rate is a factor on the rate that prodigy finds: %g is small", rate)
