@@ -21,6 +21,7 @@ FLOORS = [
         "stopping",
     }
     | {"tensor_files", "world"},
+    {"adapter_settings"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
     | {"single_file"},
