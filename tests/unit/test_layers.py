@@ -25,9 +25,8 @@ FLOORS = [
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "memory", "miniature", "optim", "pages", "sdxl", "sheets"}
     | {"single_file"},
-    {"captions", "component_checks", "diagnosis"},
+    {"adapter_places", "captions", "component_checks", "diagnosis"},
     {
-        "adapter_places",
         "conversion",
         "data",
         "decoding",
