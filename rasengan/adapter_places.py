@@ -55,7 +55,8 @@ def holds_adapter(path: Path) -> bool:
     """Say whether a local folder or .safetensors file holds an adapter."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
-            names = list(tensor_files.stored(path))
+            with tensor_files.opened(path) as content:
+                names = list(content.keys())
             # A whole model may have a stray tensor of an adapter's, which is left out.
             return is_adapter(names) and not is_whole_model(name for name in names if not is_adapter([name]))
         except UserError:  # a damaged one is refused by who reads it

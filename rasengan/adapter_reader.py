@@ -1,7 +1,6 @@
 """Read an adapter of any layout: diffusers', PEFT's, kohya's (which AUTOMATIC1111 reads) and ComfyUI's."""
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from diffusers.utils.state_dict_utils import StateDictType
 from peft import LoraConfig
 
-from rasengan import UserError, first_line
+from rasengan import UserError, adapter_settings, first_line
 from rasengan.adapters import (
     ADAPTABLE,
     DIFFUSERS_FILE,
@@ -34,17 +33,6 @@ from rasengan.families import SDXL, guess_family, is_whole_model, not_in_sdxl, o
 from rasengan.naming import KOHYA_PARTS, parse_kohya_name
 from rasengan.tensor_files import found_file, read_tensors
 
-
-# Of PEFT's variants of LoRA those that a merge of lora_B x lora_A would be wrong for, or that need more weights.
-OTHER_VARIANTS = (
-    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
-    *("layer_replication", "target_parameters", "trainable_token_indices"),
-)
-ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # what the settings of each kind call it
-# What a merge reads of an adapter's settings, beside rank and alpha.
-SWITCHES = dict.fromkeys(("use_rslora", "use_dora", "use_effective_conv2d", "decompose_both"), bool)
-SWITCHES |= {"decompose_factor": int}
-SETTINGS = {"target_modules": str | list, "exclude_modules": str | list, "rank_pattern": dict, "alpha_pattern": dict}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -130,104 +118,30 @@ def _read_peft_folder(path: Path, lora_alpha: float | None, allow_pickle: bool) 
         bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
         # Some versions of PEFT keep the name of the module that holds DoRA's vector.
         weights[name] = {key.replace("magnitude_vector.weight", "magnitude_vector"): bare[key] for key in bare}
-        config, fills = _read_peft_config(folder, lora_alpha)
-        configs[name], is_open = _completed(config, weights[name]), is_open or fills
+        configs[name], fills = _read_peft_config(folder / PEFT_CONFIG, weights[name], lora_alpha)
+        is_open = is_open or fills
     return Adapter(weights, configs), is_open
 
 
-def _read_peft_config(folder: Path, lora_alpha: float | None) -> tuple[Config, bool]:
+def _read_peft_config(file: Path, weights: Tensors, lora_alpha: float | None) -> tuple[Config, bool]:
     """Return the settings of a folder, and whether `lora_alpha` is needed for them."""
-    file = folder / PEFT_CONFIG
     try:
-        options = json.loads(file.read_text(encoding="utf-8"))
+        options = adapter_settings.parse(file.read_text(encoding="utf-8"))
         kind = options.get("peft_type", "LORA")
         if kind in KINDS:
             # PEFT would put its own defaults in place of an alpha or a rank that is not there.
-            alpha, is_open = ALPHAS[kind], options.get(ALPHAS[kind]) is None
+            alpha = adapter_settings.ALPHAS[kind]
+            is_open = options.get(alpha) is None
             if is_open and lora_alpha is None:
                 raise UserError(
                     f"{file} has no {alpha}, which says how strong the adapter is. Give --lora_alpha, that of its "
                     "training, or copy the folder again."
                 )
-            _check_values(file, options | ({alpha: lora_alpha} if is_open else {}), kind)
-            config = KINDS[kind].from_pretrained(folder)
-            if is_open:
-                setattr(config, alpha, lora_alpha)
-            return config, is_open
-    except UserError:
-        raise
+            options |= {alpha: lora_alpha} if is_open else {}
+            return adapter_settings.config_of(file, kind, options, by_module(weights)), is_open
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}. Copy the folder again.") from error
-    raise UserError(f"{folder} holds a {kind} adapter, not a LoRA, LoHa or LoKr. Give one of these.")
-
-
-# How a LoRA can begin on the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their first product off it, or
-# quantise it, when they begin, and again or not at all when PEFT loads them: lora_B x lora_A is no change of the base.
-INITS = ("gaussian", "eva", "orthogonal", "mica")
-
-# A stranger's pattern is matched with thousands of names: each repeat may multiply its time by the names' length.
-MOST_REPEATS = 4
-NESTED = re.compile(r"[*+}]\)[*+{]")
-
-
-def _check_values(file: Path, options: dict, kind: str = "LORA") -> None:
-    init = options.get("init_lora_weights")
-    if not isinstance(init, bool | None) and init not in INITS:
-        raise UserError(
-            f"{file} says init_lora_weights {init!r}, which is not known to leave the base as it is: the adapter may "
-            "be the change of another. Convert it where it was trained, by PEFT's save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...), or train it with another init."
-        )
-    if variant := next((name for name in OTHER_VARIANTS if options.get(name)), None):
-        raise UserError(
-            f"{file} says {variant}: the change of this variant is not the plain product of its matrices. Give a "
-            "LoRA, DoRA, LoHa or LoKr."
-        )
-    for name, kinds in SWITCHES.items():
-        if name in options and not isinstance(options[name], kinds):
-            raise TypeError(f"{name} is {options[name]!r}, not {'a number' if kinds is int else 'true or false'}")
-    for name, numbers in {"r": int, ALPHAS[kind]: int | float}.items():
-        value = options.get(name)
-        if not _is_positive(value, numbers):
-            raise TypeError(f"{name} is {value!r}, not a positive number")
-    for name, expected in SETTINGS.items():
-        value = options.get(name)
-        names = value if isinstance(value, list | dict) else []
-        if not isinstance(value, expected | None) or not all(isinstance(item, str) for item in names):
-            raise TypeError(f"{name} is {value!r}, not names")
-        for pattern in [value] if isinstance(value, str) else [*names] if isinstance(value, dict) else []:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise TypeError(f"{name} has {pattern!r}, no regular expression: {error}") from error
-            # A number that ends at a dot is matched in one way. The keys of a dictionary get a repeat in front.
-            repeats = re.sub(r"\\d[+*]\\\.", "", pattern)
-            most = MOST_REPEATS - isinstance(value, dict)
-            if len(pattern) > 10_000 or len(re.findall(r"[*+{]", repeats)) > most or NESTED.search(repeats):
-                raise UserError(
-                    f"{file}: {name} has {pattern[:80]!r}, which may take forever to match. Give at most {most} "
-                    "repeats (* or +) and none within another, or write the modules' names out, of target_modules as "
-                    "a list."
-                )
-        kind_of_number = int if name == "rank_pattern" else int | float
-        if isinstance(value, dict) and not all(_is_positive(number, kind_of_number) for number in value.values()):
-            whole = "whole " if kind_of_number is int else ""
-            raise TypeError(f"{name} is {value!r}, not names with positive {whole}numbers")
-    layers = options.get("layers_to_transform") or []
-    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers])):
-        raise TypeError(f"layers_to_transform is {layers!r}, not whole numbers")
-
-
-def _is_positive(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and value is not True and 0 < value < math.inf
-
-
-def _completed(config: Config, weights: Tensors) -> Config:
-    # Without targets PEFT would adapt nothing; the keys say what was adapted.
-    if not config.target_modules:
-        config.target_modules = sorted(by_module(weights))
-    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
-    return config
+    raise UserError(f"{file.parent} holds a {str(kind)[:100]} adapter, not a LoRA, LoHa or LoKr. Give one of these.")
 
 
 # --- single files ---
@@ -239,13 +153,13 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
     if strangers:
         raise _stranger_error(file, tensors, strangers)
     try:
-        settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        settings = adapter_settings.parse(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         if not isinstance(settings, dict):
             raise TypeError(f"they are a {type(settings).__name__}")
         configs = {name: _config_from_metadata(file, name, part, settings) for name, part in weights.items()}
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"The adapter metadata of {file} is not readable: {error}. Export the adapter again."
+            f"The adapter metadata of {file} is not readable: {first_line(error)}. Export the adapter again."
         ) from error
     is_open = False
     for name, part in weights.items():
@@ -346,11 +260,7 @@ def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata
     options = {key: value for key, value in options.items() if key in known}
     if "lora_alpha" not in options:
         return None
-    _check_values(file, options)
-    try:
-        return _completed(LoraConfig(**options), weights)
-    except ValueError as error:
-        raise TypeError(first_line(error)) from error
+    return adapter_settings.config_of(file, "LORA", options, by_module(weights))
 
 
 def _config_from_weights(

@@ -7,7 +7,7 @@ Weights are named without the adapter's name: of a LoRA `MODULE.lora_A.weight` (
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,13 @@ def split_key(key: str) -> tuple[str, str] | None:
     """Return the module and the part of it that a weight's name stands for; None for a name that is none."""
     match = _KEY.fullmatch(key)
     return (match["module"], match["part"]) if match else None
+
+
+def endings(module: str) -> Iterator[str]:
+    """Yield a module's name and each end of it that begins behind a dot, by which PEFT's settings may name it."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def by_module(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -222,8 +229,8 @@ def infer_config(
     options = {
         "r": rank,
         "target_modules": sorted(module.removeprefix("text_model.") for module in modules),
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": _pattern(known, alpha),
+        "rank_pattern": named(ranks, rank),
+        "alpha_pattern": named(known, alpha),
         "inference_mode": True,
     }
     (kind,) = kinds
@@ -245,7 +252,8 @@ def infer_config(
     return config
 
 
-def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+def named(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return the pattern that gives each module, by its whole name, its value where that is not the default."""
     return {re.escape(m.removeprefix("text_model.")): value for m, value in values.items() if value != default}
 
 

@@ -207,7 +207,8 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
         parser: whose flags the names are; --config itself is none of them.
 
     Raises:
-        UserError: the file cannot be read, is no mapping, or holds an unknown name or a value of another kind.
+        UserError: the file cannot be read, is no mapping, or holds an unknown name, one twice, or a value of another
+            kind.
     """
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
@@ -215,11 +216,20 @@ def words_of_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
         aliases = (event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent))
         alias = next(aliases, None)
         settings = None if alias else yaml.safe_load(text)
+        root = None if alias else yaml.compose(text, yaml.SafeLoader)
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:  # a ValueError of a 13th month, say
         raise UserError(f"--config {file} cannot be read: {_reason(error)}. Correct it.") from None
     if alias:
         line = alias.start_mark.line + 1
         raise UserError(f"--config {file}: line {line} names another value by an alias. Write the value itself.")
+    lines = {}
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():  # of two YAML would take the last
+        name, line = _without_token(str(key.value)), key.start_mark.line + 1
+        if name in lines:
+            raise UserError(
+                f"--config {file}: line {line} gives {name!r} again, after line {lines[name]}. Keep one of them."
+            )
+        lines[name] = line
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} holds no names with values. Write lines such as `rank: 16`.")

@@ -48,19 +48,23 @@ def is_library_cache(place: object) -> bool:
 
 
 def check_outside(settings: Mapping[str, object]) -> None:
-    """Check that what is written does not lie among the pictures; the settings are by the names of their flags.
+    """Check that what is written does not lie among the data; the settings are by the names of their flags.
+
+    A data set of the hub has no folder; a local copy of one is read with all that lies in it.
 
     Raises:
         UserError: it does.
     """
-    directory = settings["train_data_dir"]
+    directories = {name: settings.get(name) for name in ("train_data_dir", "dataset_name")}
     for flag in ("output_dir", "conditioning_cache_dir", "cache_dir", "logging_dir"):
         place = settings.get(flag)
-        if place and directory and Path(place).resolve().is_relative_to(Path(directory).resolve()):
-            raise UserError(
-                f"--{flag} {place} lies in --train_data_dir {directory}: what is written there would be among what to "
-                "train on when the folder is read again. Give one outside of it."
-            )
+        for name, directory in directories.items():
+            is_folder = bool(directory) and Path(directory).is_dir()
+            if place and is_folder and Path(place).resolve().is_relative_to(Path(directory).resolve()):
+                raise UserError(
+                    f"--{flag} {place} lies in --{name} {directory}: what is written there would be among what to "
+                    "train on when the folder is read again. Give one outside of it."
+                )
 
 
 def find_pictures(

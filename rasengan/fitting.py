@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from rasengan import UserError
 from rasengan.adapters import (
@@ -16,6 +15,7 @@ from rasengan.adapters import (
     Config,
     alpha_of,
     by_module,
+    endings,
     fit_names,
     kind_of,
     rank_of,
@@ -62,9 +62,9 @@ def check_adapter(
     modules = {module: parts for module, parts in by_module(fitted).items() if isinstance(layers.get(module), LAYER)}
     for module, parts in modules.items():
         problems += _shape_problems(module, parts, config, layers[module])
+    targets = set(config.target_modules)  # names or their ends
     for module, layer in layers.items():
-        targeted = isinstance(layer, LAYER) and bool(check_target_module_exists(config, module))
-        if targeted and module not in modules:
+        if isinstance(layer, LAYER) and module not in modules and not targets.isdisjoint(endings(module)):
             problems.append(f"{module} is targeted, but has no weights")
     if problems or not modules:
         shown = "; ".join(problems[:5]) or "it holds no weights"

@@ -49,6 +49,10 @@ SIXTEEN_BITS = {"PPM", "PNG"}
 MOST_ASPECT = 100
 
 
+# Of what is remembered of pictures. Another is needed once fewer can be used than before: others are not read.
+FORMAT = 1
+
+
 class Picture(NamedTuple):
     """What is known of a picture file without decoding it again."""
 
@@ -161,25 +165,28 @@ def inspect_pictures(
 ) -> list[Picture]:
     """Decode every picture once, and return what there is to know of it, the reason included where it cannot be.
 
-    What was found is remembered in `memory_dir` by the content of the files, so the next run only reads them.
+    The size of each is remembered in `memory_dir` by the content of its file, which the next run only reads. What was
+    not decoded is looked at again: the cause may have been the machine's.
 
     Args:
         column: the undecoded image column.
         memory_dir: where to remember; made if missing.
         on_picture: called after each picture.
         positions: where the rows were in the data set; None if they are all of it.
+
+    Raises:
+        UserError: there is too little memory.
     """
     positions = list(range(len(column))) if positions is None else positions
     with ThreadPoolExecutor() as pool:
         known = list(pool.map(partial(_digest_picture, column), range(len(column)), positions))
-        digests = sorted(((picture.digest, picture.error) for picture in known), key=str)
-        everything = hashlib.blake2b(repr([PIL.__version__, digests]).encode(), digest_size=16)
-        file = memory_dir / f"pictures-{everything.hexdigest()}.json"
+        file = memory_dir / f"pictures-{FORMAT}-{PIL.__version__}.json"
         remembered = read_json_or_empty(file)
         pictures = list(pool.map(partial(_look_at, column, remembered, on_picture), range(len(column)), known))
-    facts = {p.digest: [p.height_px, p.width_px, p.error] for p in pictures if p.digest}
-    if facts.keys() - remembered.keys():
-        write_atomically(file, json.dumps(facts).encode())
+    sizes = {p.digest: [p.height_px, p.width_px] for p in pictures if p.digest and not p.error}
+    if any(remembered.get(digest) != size for digest, size in sizes.items()):
+        # Another run may have written in the meantime.
+        write_atomically(file, json.dumps(read_json_or_empty(file) | sizes).encode())
     return pictures
 
 
@@ -195,29 +202,32 @@ def _digest_picture(column: Sequence[dict], row: int, position: int) -> Picture:
     return Picture((record or {}).get("path") or f"picture {position}", digest, 0, 0, error, position)
 
 
-def _is_fact(fact) -> bool:
-    return isinstance(fact, list) and [type(part) for part in fact] in ([int, int, str], [int, int, type(None)])
+def _is_size(found: object) -> bool:
+    return isinstance(found, list) and len(found) == 2 and all(type(side) is int and side > 0 for side in found)
 
 
 def _look_at(
     column: Sequence[dict], remembered: dict, on_picture: Callable[[], object], row: int, picture: Picture
 ) -> Picture:
-    fact = [0, 0, picture.error] if picture.error else remembered.get(picture.digest)
-    if not _is_fact(fact):
+    size, error = remembered.get(picture.digest), picture.error
+    if not error and not _is_size(size):
         try:
             content = read_bytes(column[row])
-        except OSError as reason:  # a drive that went away says nothing of the content: no digest, no memory of it
+        except OSError as reason:  # a drive that went away says nothing of the content
             on_picture()
             return picture._replace(digest="", error=f"cannot be read: {reason.strerror}")
         try:
-            width, height = decode(content).size
-            fact = [height, width, None]
+            size = decode(content).size[::-1]
         except UnidentifiedImageError:
-            fact = [0, 0, "is no picture of a known format" if content else "is empty"]
+            error = "is no picture of a known format" if content else "is empty"
+        except MemoryError as reason:
+            raise UserError(
+                f"There is too little memory to decode {picture.name}. Close other programs, or make it smaller."
+            ) from reason
         except Exception as reason:  # Pillow's plugins raise anything on a broken file
-            fact = [0, 0, f"cannot be decoded: {str(reason) or type(reason).__name__}"]
+            error = f"cannot be decoded: {str(reason) or type(reason).__name__}"
     on_picture()
-    height_px, width_px, error = fact
+    height_px, width_px = (0, 0) if error else size
     return picture._replace(height_px=height_px, width_px=width_px, error=error)
 
 

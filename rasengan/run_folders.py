@@ -4,17 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from rasengan import UserError
+from rasengan.adapter_places import holds_adapter
 from rasengan.adapter_reader import is_peft_folder
 from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 
 
 # Folders below a folder of runs: RUN/checkpoint-N/ema, and one more for those who sort their runs.
 DEPTH = 4
-# What the names of an adapter's tensors have in every layout, and those of a base model, or of an optimizer, have not.
-TENSOR_NAMES = ("lora", "hada_", "lokr_")
 
 
 def find_adapters(root: Path) -> dict[str, Path]:
@@ -65,7 +62,8 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
             folders.clear()
         for file in sorted(folder / name for name in files if name.endswith(".safetensors")):
             stays = file.resolve().is_relative_to(root) and file.is_file()
-            if stays and file.name != PEFT_FILE and _is_adapter(file):
+            # By its name one is an adapter also where it is damaged, which is said when it is chosen.
+            if stays and file.name != PEFT_FILE and (file.name == DIFFUSERS_FILE or holds_adapter(file)):
                 adapters.append(file)
         yield folder, adapters
 
@@ -74,14 +72,6 @@ def _stays_inside(peft_folder: Path, root: Path) -> bool:
     # All that reading it opens, since a folder in it, or a file, may be a link.
     places = (peft_folder / folder / name for folder in (".", *ADAPTABLE[1:]) for name in (PEFT_CONFIG, PEFT_FILE))
     return all(place.resolve().is_relative_to(root) for place in places)
-
-
-def _is_adapter(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt") as content:  # which reads the names alone
-            return any(part in key for key in content.keys() for part in TENSOR_NAMES)
-    except (OSError, SafetensorError):
-        return file.name == DIFFUSERS_FILE  # that it is damaged is said when it is chosen
 
 
 def _time_of_change(adapter: Path) -> float:

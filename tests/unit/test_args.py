@@ -359,6 +359,21 @@ def test_what_is_said_of_a_wrong_configuration_file_holds_no_token(parse_config,
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("rank: 4\nseed: 1\nrank: 8\n", "line 3 gives 'rank' again, after line 1. Keep one of them"),
+        ("{rank: 4, 'rank': 4}", "line 1 gives 'rank' again, after line 1"),
+        ("hub_token hf_secret: 1\nhub_token hf_secret: 2\n", "line 2 gives 'hub_token' again"),
+    ],
+)
+def test_a_name_that_a_configuration_file_gives_twice_is_refused(parse_config, text, named):
+    with pytest.raises(UserError) as error:
+        parse_config(text)
+    assert f"run.yaml: {named}" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
 def test_a_configuration_file_that_is_not_there_is_refused_by_name(parse, tmp_path):
     assert_refused(parse, ["--config", str(tmp_path / "none.yaml")], named="none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00rank")

@@ -233,9 +233,11 @@ def test_broken_files_are_found_and_remembered(tmp_path, monkeypatch):
     ]
     assert len({picture.digest for picture in found}) == len(calls) == 5
     assert not any("object at 0x" in (picture.error or "") for picture in found)
+    decoded, decode = [], imaging.decode
     with monkeypatch.context() as patch:
-        patch.setattr(imaging, "decode", lambda content: pytest.fail("a second look decodes nothing"))
+        patch.setattr(imaging, "decode", lambda content: decoded.append(content) or decode(content))
         assert imaging.inspect_pictures(column, tmp_path / "memory") == found
+    assert sorted(decoded) == sorted((folder / f"{broken}.png").read_bytes() for broken in (1, 2, 3))
 
     # A changed picture is seen, even of the same length and age; so is one that has gone.
     before = (folder / "0.png").stat()
@@ -341,9 +343,76 @@ def test_a_warm_start_reads_each_picture_once(dataset, pictures, tmp_path):
 def test_a_memory_of_another_form_is_not_believed(dataset, pictures, tmp_path):
     assert imaging.inspect_pictures(dataset["image"], tmp_path) == pictures
     (file,) = tmp_path.glob("pictures-*.json")
-    for damage in ([1], [1, 2, 3], ["1", "2", None], {"a": 1}, "text", [9, 9, None, 1]):
+    for damage in ([1], [1, 2, 3], ["1", "2"], [9, 9, None], {"a": 1}, "text", [0, 9], [True, 9]):
         file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), damage)))
         assert imaging.inspect_pictures(dataset["image"], tmp_path) == pictures
+
+
+def test_a_picture_that_cannot_be_decoded_is_looked_at_again_by_the_next_run(tmp_path, monkeypatch):
+    column = [{"bytes": encoded(noise_image(20, 30)), "path": "a.png"}, {"bytes": b"none", "path": "b.png"}]
+
+    def fail(content):
+        raise OSError(errno.EIO, "transient")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imaging, "decode", fail)
+        assert "transient" in imaging.inspect_pictures(column, tmp_path)[0].error
+    assert [picture.error for picture in imaging.inspect_pictures(column, tmp_path)] == [
+        None,
+        "is no picture of a known format",
+    ]
+
+
+def test_too_little_memory_is_no_fault_of_a_picture(tmp_path, monkeypatch):
+    column = [{"bytes": encoded(noise_image(20, 30)), "path": "a.png"}]
+
+    def fail(content):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imaging, "decode", fail)
+        with pytest.raises(UserError, match="There is too little memory to decode a.png. Close other programs"):
+            imaging.inspect_pictures(column, tmp_path)
+    assert imaging.inspect_pictures(column, tmp_path)[0].error is None
+
+
+def test_one_picture_more_is_the_only_one_that_is_decoded(tmp_path, monkeypatch):
+    column = [{"bytes": encoded(noise_image(20, 30, seed)), "path": f"{seed}.png"} for seed in range(4)]
+    imaging.inspect_pictures(column[:3], tmp_path)
+    decoded, decode = [], imaging.decode
+    monkeypatch.setattr(imaging, "decode", lambda content: decoded.append(content) or decode(content))
+    imaging.inspect_pictures(column, tmp_path)
+    assert decoded == [column[3]["bytes"]]
+    decoded.clear()
+    imaging.inspect_pictures(column[:1], tmp_path)
+    imaging.inspect_pictures(column, tmp_path)
+    assert decoded == []
+
+
+def test_what_an_older_form_remembers_of_pictures_is_not_read(tmp_path, monkeypatch):
+    column = [{"bytes": encoded(noise_image(20, 30)), "path": "a.png"}]
+    imaging.inspect_pictures(column, tmp_path)
+    decoded, decode = [], imaging.decode
+    monkeypatch.setattr(imaging, "decode", lambda content: decoded.append(content) or decode(content))
+    monkeypatch.setattr(imaging, "FORMAT", imaging.FORMAT + 1)
+    imaging.inspect_pictures(column, tmp_path)
+    assert decoded == [column[0]["bytes"]]
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+def test_what_is_written_lies_outside_of_the_data_whichever_flag_gives_them(tmp_path, flag):
+    settings = {"train_data_dir": None, "dataset_name": None, "output_dir": str(tmp_path / "set" / "run")}
+    settings |= {"conditioning_cache_dir": str(tmp_path / "cache"), "cache_dir": None}
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match=f"--output_dir .*run lies in --{flag} .*set: .* Give one outside of it."):
+        data.check_outside(settings | {flag: str(tmp_path / "set")})
+    data.check_outside(settings | {flag: str(tmp_path / "set"), "output_dir": str(tmp_path / "run")})
+
+
+def test_a_hub_dataset_has_no_folder_to_lie_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"train_data_dir": None, "dataset_name": "org/name", "output_dir": "org/name/run"}
+    data.check_outside(settings)
 
 
 def test_captions_beside_pictures_that_have_metadata_too_are_told_of(tmp_path, caplog):

@@ -23,12 +23,13 @@ FLOORS = [
         "stopping",
     }
     | {"tensor_files", "world"},
+    {"adapter_settings"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "logs", "memory", "miniature", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
-    {"captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization", "sharded_cache", "sheets"},
+    {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization"}
+    | {"sharded_cache", "sheets"},
     {
-        "adapter_places",
         "conversion",
         "data",
         "decoding",

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from rasengan import UserError
+from rasengan.adapter_reader import read_adapter
 from rasengan.run_folders import choose_adapter, find_adapters
 
 
@@ -54,6 +55,19 @@ def test_all_layouts_are_found_and_the_newest_is_first(runs):
         "others/loha.safetensors",
         "others/kohya style.safetensors",
     ]
+
+
+def test_a_whole_model_with_a_stray_tensor_of_an_adapters_is_none(runs):
+    before = find_adapters(runs)
+    names = ("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.to_q.lora_A.weight")
+    save_file({name: torch.zeros(1) for name in names}, runs / "tuned" / "model.safetensors")
+    assert find_adapters(runs) == before
+
+
+def test_a_damaged_adapter_is_offered_and_refused_when_it_is_read(runs):
+    (runs / "new" / "checkpoint-1" / "pytorch_lora_weights.safetensors").write_bytes(b"half of a file")
+    with pytest.raises(UserError, match="is no whole safetensors file"):
+        read_adapter(choose_adapter(runs, "new/checkpoint-1"))
 
 
 def test_a_run_itself_may_be_given(runs):
@@ -124,8 +138,7 @@ def test_the_folder_itself_may_be_a_link(runs, tmp_path):
 def test_a_name_that_is_not_in_the_list_is_refused_and_nothing_read(name, runs, monkeypatch):
     outside(runs)
     opened = []
-    monkeypatch.setattr("rasengan.run_folders.safe_open", lambda file, **_: opened.append(file) or 1 / 0)
-    monkeypatch.setattr("rasengan.run_folders._is_adapter", lambda file: opened.append(file) or True)
+    monkeypatch.setattr("rasengan.run_folders.holds_adapter", lambda file: opened.append(file) or True)
     with pytest.raises(UserError, match="is none of the .* adapters here. Choose one from the list."):
         choose_adapter(runs, name)
     assert all(file.is_relative_to(runs) for file in opened)
