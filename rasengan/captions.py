@@ -278,9 +278,19 @@ def find_long_captions(captions: list[list[str]], pictures: list[Picture], token
     for name, tokens in zip(names, tokenized, strict=True):
         if len(tokens) > limit:
             # Without its begin and end, and with their room for them.
-            seen, unseen = (tokenizer.decode(part).strip() for part in (tokens[1 : limit - 1], tokens[limit - 1 : -1]))
+            seen, unseen = _whole_characters(tokens[1:-1], limit - 2, tokenizer)
             found.append(LongCaption(name, len(tokens), seen, unseen))
     return sorted(found, key=lambda one: one.token_count, reverse=True)
+
+
+def _whole_characters(tokens: list[int], limit: int, tokenizer) -> tuple[str, str]:
+    """Return the texts of the first `limit` tokens and of the rest; a character that is cut belongs to the rest."""
+    marks = tokenizer.decode(tokens).count("\ufffd")  # which the caption itself may hold
+    for place in range(limit, limit - 4, -1):  # a character has four bytes at most, each of which may be a token
+        seen, unseen = (tokenizer.decode(part).strip() for part in (tokens[:place], tokens[place:]))
+        if (seen + unseen).count("\ufffd") == marks:
+            break
+    return seen, unseen
 
 
 def _shortened(text: str) -> str:

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from rasengan import UserError, captions, components, data, demo, imaging
+from rasengan import UserError, captions, components, data, demo, imaging, miniature
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
 
 
@@ -83,6 +83,16 @@ def test_a_long_caption_is_seen_to_the_last_token_before_the_end(tiny_base):
     for one, words in zip(found, (40, 30, 26), strict=True):
         assert one.seen.split() == ["word"] * 25
         assert one.unseen.split() == ["word"] * (words - 25)
+
+
+@pytest.mark.parametrize(
+    "words", ["🦊" * 40, "é猫🦊" * 20, "a " + "🦊" * 40, "ab " + "🦊" * 40, "\ufffd🦊" * 30], ids=range(5)
+)
+def test_a_long_caption_is_cut_between_whole_characters(words):
+    tokenizer = components.load("tokenizer", miniature.ASSETS / "miniature" / "tokenizer")
+    (found,) = captions.find_long_captions([[words]], [imaging.Picture("1.png", "", 8, 8, None)], tokenizer)
+    assert found.seen
+    assert words.replace(" ", "") == (found.seen + found.unseen).replace(" ", "")
 
 
 # --- sizes and crops, after torchvision's formulas ---
