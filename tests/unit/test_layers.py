@@ -39,8 +39,8 @@ FLOORS = [
         "run_folders",
     }
     | {"scores"},
-    {"cache", "checkpoint", "data_survey", "drawing", "fused", "held_out", "hub", "merging", "progress", "samples"},
-    {"checkpoint_writer", "data_report", "pipeline", "prompts", "resuming", "step", "whole_model"}
+    {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
+    {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "whole_model"}
     | {"validation_loss", "validation_pictures"},
     {"data_page", "evaluation", "pairs", "training_settings"},
     {"evaluation_page"},
