@@ -250,8 +250,7 @@ def steps_of_adapter(args: argparse.Namespace) -> int | None:
         return checkpoint.step_of(path)
     if path.name == checkpoint.BEST_FOLDER:
         return checkpoint.best_step(path.parent)
-    else:
-        step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
+    step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
     return step if type(step) is int and step > 0 else None
 
 
