@@ -17,6 +17,11 @@ from rasengan.imaging import Picture, is_picture_name
 logger = logging.getLogger(__name__)
 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # what datasets takes for it
+# Of files that stand beside pictures in many data sets, and are none.
+COMPANIONS = {".txt", ".caption", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml"}
+COMPANIONS |= {".toml", ".ini", ".db", ".log", ".lock", ".npz", ".npy", ".pt", ".safetensors", ".py", ".html", ".xml"}
+COMPANIONS |= {".pdf", ".zip", ".tar", ".tgz", ".gz"}
+COMPANION_NAMES = {"readme", "license", "licence", "copying", "notice"}
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number"}
 _KINDS |= {bool: "true or false", type(None): "null"}
 FAULTS = "__caption_fault__"  # a column that says why a picture has no caption, only where one has none
@@ -39,7 +44,7 @@ class Beside(NamedTuple):
 
     pictures: list[Path]
     texts: list[Path]  # of these pictures
-    strays: list[Path]  # the .txt of no picture
+    strays: list[Path]  # the .txt of no picture, and of no file that may be one of an unknown format
 
 
 def find_beside(files: list[Path]) -> Beside | None:
@@ -50,7 +55,14 @@ def find_beside(files: list[Path]) -> Beside | None:
     texts = [file for file in all_texts if file.with_suffix("") in names]
     if not texts or any(file.name in METADATA for file in files):
         return None
+    names |= {file.with_suffix("") for file in unknown_files(files)}
     return Beside(pictures, texts, [file for file in all_texts if file.with_suffix("") not in names])
+
+
+def unknown_files(files: list[Path]) -> list[Path]:
+    """Return which of a folder's files are neither pictures that can be read nor what stands beside them."""
+    others = (file for file in files if not is_picture_name(file) and file.suffix.lower() not in COMPANIONS)
+    return sorted(file for file in others if file.name.lower() not in COMPANION_NAMES)
 
 
 def hidden_by_metadata(files: list[Path]) -> list[Path]:
@@ -278,9 +290,19 @@ def find_long_captions(captions: list[list[str]], pictures: list[Picture], token
     for name, tokens in zip(names, tokenized, strict=True):
         if len(tokens) > limit:
             # Without its begin and end, and with their room for them.
-            seen, unseen = (tokenizer.decode(part).strip() for part in (tokens[1 : limit - 1], tokens[limit - 1 : -1]))
+            seen, unseen = _whole_characters(tokens[1:-1], limit - 2, tokenizer)
             found.append(LongCaption(name, len(tokens), seen, unseen))
     return sorted(found, key=lambda one: one.token_count, reverse=True)
+
+
+def _whole_characters(tokens: list[int], limit: int, tokenizer) -> tuple[str, str]:
+    """Return the texts of the first `limit` tokens and of the rest; a character that is cut belongs to the rest."""
+    marks = tokenizer.decode(tokens).count("\ufffd")  # which the caption itself may hold
+    for place in range(limit, limit - 4, -1):  # a character has four bytes at most, each of which may be a token
+        seen, unseen = (tokenizer.decode(part).strip() for part in (tokens[:place], tokens[place:]))
+        if (seen + unseen).count("\ufffd") == marks:
+            break
+    return seen, unseen
 
 
 def _shortened(text: str) -> str:

@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 
 from rasengan import UserError, adapter_reader, adapters, export, first_line
 from rasengan.diagnosis import SKIPPED
+from rasengan.files import read_json_or_empty
 from rasengan.manifest import MANIFEST_FILE, digest_of
 
 
@@ -62,6 +63,12 @@ def _numbered(output_dir: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """Return the optimizer steps of a `checkpoint-N`, from its name."""
     return int(path.name.split("-")[1])
+
+
+def best_step(output_dir: Path) -> int | None:
+    """Return after how many steps the adapter in `best/` was written; None where there is none, or nothing says so."""
+    step = read_json_or_empty(output_dir / BEST_FOLDER / BEST_FILE).get("step")
+    return step if type(step) is int and step > 0 else None
 
 
 def last_name(output_dir: Path, before: int | None = None) -> str:

@@ -120,6 +120,11 @@ def load_pictures(
             raise UserError(
                 f"{given} holds no pictures but in archives such as {min(packed).name}. Unpack them there."
             )
+        if unknown := captions.unknown_files(files):
+            raise UserError(
+                f"{given} holds no pictures of a known format, but {len(unknown)} other files: {_few(unknown)}. "
+                "Convert them to JPEG or PNG."
+            )
         raise none_there
     used_cache, beside = cache_dir, None
     try:
@@ -199,6 +204,12 @@ def _warn_of_odd_files(given: str, files: list[Path], paths: list[str | None], b
     if beside and beside.strays:
         strays = _few(beside.strays)
         logger.warning("%d .txt of %s stand beside no picture of their name: %s", len(beside.strays), given, strays)
+    named = {os.path.abspath(path) for path in paths if path}
+    if unknown := [file for file in captions.unknown_files(files) if os.path.abspath(file) not in named]:
+        logger.warning(
+            "%d files of %s are no pictures of a known format, and are left out: %s. Convert them to JPEG or PNG",
+            *(len(unknown), given, _few(unknown)),
+        )
 
 
 def list_files(directory: str) -> list[Path]:

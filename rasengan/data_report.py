@@ -52,6 +52,7 @@ def make_report(
     unread: list[str],
     long_captions: list[LongCaption] | None,
     *,
+    unknown: list[str],
     directory: str | None,
     sizes: list[Size],
     center_crop: bool,
@@ -66,6 +67,7 @@ def make_report(
         unlisted: files that no metadata names.
         unread: .txt whose captions do not count.
         long_captions: of the usable ones; None where tokens could not be counted.
+        unknown: files of no known format.
         directory: what names are shortened by; None leaves them.
         sizes: `imaging.crop_sizes`.
         center_crop: the crops are at the center, and not at random.
@@ -76,7 +78,7 @@ def make_report(
     named = [(text, name(p.name)) for p, texts in zip(usable.pictures, usable.captions, strict=True) for text in texts]
     shown = [picture._replace(name=name(picture.name)) for picture in usable.pictures]
     found = [
-        *_unusable_findings(pictures, usable, unlisted, unread, name),
+        *_unusable_findings(pictures, usable, unlisted, unread, unknown, name),
         *_size_findings(shown, sizes, center_crop),
         *_copy_findings(shown, looks),
         *_caption_findings(named, long_captions, name),
@@ -199,7 +201,12 @@ def _aspect_histogram(pictures: list[Picture]) -> dict[str, int]:
 
 
 def _unusable_findings(
-    pictures, usable: Usable, unlisted: list[str], unread: list[str], name: Callable[[str], str]
+    pictures,
+    usable: Usable,
+    unlisted: list[str],
+    unread: list[str],
+    unknown: list[str],
+    name: Callable[[str], str],
 ) -> list[Finding]:
     bad = [picture for picture in pictures if picture.error]
     missing = [picture for picture in bad if _is_missing(picture)]
@@ -235,6 +242,12 @@ def _unusable_findings(
             "of the .txt are not read",
             "One counts if it has its picture's name and there is no metadata. Rename it, or move it elsewhere.",
             [name(file) for file in unread],
+        ),
+        Finding(
+            len(unknown),
+            "file is no picture of a known format" if len(unknown) == 1 else "files are no pictures of a known format",
+            "Left out. Convert them to JPEG or PNG, or move them elsewhere.",
+            [name(file) for file in unknown],
         ),
     ]
 

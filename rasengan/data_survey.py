@@ -35,11 +35,17 @@ class Usable(NamedTuple):
     bad_captions: list[tuple[str, str]]  # the picture's name, and what is wrong
 
 
-def unlisted_pictures(directory: str, column: datasets.Column) -> list[str]:
-    """Return the picture files of a folder that no line of its metadata names; `column` is undecoded."""
+def unlisted_files(directory: str, column: datasets.Column) -> tuple[list[str], list[str]]:
+    """Return the files of a folder that no row of its data set has: pictures, and those of no known format.
+
+    Args:
+        directory: the folder.
+        column: of its pictures, undecoded.
+    """
     named = {os.path.abspath(record["path"]) for record in column if record and record["path"]}
-    files = sorted(path for path in data.list_files(directory) if imaging.is_picture_name(path))
-    return [str(path) for path in files if os.path.abspath(path) not in named]
+    files = sorted(path for path in data.list_files(directory) if os.path.abspath(path) not in named)
+    pictures = [path for path in files if imaging.is_picture_name(path)]
+    return [str(path) for path in pictures], [str(path) for path in captions.unknown_files(files)]
 
 
 def unread_captions(directory: str) -> list[str]:

@@ -7,12 +7,15 @@ so that differences are taken picture by picture, and their standard error is th
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
 
-from rasengan import components, merging, prompts, samples, sdxl, step
+from rasengan import UserError, checkpoint, components, data_survey, merging, prompts, samples, sdxl, step
+from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.components import TEXT_ENCODERS
 from rasengan.imaging import Picture
@@ -52,6 +55,40 @@ def trained_sample(pictures: list[Picture], rows: list[int], count: int, seed: i
     first = {pictures[row].digest: row for row in reversed(rows)}
     chosen = sorted(first, key=lambda digest: samples.derive_seed("trained", seed, digest))[:count]
     return sorted(first[digest] for digest in chosen)
+
+
+def to_draw(texts: list[str], count: int, seeds: list[int]) -> list[Drawn]:
+    """Return `count` pictures for each of the user's seeds: of some texts, evenly spread, or of each several."""
+    places = [number % len(texts) for number in range(count)]
+    places = data_survey.spread(len(texts), count) if count < len(texts) else places
+    return [
+        Drawn(texts[place], group, group * count + number) for group in seeds for number, place in enumerate(places)
+    ]
+
+
+def saved_adapters(run: Path, measured: int | None) -> tuple[dict[int, Path], list[str]]:
+    """Return a run's adapters by step, those of its checkpoints and the best one, and why others are left out.
+
+    Args:
+        run: its output folder.
+        measured: a step whose adapter is not needed.
+    """
+    found, notes, best = {}, [], checkpoint.best_step(run)
+    if best not in (None, measured):
+        try:
+            read_adapter(run / checkpoint.BEST_FOLDER)
+            found[best] = run / checkpoint.BEST_FOLDER
+        except UserError as error:
+            notes.append(f"{checkpoint.BEST_FOLDER} is left out: {error}")
+    for path in checkpoint.list_checkpoints(run):
+        if checkpoint.step_of(path) == measured:
+            continue
+        if damage := checkpoint.find_damage(path):
+            notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
+            continue
+        average = path / checkpoint.EMA_FOLDER
+        found[checkpoint.step_of(path)] = average if average.is_dir() else path
+    return dict(sorted(found.items())), notes
 
 
 class Bench:
@@ -158,7 +195,11 @@ def compare(base: torch.Tensor, tuned: torch.Tensor, num_train_timesteps: int) -
 
 
 def loss_figures(
-    held_out: samples.TrainingSamples, losses: dict[str, Losses], points: list[Point], num_train_timesteps: int
+    held_out: samples.TrainingSamples,
+    losses: dict[str, Losses],
+    points: list[Point],
+    num_train_timesteps: int,
+    best_step: int | None = None,
 ) -> dict[str, object]:
     """Return what there is to say of the losses.
 
@@ -167,6 +208,7 @@ def loss_figures(
         losses: of both `KINDS`.
         points: of the base, the tuned model and the checkpoints, in any order.
         num_train_timesteps: of the schedule.
+        best_step: as `curve` takes it.
 
     Returns:
         `held_out` and `trained`, as `compare` has them, the latter None of no pictures; `pictures`, as `each_picture`
@@ -178,7 +220,7 @@ def loss_figures(
         found[name] = compare(base, tuned, num_train_timesteps) if len(base) else None
     found["pictures"] = each_picture(held_out, losses["base"].held_out, losses["tuned"].held_out)
     points = sorted(points, key=lambda point: point.step)
-    return found | {"curve": curve(points) if len(points) > 2 else None}
+    return found | {"curve": curve(points, best_step) if len(points) > 2 else None}
 
 
 def each_picture(
@@ -194,14 +236,25 @@ def each_picture(
     return sorted(found, key=lambda about: (math.isnan(about["change"]), about["change"]))
 
 
-def curve(points: list[Point]) -> dict[str, object]:
+def no_curve(points: list[Point]) -> str:
+    """Say why so few points are no curve."""
+    steps = [point.step for point in points if point.step]
+    return (
+        f"--checkpoints: there is no curve, since no step {f'but {steps[0]} ' if steps else ''}is left to measure. "
+        "Train with more checkpoints (a larger --checkpoints_total_limit) or with --save_best."
+    )
+
+
+def curve(points: list[Point], best_step: int | None = None) -> dict[str, object]:
     """Return the mean losses by step, where the held-out one is lowest, and whether it rises after that.
 
     It rises where the last one is higher than the lowest by more than two standard errors of the pictures'
     differences, as it would by chance in one of forty, and more often where the lowest is that of many points.
 
     Args:
-        points: by step, the base's first.
+        points: by step, the base's first, two at least.
+        best_step: after which training found the lowest loss of these pictures, whatever else it measured; None where
+            that is not known.
     """
     means = [
         {"step": at, "held_out": _mean(losses.held_out), "trained": _mean(losses.trained)} for at, losses in points
@@ -212,7 +265,11 @@ def curve(points: list[Point]) -> dict[str, object]:
     lowest, last = min(finite, key=lambda place: means[place]["held_out"]), points[-1]
     rise = change(points[lowest].losses.held_out, last.losses.held_out)
     rises = rise["change"] > 2 * rise["error"]  # not so for a NaN
-    said = _verdict(points[lowest].step, last.step, rise, rises)
+    steps = [point.step for point in points]
+    known, gap = best_step in steps, max(pairwise(steps), key=lambda ends: ends[1] - ends[0])
+    if known or gap[1] - gap[0] <= last.step / 2:
+        gap = None
+    said = _verdict(points[lowest].step, last.step, rise, rises, len(last.losses.held_out), gap)
     if rises and len(last.losses.trained):
         of_trained = change(points[lowest].losses.trained, last.losses.trained)
         if of_trained["change"] > 2 * of_trained["error"]:
@@ -221,19 +278,40 @@ def curve(points: list[Point]) -> dict[str, object]:
             said += f" by {signed(of_trained['change'])}. Lower --learning_rate."
         else:
             said += f" Meanwhile that of pictures trained on changed by {signed(of_trained['change'])}."
+    said += f" {_range(steps[1:], gap, best_step if known else None)}"
     return {"points": means, "lowest_step": points[lowest].step, "rises": rises, "verdict": said}
 
 
-def _verdict(lowest: int, last: int, rise: dict[str, float], rises: bool) -> str:
+def _verdict(
+    lowest: int, last: int, rise: dict[str, float], rises: bool, pictures: int, gap: tuple[int, int] | None
+) -> str:
     if lowest == last:
-        return f"The held-out loss is lowest at the last step, {last}: no overfitting is seen."
+        said = f"The held-out loss is lowest at the last step, {last}"
+        if pictures == 1:
+            return f"{said}, but of a single picture, which does not tell it from chance."
+        return f"{said}, of those measured." if gap else f"{said}: no overfitting is seen."
     where = f"after step {lowest}" if lowest else "without the adapter"
     if not math.isfinite(rise["change"]):
         return f"The held-out loss is lowest {where}, and not finite after step {last}: the run diverged."
     found = f"The held-out loss is lowest {where}, and {signed(rise['change'])} from there after step {last}"
     if not rises:
         return f"{found}, which so few pictures do not tell from chance."
+    if gap:
+        return f"{found}: overfitting is seen."
     return f"{found}: overfitting starts {'there' if lowest else 'at once'}."
+
+
+def _range(steps: list[int], gap: tuple[int, int] | None, best_step: int | None) -> str:
+    several = f"{len(steps)} steps from {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+    said = f"Measured were the base and {several}"
+    if best_step is not None:
+        return f"{said}, that of the lowest loss in training, {best_step}, among them."
+    if gap is None:
+        return f"{said}."
+    return (
+        f"{said}, but none between {gap[0]} and {gap[1]}, where the loss may be lower: more checkpoints (a larger "
+        "--checkpoints_total_limit) or training with --save_best would show it."
+    )
 
 
 def _mean(losses: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ from rasengan.validation_loss import LOSS
 
 
 EVENTS = "events.out.tfevents."  # what TensorBoard's files begin with
+FEW_PICTURES = 100  # under which chance weighs much in KID and CMMD
 MOST_PAIRS, MOST_HELD_OUT = 48, 200
 WIDTH, HEIGHT = 400, 240  # of the chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 40  # its margins
@@ -53,8 +54,16 @@ def tables(figures: dict) -> list[Table]:
 
 
 def _curve_table(points: list[dict]) -> Table:
-    rows = [[f"{p['step']:,}" if p["step"] else "base", _loss(p["held_out"]), _loss(p["trained"])] for p in points]
-    return Table("Loss by step", ["step", "held out", "trained on"], rows)
+    rows = [
+        [f"{p['step']:,}" if p["step"] else "base", *(_loss(p[name]) for name in _measured(points))] for p in points
+    ]
+    return Table("Loss by step", ["step", *_measured(points).values()], rows)
+
+
+def _measured(points: list[dict]) -> dict[str, str]:
+    """Return the names of a curve's losses with their labels: that of pictures trained on where these are known."""
+    has_trained = any(math.isfinite(point["trained"]) for point in points)
+    return {"held_out": "held out"} | ({"trained": "trained on"} if has_trained else {})
 
 
 def _loss_table(what: str, compared: dict) -> Table:
@@ -88,9 +97,14 @@ def _clip_table(scores: dict) -> Table:
         text = f"CMMD (to {scores['reference_pictures']:,} of the data; lower is nearer)"
         rows.append([text, *(f"{scores[kind]['cmmd']:.3f}" for kind in KINDS)])
         if all("kid" in scores[kind] for kind in KINDS):
-            text = "KID x 1000 (likewise, by CLIP's embeddings)"
-            rows.append([text, *(f"{1000 * scores[kind]['kid']:.3f}" for kind in KINDS)])
+            text = "KID x 1000 (likewise, by CLIP's embeddings; ± over subsets)"
+            rows.append([text, *(_kid(scores[kind]) for kind in KINDS)])
     return Table("By CLIP", ["", *KINDS], rows)
+
+
+def _kid(scores: dict) -> str:
+    deviation = scores["kid_std"]
+    return f"{1000 * scores['kid']:.3f}" + (f" ± {1000 * deviation:.3f}" if math.isfinite(deviation) else "")
 
 
 def _loss(value: float) -> str:
@@ -110,9 +124,22 @@ def sentences(figures: dict) -> list[str]:
         said = "The tuned model's loss is not finite"
     elif math.isfinite(error) and abs(compared["change"]) <= 2 * error:
         said += ", which so few pictures do not tell from chance"
+    elif compared["pictures"] == 1:
+        said += ", which a single picture does not tell from chance"
     if loss["trained"]:
         said += f", on pictures trained on by {signed(loss['trained']['change'])}"
-    return [f"{said}.", *([loss["curve"]["verdict"]] if loss["curve"] else []), *figures["notes"]]
+    verdict = [loss["curve"]["verdict"]] if loss["curve"] else []
+    return [f"{said}.", *verdict, *_few_scored(figures["pictures"]), *figures["notes"]]
+
+
+def _few_scored(pictures: dict) -> list[str]:
+    clip, drawn = pictures.get("clip"), pictures["count"]
+    if not clip or min(drawn, clip["reference_pictures"]) >= FEW_PICTURES:
+        return []
+    return [
+        f"KID and CMMD are of {drawn:,} pictures and {clip['reference_pictures']:,} of the data: of fewer than "
+        f"{FEW_PICTURES}, chance weighs much in both, and CMMD is the larger the fewer there are."
+    ]
 
 
 # --- text ---
@@ -230,7 +257,8 @@ def _picture(about: dict, jpeg: bytes) -> str:
 
 def chart(curve: dict) -> str:
     """Return the losses by step as SVG, with the base's as a dashed line; what is not finite is left out."""
-    points, series = curve["points"], {"held_out": ("first", "held out"), "trained": ("second", "trained on")}
+    points, kinds = curve["points"], {"held_out": "first", "trained": "second"}
+    series = {name: (kinds[name], label) for name, label in _measured(points).items()}
     values = [point[name] for point in points for name in series if math.isfinite(point[name])]
     if not values:
         return "<p>No loss is finite.</p>"
@@ -260,7 +288,7 @@ def chart(curve: dict) -> str:
             x, y = place(step, value)
             title = f"<title>step {step:,}: {value:.4f}</title>"
             parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
-    for x, (kind, label) in zip((LEFT, LEFT + 74), series.values(), strict=True):
+    for x, (kind, label) in zip((LEFT, LEFT + 74), series.values(), strict=False):
         parts.append(f'<text class="{kind}" x="{x}" y="{HEIGHT - 4}">● {label}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">steps; dashed: base</text>')
     text = html.escape(curve["verdict"])

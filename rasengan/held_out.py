@@ -23,11 +23,12 @@ def split(pictures: list[Picture], size: float | int | None, seed: int) -> Split
 
     Args:
         pictures: all of the data set.
-        size: a share of the different pictures (float), how many of them (int), or None for none.
+        size: a share of the different pictures (float), of which one at least is held out; how many of them (int); or
+            None for none.
         seed: the run's.
 
     Raises:
-        UserError: nothing would be left to train on, or nothing be held out.
+        UserError: nothing would be left to train on.
     """
     if size is None:
         return Split(list(range(len(pictures))), [], [])
@@ -36,14 +37,11 @@ def split(pictures: list[Picture], size: float | int | None, seed: int) -> Split
         first.setdefault(picture.digest, row)
     there = f"{len(first)} different pictures"
     if len(first) == 1:
+        one = "one picture" if len(pictures) == 1 else "one different picture"
         raise UserError(
-            f"--validation_split is {size}, but there is only one picture. Give more pictures, or drop the flag."
+            f"--validation_split is {size}, but there is only {one}. Give more pictures, or drop the flag."
         )
-    count = round(size * len(first)) if isinstance(size, float) else size
-    if count == 0:
-        raise UserError(
-            f"--validation_split {size} of {there} holds out none. Give a larger share, or a number such as 1."
-        )
+    count = max(1, round(size * len(first))) if isinstance(size, float) else size
     if count >= len(first):
         raise UserError(
             f"--validation_split {size} of {there} leaves none to train on. Give a smaller share or number."

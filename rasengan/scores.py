@@ -161,8 +161,10 @@ class _AsIs(torch.nn.Module):
         return embeds
 
 
-def kid(drawn: torch.Tensor, reference: torch.Tensor) -> float:
+def kid(drawn: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
     """Return KID, the distance of two sets of pictures' embeddings (N, D) and (M, D), of two pictures at least.
+
+    Beside it stands its standard deviation over the subsets, NaN where there is one alone.
 
     The squared maximum mean discrepancy with a cubic kernel, its unbiased estimate: of equal sets it is below 0, by as
     much as chance makes of sets of their size.
@@ -178,7 +180,8 @@ def kid(drawn: torch.Tensor, reference: torch.Tensor) -> float:
         distance = KernelInceptionDistance(feature=_AsIs(), subsets=subsets, subset_size=size)
         distance.update(reference, real=True)
         distance.update(drawn, real=False)
-        return distance.compute()[0].item()
+        mean, deviation = (value.item() for value in distance.compute())
+    return mean, deviation if subsets > 1 else math.nan
 
 
 def cmmd(drawn: torch.Tensor, reference: torch.Tensor) -> float:

@@ -57,15 +57,17 @@ def validate_args(args: argparse.Namespace) -> None:
         check_writable(Path(getattr(args, flag)), f"--{flag}")
 
 
-def find_pictures(args: argparse.Namespace) -> tuple[datasets.Dataset, list[imaging.Picture], list[str]]:
-    """Return the data set, what is known of each picture, and the files that no metadata names."""
+def find_pictures(
+    args: argparse.Namespace,
+) -> tuple[datasets.Dataset, list[imaging.Picture], tuple[list[str], list[str]]]:
+    """Return the data set, what is known of each picture, and what `unlisted_files` are left out."""
     whole, dataset, pictures = data.find_pictures(
         vars(args), lambda description, total: tqdm(desc=description, total=total, dynamic_ncols=True)
     )
-    unlisted = []
+    left_out = [], []
     if args.dataset_name is None:
-        unlisted = data_survey.unlisted_pictures(args.train_data_dir, whole[args.image_column])
-    return dataset, pictures, unlisted
+        left_out = data_survey.unlisted_files(args.train_data_dir, whole[args.image_column])
+    return dataset, pictures, left_out
 
 
 def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> list[captions.LongCaption] | None:
@@ -82,7 +84,7 @@ def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> 
 def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data_page.Tile], int]:
     """Return what there is to say, the pictures to show, and of how many these are."""
     sizes = imaging.crop_sizes(args.resolution, args.bucket_step_px if args.aspect_ratio_buckets else None)
-    dataset, pictures, unlisted = find_pictures(args)
+    dataset, pictures, (unlisted, unknown) = find_pictures(args)
     usable = data_survey.usable_rows(dataset, args.caption_column, pictures)
     long_captions = find_long_captions(args, usable)
     column = dataset.select(usable.rows)[args.image_column]
@@ -98,6 +100,7 @@ def make_report(args: argparse.Namespace) -> tuple[data_report.Report, list[data
         unlisted,
         data_survey.unread_captions(directory) if directory else [],
         long_captions,
+        unknown=unknown,
         directory=directory,
         sizes=sizes,
         center_crop=args.center_crop,

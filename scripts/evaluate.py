@@ -11,7 +11,7 @@ import argparse
 import gc
 import json
 import os
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +71,7 @@ gc.enable()
 
 
 SOURCE = ("dataset_name", "dataset_config_name", "train_data_dir")
+COMPONENT_PLACES = [flag.removeprefix("--") for flag in components.COMPONENT_FLAGS.values()]
 OWN = {"output_dir", "lora_alpha"}  # which training has too, and means otherwise
 MOST_REFERENCES = 500  # pictures of the data that KID and CMMD take
 
@@ -82,7 +83,8 @@ class Measured(NamedTuple):
     pictures: list[imaging.Picture]
     captions: list[list[str]]
     held_out: list[int]
-    trained: list[int]
+    trained: list[int]  # none where nothing says what was trained on
+    is_runs: bool  # the run's own split of its own pictures
 
 
 # --- the command line ---
@@ -108,7 +110,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("loss", "of held-out pictures, and of as many that were trained on").add_argument
     add("--validation_split", type=share_or_count_type, help="that of training: a share, such as 0.05, or a number")
-    add("--checkpoints", action="store_true", help="measure each checkpoint-N of the run too")
+    add("--checkpoints", action="store_true", help="measure the run's checkpoints and best/ too")
 
     add = parser.add_argument_group("pictures", "of both models, with the same noise").add_argument
     add(
@@ -219,7 +221,7 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     captions = read_captions(dataset, args.caption_column, pictures)
     rows = held_out.split(pictures, args.validation_split, args.seed)
-    settings, notes, trained = args.run_settings, [], rows.trained
+    settings, notes, trained, is_runs = args.run_settings, [], [], False
     if not args.run:
         notes.append(
             "No run says what was held out: a held-out picture may have been trained on, unless the training had this "
@@ -228,15 +230,16 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     elif settings.get("data_digest") != data.data_digest(pictures, captions):
         notes.append("These are not the pictures and captions of the training: it may have seen held-out ones.")
     else:
-        seen = held_out.split(pictures, settings.get("validation_split"), settings.get("seed", 0)).trained
-        chosen, known = ({pictures[row].digest for row in some} for some in (rows.held_out, seen))
-        trained = [row for row in seen if pictures[row].digest not in chosen]
+        of_run = held_out.split(pictures, settings.get("validation_split"), settings.get("seed", 0))
+        is_runs = of_run.held_out == rows.held_out
+        chosen, known = ({pictures[row].digest for row in some} for some in (rows.held_out, of_run.trained))
+        trained = [row for row in of_run.trained if pictures[row].digest not in chosen]
         if met := len(chosen & known):
             notes.append(f"{met} of {len(chosen)} held-out pictures were trained on: their loss tells less.")
     if settings.get("base_quantization", "none") != "none":
         notes.append("It was trained on a base in 4 bits, and is measured on the whole one.")
     trained = evaluation.trained_sample(pictures, trained, len(rows.held_out), args.seed)
-    return Measured(dataset[args.image_column], pictures, captions, rows.held_out, trained), notes
+    return Measured(dataset[args.image_column], pictures, captions, rows.held_out, trained, is_runs), notes
 
 
 def steps_of_adapter(args: argparse.Namespace) -> int | None:
@@ -245,9 +248,8 @@ def steps_of_adapter(args: argparse.Namespace) -> int | None:
     if path.name.startswith("checkpoint-") and path in checkpoint.list_checkpoints(path.parent):
         return checkpoint.step_of(path)
     if path.name == checkpoint.BEST_FOLDER:
-        step = read_json_or_empty(path / checkpoint.BEST_FILE).get("step")
-    else:
-        step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
+        return checkpoint.best_step(path.parent)
+    step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
     return step if type(step) is int and step > 0 else None
 
 
@@ -262,15 +264,8 @@ def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[
     """Return what is drawn, and with --judge the scenes that each seed's pictures show."""
     scenes = world.held_out_scenes(args.num_pictures) if args.judge else []
     texts = args.prompt or list(dict.fromkeys(measured.captions[row][0] for row in measured.held_out))
-    texts = [scene.caption for scene in scenes] or [
-        texts[place] for place in data_survey.spread(len(texts), args.num_pictures)
-    ]
-    drawn = [
-        Drawn(text, group, group * len(texts) + number)
-        for group in args.picture_seeds
-        for number, text in enumerate(texts)
-    ]
-    return drawn, scenes
+    texts = [scene.caption for scene in scenes] or texts
+    return evaluation.to_draw(texts, args.num_pictures, args.picture_seeds), scenes
 
 
 def encode(args, folders: dict, measured: Measured, prompts: set[str], sizes, device, dtype, make_bar) -> tuple:
@@ -314,7 +309,7 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
             embeds = scores.embed_images(clip, images[kind])
             found["clip"][kind] = {"score": scores.clip_score(embeds, texts), "cmmd": scores.cmmd(embeds, others)}
             if min(len(embeds), len(others)) > 1:
-                found["clip"][kind]["kid"] = scores.kid(embeds, others)
+                found["clip"][kind]["kid"], found["clip"][kind]["kid_std"] = scores.kid(embeds, others)
     return found
 
 
@@ -324,7 +319,7 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
 def measure_curve(
     args, bench: evaluation.Bench, both: list, losses: dict[str, Losses], step: int | None, skeletons: dict
 ) -> tuple[list[Point], list[str]]:
-    """Return the losses by step: of the base, of the adapter and of --checkpoints; and notes on what is left out.
+    """Return the losses by step: of the base, of the adapter and of --checkpoints; and notes on what is not.
 
     Args:
         args: of the command line.
@@ -336,17 +331,15 @@ def measure_curve(
     """
     # The curve is of averages where the run has them, which a checkpoint's own adapter is not.
     has_average = (Path(args.lora_weights) / checkpoint.EMA_FOLDER).is_dir()
-    on_curve, notes = None if has_average else step, []
+    on_curve = None if has_average else step
     points = [Point(0, losses["base"])] + ([Point(on_curve, losses["tuned"])] if on_curve else [])
-    paths = checkpoint.list_checkpoints(args.run) if args.checkpoints else []
-    for path in (path for path in paths if checkpoint.step_of(path) != on_curve):
-        if damage := checkpoint.find_damage(path):
-            notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
-            continue
-        print(f"Measuring {path.name}", flush=True)
-        average = path / checkpoint.EMA_FOLDER
-        bench.use(read_fitting(average if average.is_dir() else path, args.lora_alpha, skeletons))
-        points.append(Point(checkpoint.step_of(path), Losses(*map(bench.measure, both))))
+    saved, notes = evaluation.saved_adapters(args.run, on_curve) if args.checkpoints else ({}, [])
+    for at, path in saved.items():
+        print(f"Measuring the adapter of step {at}", flush=True)
+        bench.use(read_fitting(path, args.lora_alpha, skeletons))
+        points.append(Point(at, Losses(*map(bench.measure, both))))
+    if args.checkpoints and len(points) < 3:
+        notes.append(evaluation.no_curve(points))
     return points, notes
 
 
@@ -364,6 +357,27 @@ def write_report(output_dir: Path, figures: dict, pairs: list[evaluation_page.Pa
 # --- the story ---
 
 
+def telling_whose_places(run):
+    """Decorate what takes the arguments, so that its errors say which place is one of the run's settings."""
+
+    @wraps(run)
+    def call(args: argparse.Namespace) -> None:
+        try:
+            run(args)
+        except UserError as error:
+            for name in (*SOURCE, "pretrained_model_name_or_path", *COMPONENT_PLACES):
+                place = args.run_settings.get(name)
+                if place and place == getattr(args, name) and place in str(error) and not Path(place).exists():
+                    raise UserError(
+                        f"{error} This --{name} is that of {args.run / 'args.json'}, where a relative path starts at "
+                        "the folder that the training was started in: start evaluate.py there, or give the flag."
+                    ) from error
+            raise
+
+    return call
+
+
+@telling_whose_places
 def main(args: argparse.Namespace) -> None:
     """Measure, draw, score, and write the report."""
     validate_args(args)
@@ -435,8 +449,9 @@ def main(args: argparse.Namespace) -> None:
             "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
             "is of the time before, and may have seen held-out pictures."
         )
-    points, damaged = measure_curve(args, bench, both, losses, step, skeletons)
-    notes += damaged
+    points, more = measure_curve(args, bench, both, losses, step, skeletons)
+    notes += more
+    best_step = checkpoint.best_step(args.run) if measured.is_runs and args.lora_scale == 1 else None
     pipeline.drop_unet()
 
     # --- pictures and their scores ---
@@ -448,7 +463,8 @@ def main(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name != "run_settings"}
     figures = {"settings": settings | {"run": str(args.run) if args.run else None}, "notes": notes, "step": step}
     figures["pictures"] = found
-    figures["loss"] = evaluation.loss_figures(both[0], losses, points, scheduler.config.num_train_timesteps)
+    timesteps = scheduler.config.num_train_timesteps
+    figures["loss"] = evaluation.loss_figures(both[0], losses, points, timesteps, best_step)
     pairs = [
         evaluation_page.Pair(drawn[n], *(pages.as_jpeg(images[kind][n]) for kind in KINDS))
         for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)

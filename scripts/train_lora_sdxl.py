@@ -299,7 +299,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if args.base_quantization == "auto":
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
         idle = training_settings.idle_settings(vars(args))
-        resuming.check_resumable(resume_from, vars(args), args.resume_with_changes, idle)
+        resuming.check_resumable(resume_from, training_settings.public(vars(args)), args.resume_with_changes, idle)
     choose_kernels(args, device)
     if args.vram_budget_gib and device.type == "cuda":  # what encodes the pictures keeps to it too
         memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))

@@ -298,6 +298,38 @@ def test_strict_is_1_where_there_is_a_finding(check, folder, tmp_path):
     assert check(tmp_path, "--strict")[0] == 0
 
 
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_a_file_of_no_known_format_is_a_finding(with_metadata, check, tmp_path, capsys):
+    for number, name in enumerate(("a", "b")):
+        smooth(number, 64, 64).save(tmp_path / f"{name}.png")
+    if with_metadata:
+        write_metadata(tmp_path, {"a.png": "a fox", "b.png": "a bear"})
+    else:
+        for name in ("a", "b", "photo"):
+            (tmp_path / f"{name}.txt").write_text(f"caption {name}")
+    assert check(tmp_path)[0] == 0
+    capsys.readouterr()
+    for name in ("photo.heic", "noext", "tw.jpg_large", "README.md", "tags.csv"):
+        (tmp_path / name).write_bytes(b"?")
+    assert check(tmp_path, "--strict")[0] == 1
+    printed = capsys.readouterr().out
+    assert "3 files are no pictures of a known format" in printed
+    assert "Convert them to JPEG or PNG" in printed
+    assert "1 finding to look at" in printed
+    assert "Rename it" not in printed
+    assert all(name in printed for name in ("photo.heic", "noext", "tw.jpg_large"))
+
+
+def test_a_file_that_metadata_name_is_broken_and_not_unknown_too(check, tmp_path, capsys):
+    smooth(0, 64, 64).save(tmp_path / "a.png")
+    (tmp_path / "photo.heic").write_bytes(b"?")
+    write_metadata(tmp_path, {"a.png": "a fox", "photo.heic": "a bear"})
+    check(tmp_path, "--skip_bad_images")
+    printed = capsys.readouterr().out
+    assert "1 of 2 pictures are broken" in printed
+    assert "no pictures of a known format" not in printed
+
+
 def broken(folder):
     write_metadata(folder, {"a.png": "a fox", "b.png": "a bear"})
     smooth(0, 64, 64).save(folder / "a.png")

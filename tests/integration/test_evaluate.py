@@ -107,7 +107,7 @@ def test_pictures_are_judged_for_each_seed(evaluated):
         assert set(shares["seeds"]) == {"3", "5"}
         for name, mean in shares["mean"].items():
             assert mean == pytest.approx(sum(of[name] for of in shares["seeds"].values()) / 2), name
-        assert set(figures["clip"][kind]) == {"score", "cmmd", "kid"}
+        assert set(figures["clip"][kind]) == {"score", "cmmd", "kid", "kid_std"}
     assert figures["clip"]["reference_pictures"] == 9
     assert figures["clip"]["base"] != figures["clip"]["tuned"]
 
@@ -238,6 +238,63 @@ def test_an_adapter_of_no_run_is_evaluated_and_the_report_says_what_is_not_known
     )
     assert re.match("No run says what was held out", figures["notes"][0])
     assert figures["step"] is None
+    assert figures["loss"]["trained"] is None  # nothing says what was trained on
+
+
+def test_pictures_that_were_not_trained_on_are_not_called_so_and_do_not_count(run, evaluate, picture_set, tmp_path):
+    for name in ("pictures", "report"):
+        (tmp_path / name).mkdir()
+    lines = (picture_set / "metadata.jsonl").read_text().splitlines()[40:52]
+    for line in lines:
+        shutil.copy(picture_set / json.loads(line)["file_name"], tmp_path / "pictures")
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    figures = evaluate("--lora_weights", run, "--train_data_dir", tmp_path / "pictures", "--checkpoints", *FEW)
+    assert figures["loss"]["trained"] is None
+    assert [point["trained"] for point in figures["loss"]["curve"]["points"]] == [None] * 3
+    assert "trained on" not in figures["loss"]["curve"]["verdict"]
+    page = (tmp_path / "report" / "evaluation.html").read_text()
+    assert "trained on" not in page
+    assert "trained-on" not in page
+
+
+def test_the_best_adapter_of_a_run_is_on_its_curve(train, evaluate, read_scalars, tmp_path):
+    """A run that overfits at once, whose only checkpoint is the last one."""
+    flags = ["--learning_rate", 0.1, "--max_train_steps", 3, "--checkpointing_steps", 3, "--save_best"]
+    few = ["--lora_target_modules", "to_v", "attn2.to_k"]  # with which the third step does harm
+    run = train(*RUN, *flags, *few, "--validation_loss_steps", 1)
+    logged = read_scalars(run, "validation_loss")
+    best = json.loads((run / "best" / "best.json").read_text())["step"]
+    assert best < 3
+    figures = evaluate("--lora_weights", run, "--checkpoints", *FEW)
+    curve = figures["loss"]["curve"]
+    assert [point["step"] for point in curve["points"]] == [0, best, 3]
+    assert [point["held_out"] for point in curve["points"]] == pytest.approx(
+        [logged[step] for step in (0, best, 3)], rel=1e-5
+    )
+    assert f"that of the lowest loss in training, {best}, among them" in curve["verdict"]
+    shutil.copytree(run, tmp_path / "run")
+    weights = tmp_path / "run" / "best" / ADAPTER
+    weights.write_bytes(weights.read_bytes()[:-4])
+    figures = evaluate("--lora_weights", tmp_path / "run", "--checkpoints", *FEW)
+    assert figures["loss"]["curve"] is None
+    assert [note for note in figures["notes"] if note.startswith("best is left out: ")]
+    (note,) = [
+        note for note in figures["notes"] if note.startswith("--checkpoints: there is no curve, since no step but 3")
+    ]
+    assert "--save_best" in note
+
+
+def test_the_last_checkpoints_alone_do_not_show_that_a_run_did_not_overfit(train, evaluate):
+    run = train(*RUN, "--max_train_steps", 8, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
+    verdict = evaluate("--lora_weights", run, "--checkpoints", *FEW)["loss"]["curve"]["verdict"]
+    assert "no overfitting" not in verdict
+    assert "Measured were the base and 2 steps from 7 to 8, but none between 0 and 7" in verdict
+
+
+def test_more_pictures_than_captions_are_drawn_from_several_noises_of_each(run, evaluate):
+    figures = evaluate("--lora_weights", run, "--num_pictures", 5, "--num_inference_steps", 1)["pictures"]
+    assert figures["count"] == len({one["seed"] for one in figures["drawn"]}) == 5
+    assert len({one["prompt"] for one in figures["drawn"]}) == 3
 
 
 def test_another_split_or_other_pictures_are_told_of(run, evaluate, picture_set, tmp_path):
@@ -417,6 +474,17 @@ def test_a_strangers_settings_choose_no_folder_to_write_in(run, evaluate, evalua
     (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
     (private / "latents").mkdir()  # as in a cache, which is only added to
     assert evaluate_script.parse_args(["--lora_weights", str(tmp_path / "run")]).conditioning_cache_dir == str(private)
+
+
+@pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "train_data_dir"])
+def test_a_place_of_the_run_that_is_not_here_is_said_to_be_the_runs(name, run, evaluate, refused, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "args.json").read_text()) | {name: "some/folder/of/theirs"}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
+    said = rf"some/folder/of/theirs is n.* This --{name} is that of .*run/args\.json, .* the training was started in"
+    refused(said, evaluate, "--lora_weights", tmp_path / "run")
+    said = refused("nowhere is n", evaluate, "--lora_weights", tmp_path / "run", f"--{name}", tmp_path / "nowhere")
+    assert "args.json" not in said
 
 
 def test_a_folder_without_a_judge_is_refused(run, evaluate, refused, tmp_path):

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from rasengan import UserError, captions, components, data, demo, imaging
+from rasengan import UserError, captions, components, data, demo, imaging, miniature
 from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
 
 
@@ -83,6 +83,47 @@ def test_a_long_caption_is_seen_to_the_last_token_before_the_end(tiny_base):
     for one, words in zip(found, (40, 30, 26), strict=True):
         assert one.seen.split() == ["word"] * 25
         assert one.unseen.split() == ["word"] * (words - 25)
+
+
+@pytest.mark.parametrize(
+    "words", ["🦊" * 40, "é猫🦊" * 20, "a " + "🦊" * 40, "ab " + "🦊" * 40, "\ufffd🦊" * 30], ids=range(5)
+)
+def test_a_long_caption_is_cut_between_whole_characters(words):
+    tokenizer = components.load("tokenizer", miniature.ASSETS / "miniature" / "tokenizer")
+    (found,) = captions.find_long_captions([[words]], [imaging.Picture("1.png", "", 8, 8, None)], tokenizer)
+    assert found.seen
+    assert words.replace(" ", "") == (found.seen + found.unseen).replace(" ", "")
+
+
+# --- files of formats that are not known ---
+
+COMPANIONS = ["README", "README.md", "LICENSE", "info.json", "tags.csv", "a.npz", "a.caption", "Thumbs.db"]
+COMPANIONS += ["a.safetensors", "notes.txt", ".DS_Store", "dataset.toml", "desktop.ini", "train.log"]
+
+
+def test_files_of_no_known_format_are_told_of_and_their_captions_are_no_strays(tmp_path, caplog):
+    for name in ("a.png", "b.png"):
+        noise_image(20, 30).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("fine")
+    unknown = ["photo.heic", "noext", "tw.jpg_large", "print.eps"]
+    for name in [*unknown, *COMPANIONS]:
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "photo.txt").write_text("of a picture that cannot be read")
+    files = data.list_files(str(tmp_path))
+    assert [file.name for file in captions.find_beside(files).strays] == ["notes.txt"]
+    assert {file.name for file in captions.unknown_files(files)} == set(unknown)
+    assert read(tmp_path, tmp_path / "cache") == [["fine"], ["fine"]]
+    assert "4 files of" in caplog.text
+    assert "of a known format, and are left out: noext, photo.heic, print.eps, tw.jpg_large. Convert" in caplog.text
+
+
+def test_a_folder_of_unknown_formats_alone_is_refused_by_their_names(tmp_path):
+    for name in ("photo.heic", "other.heic"):
+        (tmp_path / name).write_bytes(b"?")
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    said = r"holds no pictures of a known format, but 2 other files: other\.heic, photo\.heic\. Convert them to"
+    with pytest.raises(UserError, match=said):
+        load_folder(tmp_path, tmp_path / "cache")
 
 
 # --- sizes and crops, after torchvision's formulas ---

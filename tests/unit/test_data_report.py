@@ -22,7 +22,8 @@ def report_of(sizes, captions=None, long_captions=(), *, kinds=None, sizes_of_cr
     hashes = np.random.default_rng(0).integers(0, 2**63, len(sizes)).tolist()
     looks = [Look(kind, False, Fingerprint(h, bytes(48)), b"") for kind, h in zip(kinds, hashes, strict=True)]
     usable = Usable(list(range(len(sizes))), pictures, captions, [])
-    options = {"directory": None, "sizes": list(sizes_of_crops), "center_crop": center_crop, "refused": ""}
+    options = {"directory": None, "sizes": list(sizes_of_crops), "center_crop": center_crop}
+    options |= {"unknown": [], "refused": ""}
     long_captions = None if long_captions is None else list(long_captions)
     return data_report.make_report(pictures, usable, looks, [], [], long_captions, **options)
 

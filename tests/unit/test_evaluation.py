@@ -112,18 +112,97 @@ def curve_of(*rows, trained=(1.0, 1.0, 1.0)):
             False,
             r"lowest after step 10, and \+10\.0 % .* step 20, which so few pictures do not tell from chance",
         ),
-        ([(1.0, 1.2, 1.4), (1.1, 1.31, 1.5)], 0, True, "lowest without the adapter, .*: overfitting starts at once"),
+        (
+            [(1.0, 1.2, 1.4), (1.1, 1.3, 1.5), (1.2, 1.41, 1.6)],
+            0,
+            True,
+            "lowest without the adapter, .*: overfitting starts at once",
+        ),
         ([(1.0, 1.2, 1.4), (0.9, 1.1, 1.3), (math.nan, 1, 1)], 10, False, "not finite after step 20: .* diverged"),
         ([(math.nan, 1, 1), (math.nan, 1, 1)], None, False, "No loss is finite"),
         ([(1.0,), (0.9,), (0.95,)], 10, False, "do not tell from chance"),
+        (
+            [(1.0,), (0.9,), (0.8,)],
+            20,
+            False,
+            r"at the last step, 20, but of a single picture, which does not tell it from chance\. Measured",
+        ),
     ],
-    ids=["falls", "rises", "by chance", "at once", "diverged", "never finite", "one picture"],
+    ids=["falls", "rises", "by chance", "at once", "diverged", "never finite", "one picture", "one that falls"],
 )  # fmt: skip
 def test_the_curve_says_where_overfitting_starts(rows, lowest, rises, said):
     found = curve_of(*rows)
     assert (found["lowest_step"], found["rises"]) == (lowest, rises)
     assert len(found["points"]) == len(rows)
     assert re.search(said, found["verdict"]), found["verdict"]
+
+
+def sparse_curve(steps, held_out, **options):
+    """The curve of three pictures' mean losses after these steps."""
+    points = [
+        Point(step, Losses(losses_of(mean - 0.2, mean, mean + 0.21), torch.zeros(0, 4)))
+        for step, mean in zip(steps, held_out, strict=True)
+    ]
+    return evaluation.curve(points, **options)["verdict"]
+
+
+def test_where_most_steps_were_not_measured_it_is_not_said_that_no_overfitting_is_seen():
+    """What two checkpoints at the end leave of a run, which may have overfitted long before."""
+    steps, means = [0, 2750, 3000], [1.0, 0.9, 0.8]
+    verdict = sparse_curve(steps, means)
+    assert "no overfitting" not in verdict
+    assert re.search(r"lowest at the last step, 3000, of those measured\. Measured were the base and 2 steps", verdict)
+    assert re.search(
+        r"from 2750 to 3000, but none between 0 and 2750, where .* --checkpoints_total_limit.* --save_best", verdict
+    )
+    verdict = sparse_curve(steps, [1.0, 0.9, 0.99])
+    assert re.search(
+        r"lowest after step 2750, .* from there after step 3000: overfitting is seen\. Measured were", verdict
+    )
+    verdict = sparse_curve([0, *range(500, 3001, 500)], [1.0, 0.95, 0.93, 0.9, 0.88, 0.86, 0.8])
+    assert re.search(r"3000: no overfitting is seen\. Measured were the base and 6 steps from 500 to 3000\.$", verdict)
+
+
+def test_the_step_of_the_lowest_loss_in_training_stands_for_those_that_training_measured():
+    verdict = sparse_curve([0, 500, 2750, 3000], [1.0, 0.7, 0.9, 0.8], best_step=500)
+    assert re.search(r"lowest after step 500, .*: overfitting starts there\.", verdict)
+    assert verdict.endswith("3 steps from 500 to 3000, that of the lowest loss in training, 500, among them.")
+    said = r"at the last step, 3000: no overfitting is seen\. .* the lowest loss in training, 3000, among them\.$"
+    assert re.search(said, sparse_curve([0, 2750, 3000], [1.0, 0.9, 0.8], best_step=3000))
+    assert "none between 0 and 2750" in sparse_curve([0, 2750, 3000], [1.0, 0.9, 0.8], best_step=500)
+
+
+def test_it_is_said_why_there_is_no_curve():
+    none = torch.zeros(0, 4, dtype=torch.float64)
+    points = [Point(step, Losses(losses_of(1.0), none)) for step in (0, 3000)]
+    said = evaluation.no_curve(points)
+    assert "--checkpoints: there is no curve, since no step but 3000 is left to measure" in said
+    assert "--checkpoints_total_limit" in said
+    assert "--save_best" in said
+    assert "no step is left to measure" in evaluation.no_curve(points[:1])
+
+
+def test_the_adapters_of_a_run_are_those_of_its_checkpoints_and_the_best_one(tmp_path, caplog):
+    assert evaluation.saved_adapters(tmp_path, None) == ({}, [])
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "best.json").write_text('{"step": 7, "loss": 0.5}')
+    found, (note,) = evaluation.saved_adapters(tmp_path, None)
+    assert found == {}
+    assert note.startswith("best is left out: ")
+    assert evaluation.saved_adapters(tmp_path, 7) == ({}, [])  # measured already
+
+
+# --- what is drawn ---
+
+
+def test_captions_are_drawn_each_from_several_noises_where_they_are_fewer_than_the_pictures():
+    found = evaluation.to_draw(["a", "b", "c"], 8, [3, 5])
+    assert [one.prompt for one in found] == [*"abcabcab"] * 2
+    assert [one.group for one in found] == [3] * 8 + [5] * 8
+    assert len({one.seed for one in found}) == 16
+    few = evaluation.to_draw([str(n) for n in range(10)], 3, [0])
+    assert few == [Drawn("0", 0, 0), Drawn("3", 0, 1), Drawn("6", 0, 2)]
+    assert evaluation.to_draw(["a"], 0, [0]) == []
 
 
 def test_where_what_was_trained_on_rises_too_the_run_went_wrong():

@@ -47,7 +47,8 @@ def figures():
         seeds = {5: shares | {"style": style - 0.05}, 7: shares | {"style": style + 0.05}}
         judge[kind] = {"seeds": seeds, "mean": shares | {"style": style}}
     clip = {"model": "clip", "reference_pictures": 9}
-    clip |= {"base": {"score": 30.5, "cmmd": 2.25, "kid": 0.5}, "tuned": {"score": 29.25, "cmmd": 0.75, "kid": 0.25}}
+    clip |= {"base": {"score": 30.5, "cmmd": 2.25, "kid": 0.5, "kid_std": 0.125}}
+    clip |= {"tuned": {"score": 29.25, "cmmd": 0.75, "kid": 0.25, "kid_std": math.nan}}
     return {
         "settings": {"lora_weights": "run", "prompt": HOSTILE, "variant": None},
         "notes": [f"A note of {HOSTILE}"],
@@ -134,8 +135,32 @@ def test_a_change_within_two_errors_is_called_chance(figures):
     assert "the loss changes by -1.0 %, which so few pictures do not tell from chance" in evaluation_page.as_text(
         figures
     )
+    figures["loss"]["held_out"] |= {"pictures": 1, "error": math.nan}
+    assert "the loss changes by -1.0 %, which a single picture does not tell from chance" in evaluation_page.as_text(
+        figures
+    )
     figures["loss"]["held_out"] |= {"change": math.nan}
     assert "The tuned model's loss is not finite" in evaluation_page.as_text(figures)
+
+
+def test_kid_has_its_deviation_and_few_pictures_a_caveat(figures):
+    text = evaluation_page.as_text(figures)
+    assert re.search(r"^  KID x 1000 .* 500\.000 ± 125\.000 +250\.000$", text, re.MULTILINE)
+    assert "KID and CMMD are of 60 pictures and 9 of the data: of fewer than 100, chance weighs much in both" in text
+    figures["pictures"]["count"] = figures["pictures"]["clip"]["reference_pictures"] = 100
+    assert "chance weighs" not in evaluation_page.as_text(figures)
+
+
+def test_where_nothing_says_what_was_trained_on_there_is_no_column_of_it(figures):
+    figures["loss"]["trained"] = None
+    for point in figures["loss"]["curve"]["points"]:
+        point["trained"] = math.nan
+    figures["loss"]["curve"]["verdict"] = ""
+    page = evaluation_page.as_page(figures, [], []).partition("</style>")[2]
+    for text in (evaluation_page.as_text(figures), page):
+        assert "trained" not in text
+    assert re.search(r"^  20 +0\.9500$", evaluation_page.as_text(figures), re.MULTILINE)
+    assert not re.search(r'<polyline class="line second"', page)
 
 
 def test_without_scores_trained_pictures_and_checkpoints_there_are_the_losses(figures):
@@ -171,7 +196,7 @@ def test_what_is_not_finite_is_left_out_of_the_chart():
         curve["points"].append({"step": step, "held_out": value, "trained": math.nan})
     text = evaluation_page.chart(curve)
     assert len(points_of(text, "first")) == 2
-    assert points_of(text, "second") == []
+    assert 'class="line second"' not in text
     assert "nan" not in text
     curve["points"] = [{"step": 0, "held_out": math.nan, "trained": math.nan}]
     assert evaluation_page.chart(curve) == "<p>No loss is finite.</p>"

@@ -51,7 +51,22 @@ def test_copies_are_held_out_with_their_picture_and_count_once():
     assert sorted(rows.trained + rows.held_out + rows.copies) == list(range(300))
 
 
-@pytest.mark.parametrize("size", [0.001, 100, 200, 0.999])
-def test_a_split_that_leaves_nothing_on_one_side_is_refused(size):
-    with pytest.raises(UserError, match=rf"--validation_split {size} of 100 different pictures .*\. Give a "):
+@pytest.mark.parametrize(("size", "count"), [(0.05, 10), (0.001, 100), (0.2, 2), (0.05, 2)])
+def test_a_share_of_few_pictures_holds_out_one(size, count):
+    rows = held_out.split(PICTURES[:count], size, 0)
+    assert (len(rows.held_out), len(rows.trained)) == (1, count - 1)
+
+
+@pytest.mark.parametrize(("copies", "said"), [(1, "only one picture"), (5, "only one different picture")])
+@pytest.mark.parametrize("size", [1, 0.5])
+def test_where_all_are_one_picture_none_can_be_held_out(size, copies, said):
+    with pytest.raises(UserError, match=f"--validation_split is {size}, but there is {said}. Give more"):
+        held_out.split([PICTURES[0]] * copies, size, 0)
+
+
+@pytest.mark.parametrize("size", [100, 200, 0.999])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(size):
+    with pytest.raises(
+        UserError, match=rf"--validation_split {size} of 100 different pictures leaves none to train on\. Give a "
+    ):
         held_out.split(PICTURES, size, 0)

@@ -1,6 +1,7 @@
 import math
 import random
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -128,14 +129,18 @@ def test_kid_is_the_discrepancy_of_its_definition():
     drawn, others = torch.randn(7, 5).double(), torch.randn(7, 5).double() + 1
     expected = reference_kid(drawn.tolist(), others.tolist())
     state = torch.get_rng_state()
-    assert scores.kid(drawn, others) == pytest.approx(expected, rel=1e-9)
+    found, deviation = scores.kid(drawn, others)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert math.isnan(deviation)  # of a single subset
     assert torch.equal(torch.get_rng_state(), state)
     # Of sets of two sizes, the mean over subsets as large as the smaller one.
     more = torch.cat([others, torch.randn(60, 5).double() + 1])
-    found = scores.kid(drawn, more)
-    assert found == scores.kid(drawn, more)
+    found, deviation = scores.kid(drawn, more)
+    assert (found, deviation) == scores.kid(drawn, more)
     assert found == pytest.approx(reference_kid(drawn.tolist(), more.tolist()), rel=0.25)
-    assert scores.kid(others, others) < 0 < found
+    assert scores.kid(others, others)[0] < 0 < found
+    subsets = [reference_kid(drawn.tolist(), more[torch.randperm(67)[:7]].tolist()) for _ in range(100)]
+    assert deviation == pytest.approx(statistics.pstdev(subsets), rel=0.25)
 
 
 def test_without_torchmetrics_it_says_what_to_install(tiny_clip, monkeypatch):
