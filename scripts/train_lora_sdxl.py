@@ -508,14 +508,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if is_main:
         training_settings.write(settings, output_dir)
     logs.begin_trackers(accelerator, settings, output_dir / args.logging_dir)
-    parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
-    parts["check_held"] = partial(locks.check_held, output_dir)
-    writer = checkpoint_writer.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
-    at_end.callback(writer.close)
     # From here on a signal or the deadline ends what is being done in order.
     stopper = stopping.Stopper(args.max_train_minutes, began_s, stopping.tell)
     at_end.callback(stopper.release)
     ballot, is_stopping, adapted = processes.Ballot(), False, list(models.values())
+    parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "models": models, "flat": flat, "ema": ema}
+    parts["check_held"] = partial(locks.check_held, output_dir)
+    writer = checkpoint_writer.CheckpointWriter(output_dir, args.checkpoints_total_limit, **parts)
+    at_end.callback(writer.close)
     if args.validation_prompt:
         pictures_shown = ValidationPictures(
             accelerator,
