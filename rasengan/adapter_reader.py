@@ -36,6 +36,9 @@ from rasengan.tensor_files import found_file, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 
+# What is a weight as it stands. Whole numbers, and some of the floats below 16 bits, are to be multiplied by a scale.
+PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+
 
 def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool = False) -> Adapter:
     """Read an adapter from a file, a PEFT folder, or a folder with `pytorch_lora_weights.safetensors`.
@@ -49,8 +52,8 @@ def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool
         allow_pickle: read a `.bin`, `.ckpt`, `.pt` or `.pth` too, tensors alone.
 
     Raises:
-        UserError: there is no adapter, it is a pickle, damaged, of another layout or model family, without alpha, or
-            states every alpha, and another than `lora_alpha`.
+        UserError: there is no adapter, it is a pickle, damaged, quantised, of another layout or model family, without
+            alpha, or states every alpha, and another than `lora_alpha`.
     """
     return read_adapters([path], lora_alpha, allow_pickle)[0]
 
@@ -85,6 +88,12 @@ def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Ada
             raise UserError(
                 f"{path} holds {len(strangers)} weights of the {name} that are no part of a LoRA, LoHa or LoKr, such "
                 f"as {strangers[0]}. Export the adapter again without them."
+            )
+        if quantised := next((key for key, tensor in weights.items() if tensor.dtype not in PLAIN), None):
+            dtype = str(weights[quantised].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: weights are {dtype}, not plain floating point, such as the {name}'s {quantised}. Give the "
+                "adapter in fp16, bf16 or fp32, as it was before it was quantised."
             )
         for module, parts in by_module(weights).items():
             if problem := what_is_malformed(adapter.configs[name], module, parts):

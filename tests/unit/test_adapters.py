@@ -502,6 +502,39 @@ def test_parts_that_no_kind_here_has_are_named(live, tmp_path, part):
         read_adapter(file)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("layout", conversion.LAYOUTS)
+def test_weights_that_are_no_plain_numbers_are_refused(live, tmp_path, layout, dtype):
+    adapter = adapter_of(unet=live["LoRA"])
+    key = next(key for key in adapter.weights["unet"] if "mid_block" in key and "lora_B" in key)
+    adapter.weights["unet"][key] = adapter.weights["unet"][key].abs().to(dtype)
+    path = tmp_path / "a"
+    if layout == "peft":
+        adapter_writer.write_peft_folders(path, adapter)
+    elif layout == "diffusers":
+        adapter_writer.write_diffusers(path, adapter)
+    else:
+        path = tmp_path / "a.safetensors"
+        adapter_writer.write_kohya(path, adapter)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        UserError, match=f"{path}: weights are {name}, not plain floating point, such as the unet's mid"
+    ):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_adapter_in_8_bits_of_floating_point_is_its_numbers(tiny_base, live, tmp_path, dtype):
+    adapter = adapter_of(unet=live["LoRA"])
+    weights = {"unet": {key: tensor.to(dtype) for key, tensor in adapter.weights["unet"].items()}}
+    adapter_writer.write_kohya(tmp_path / "a.safetensors", Adapter(weights, adapter.configs))
+    exact = Adapter({"unet": {key: t.float() for key, t in weights["unet"].items()}}, adapter.configs)
+    found = read_adapter(tmp_path / "a.safetensors")
+    assert_close(merged(tiny_base, found).state_dict(), merged(tiny_base, exact).state_dict())
+    again = read_adapter(write(tmp_path / "b.safetensors", found, "diffusers"))
+    assert_same(again, exact)
+
+
 def test_a_part_of_a_peft_folder_and_mixed_kinds_are_refused(live, tmp_path):
     folder = write(tmp_path / "a", adapter_of(unet=live["LoRA"]), "peft")
     with pytest.raises(UserError, match="adapter_model.safetensors is a part of a PEFT folder. Give the folder"):
