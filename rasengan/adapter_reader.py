@@ -26,6 +26,7 @@ from rasengan.adapters import (
     default_alpha,
     infer_config,
     modules_without_alpha,
+    shown,
     split_key,
     what_is_malformed,
 )
@@ -161,6 +162,7 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
     weights, alphas, strangers = _sort(tensors)
     if strangers:
         raise _stranger_error(file, tensors, strangers)
+    _check_decomposed(file, tensors)
     try:
         settings = adapter_settings.parse(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         if not isinstance(settings, dict):
@@ -214,6 +216,28 @@ def _from_kohya_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, 0] if tensor.ndim == 2 else tensor.transpose(0, 1)
 
 
+def _check_decomposed(file: Path, tensors: Tensors) -> None:
+    """Check that kohya's weight decompositions are DoRA as PEFT has it: of a LoRA, and over the outputs.
+
+    Of as many inputs as outputs it would be taken for the other, where PEFT's shape of a convolution's is the same.
+    """
+    for key, tensor in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part != "dora_scale":
+            continue
+        for kind, firsts in {"LoHa": ("hada_w1_a",), "LoKr": ("lokr_w1", "lokr_w1_a")}.items():
+            if any(f"{module}.{first}" in tensors for first in firsts):
+                raise UserError(
+                    f"{file} is a {kind} with weight decomposition, as {key} shows, which is not read here. Give a "
+                    f"{kind} without it, or a LoRA."
+                )
+        if tensor.ndim > 1 and tensor.shape[0] == 1 < tensor.shape[1]:
+            raise UserError(
+                f"{file} is a DoRA over the inputs, as {key} of {shown(tensor.shape)} shows, which is not read here. "
+                "Give one over the outputs, or a LoRA."
+            )
+
+
 def _number(tensor: torch.Tensor) -> float:
     # The shortest number that rounds to this one: 0.1 comes back as 0.1.
     return float(str(tensor.float().numpy().reshape(-1)[0])) if tensor.numel() == 1 else math.nan
@@ -234,7 +258,7 @@ _PART = re.compile(r"\.(?:lora|hada|lokr|dora|alpha)")  # where the part of a mo
 def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserError:
     if all(key.startswith(PEFT_PREFIX) for key in tensors):
         return UserError(f"{file} is a part of a PEFT folder. Give the folder, whose {PEFT_CONFIG} says its alpha.")
-    shown = ", ".join(repr(key) for key in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+    some = ", ".join(repr(key) for key in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
     if is_whole_model(tensors):
         return UserError(
             f"{file} is a whole model, or a part of one, and no adapter: it holds {next(iter(tensors))}. Give an SDXL "
@@ -246,7 +270,7 @@ def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserE
     holds = f"{file} holds {len(strangers)} {'key' if is_one else 'keys'} of {len(tensors)}"
     if is_sdxl and not method and not not_in_sdxl("unet", (_PART.split(key)[0] for key in strangers)):
         return UserError(
-            f"{holds} without the component in front: {shown}. Put unet. there, as diffusers' layout has it, or give "
+            f"{holds} without the component in front: {some}. Put unet. there, as diffusers' layout has it, or give "
             "the PEFT folder that they come from."
         )
     layouts = "diffusers', kohya's or ComfyUI's layout, or"
@@ -259,7 +283,7 @@ def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserE
         what = f"Give it in {layouts} as a PEFT folder."
     else:
         what = f"Export the adapter again without {'it' if is_one else 'them'}."
-    return UserError(f"{holds} that no layout of an SDXL adapter has: {shown}. {what}")
+    return UserError(f"{holds} that no layout of an SDXL adapter has: {some}. {what}")
 
 
 def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata: dict) -> LoraConfig | None:

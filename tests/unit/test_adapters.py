@@ -604,13 +604,42 @@ def test_a_flag_that_contradicts_a_file_that_states_every_alpha_is_refused(live,
     assert_same(read_adapter(path, lora_alpha=12.0), read_adapter(path))
 
 
-def test_dora_of_columns_is_refused(tiny_base, live, tmp_path):
+@pytest.mark.parametrize("kind", ["DoRA", "DoRA of convolutions"])
+def test_a_dora_over_the_inputs_is_refused_by_its_name(tiny_base, live, tmp_path, kind):
     """LyCORIS can norm the weight along its columns, which PEFT's DoRA cannot."""
-    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["DoRA"]), "kohya")
-    tensors = {k: t.T.contiguous() if k.endswith("dora_scale") else t for k, t in load_file(file).items()}
-    save_file(tensors, file)
-    with pytest.raises(UserError, match="outputs, but its magnitude vector is 1 x"):
-        merged(tiny_base, read_adapter(file))
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live[kind]), "kohya")
+    tensors = load_file(file)
+    inputs = {key: tensor.shape[1] for key, tensor in tensors.items() if "lora_down" in key}
+    for key in [key for key in tensors if key.endswith("dora_scale")]:
+        sizes = tensors[key].shape[2:]
+        tensors[key] = torch.ones(1, inputs[key.replace("dora_scale", "lora_down.weight")], *sizes)
+    save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}, file)
+    with pytest.raises(UserError, match=r"a.safetensors is a DoRA over the inputs, as \S+dora_scale of 1 x \d+"):
+        read_adapter(file)
+
+
+def test_a_dora_over_the_inputs_that_are_as_many_as_the_outputs_is_not_taken_for_one_over_these(live, tmp_path):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["DoRA of convolutions"]), "kohya")
+    tensors = load_file(file)
+    key = "lora_unet_middle_block_0_in_layers_2.dora_scale"
+    assert (
+        tensors[key].shape == (64, 1, 1, 1) and tensors[key.replace("dora_scale", "lora_down.weight")].shape[1] == 64
+    )
+    save_file(tensors | {key: tensors[key].transpose(0, 1).contiguous()}, file)
+    with pytest.raises(UserError, match="DoRA over the inputs, as .*in_layers_2.dora_scale of 1 x 64 x 1 x 1 shows"):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr by 4", "LoKr of whole matrices", "LoHa of convolutions"])
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64)])
+def test_a_loha_or_lokr_with_weight_decomposition_is_refused_by_its_name(live, tmp_path, kind, shape):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live[kind]), "kohya")
+    tensors = {key: tensor for key, tensor in load_file(file).items() if not key.endswith(".alpha")}
+    modules = {key.partition(".")[0] for key in tensors}
+    save_file(tensors | {f"{module}.dora_scale": torch.ones(shape) for module in modules}, file)
+    name = kind[:4]
+    with pytest.raises(UserError, match=f"a.safetensors is a {name} with weight decomposition, .* is not read here. "):
+        read_adapter(file)
 
 
 def test_equal_adapters_give_equal_files(live, tmp_path):
