@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -111,8 +112,21 @@ def _peft_folders(path: Path) -> dict[str, Path]:
     return {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
 
 
-def _without_weights(path: Path) -> UserError:
-    return UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
+def _without_weights(path: Path, others: Collection[str] = ()) -> UserError:
+    but = f", but {len(others)} of other names, such as {next(iter(others))}" if others else ""
+    return UserError(f"{path} holds no LoRA weights{but}. Give the adapter of a training, or export it again.")
+
+
+_NAMED_PART = re.compile(r"(.+\.(?:lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+))\.(?!weight$)([^.]+)(\.weight)?")
+
+
+def _bare_names(weights: Tensors) -> Tensors:
+    """Return weights without the name of their adapter, as a model under PEFT has it, if all have one and the same."""
+    named = {key: _NAMED_PART.fullmatch(key) for key in weights}
+    if all(named.values()) and len({match[2] for match in named.values()}) == 1:
+        weights = {match[1] + (match[3] or ""): weights[key] for key, match in named.items()}
+    # Some versions of PEFT keep the name of the module that holds DoRA's vector.
+    return {key.replace("magnitude_vector.weight", "magnitude_vector"): tensor for key, tensor in weights.items()}
 
 
 # --- PEFT folders ---
@@ -125,9 +139,7 @@ def _read_peft_folder(path: Path, lora_alpha: float | None, allow_pickle: bool) 
     weights, configs = {}, {}
     for name, folder in folders.items():
         tensors, _ = read_tensors(found_file(folder / PEFT_FILE), allow_pickle)
-        bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-        # Some versions of PEFT keep the name of the module that holds DoRA's vector.
-        weights[name] = {key.replace("magnitude_vector.weight", "magnitude_vector"): bare[key] for key in bare}
+        weights[name] = _bare_names({key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()})
         configs[name], fills = _read_peft_config(folder / PEFT_CONFIG, weights[name], lora_alpha)
         is_open = is_open or fills
     return Adapter(weights, configs), is_open
@@ -175,7 +187,7 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
     is_open = False
     for name, part in weights.items():
         if configs[name] is None:
-            configs[name], fills = _config_from_weights(file, part, alphas[name], lora_alpha)
+            configs[name], fills = _config_from_weights(file, name, part, alphas[name], lora_alpha)
             is_open = is_open or fills
     return Adapter(weights, configs), is_open
 
@@ -244,6 +256,7 @@ def _number(tensor: torch.Tensor) -> float:
 
 
 def _peft_names(component: str, weights: Tensors) -> Tensors:
+    weights = _bare_names(weights)
     # diffusers' converters know older names of LoRAs too; a text encoder's would change names that are PEFT's already.
     if all(split_key(key) for key in weights):
         return weights
@@ -297,7 +310,7 @@ def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata
 
 
 def _config_from_weights(
-    file: Path, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None
+    file: Path, component: str, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None
 ) -> tuple[Config, bool]:
     """Return the settings that the weights show, and whether `lora_alpha` is needed for them."""
     wrong = {module: alpha for module, alpha in alphas.items() if not 0 < alpha < math.inf}
@@ -326,5 +339,5 @@ def _config_from_weights(
     except ValueError as error:
         raise UserError(f"{file} cannot be used: {first_line(error)}. Give a LoRA.") from error
     if config is None:
-        raise _without_weights(file)
+        raise _without_weights(file, [f"{component}.{key}" for key in weights if split_key(key) is None])
     return config, bool(is_open)

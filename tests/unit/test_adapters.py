@@ -502,6 +502,39 @@ def test_parts_that_no_kind_here_has_are_named(live, tmp_path, part):
         read_adapter(file)
 
 
+def named_file(path, model, names):
+    """PEFT's state dict as a program saves it by itself: each weight with the name of its adapter."""
+    state = {key.removeprefix(adapters.PEFT_PREFIX): tensor for key, tensor in model.state_dict().items()}
+    state = {key: tensor for key, tensor in state.items() if ".default" in key}
+    save_file(
+        {f"unet.{k.replace('.default', f'.{name}')}": t.clone() for name in names for k, t in state.items()}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", ["default", "my-style_2"])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr", "DoRA of convolutions"])
+def test_weights_with_the_name_of_their_adapter_are_read_without_it(live, tmp_path, kind, name):
+    file = named_file(tmp_path / "a.safetensors", live[kind], [name])
+    adapter = adapter_of(unet=live[kind])
+    found = read_adapter(file, lora_alpha=adapters.default_alpha(adapter.configs["unet"]))
+    assert_same(found, adapter)
+
+
+def test_a_peft_folder_whose_weights_have_the_name_of_their_adapter_is_read_without_it(live, tmp_path):
+    adapter = adapter_of(unet=live["DoRA"])
+    adapter_writer.write_peft_folders(tmp_path / "a", adapter)
+    file = named_file(tmp_path / "a" / adapters.PEFT_FILE, live["DoRA"], ["default"])
+    save_file({k.replace("unet.", adapters.PEFT_PREFIX, 1): t for k, t in load_file(file).items()}, file)
+    assert_same(read_adapter(tmp_path / "a"), adapter)
+
+
+def test_weights_of_several_adapters_are_shown(live, tmp_path):
+    file = named_file(tmp_path / "a.safetensors", live["LoRA"], ["default", "other"])
+    with pytest.raises(UserError, match="holds no LoRA weights, but 544 of other names, such as unet.*default.weight"):
+        read_adapter(file)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_weights_that_are_no_plain_numbers_are_refused(live, tmp_path, layout, dtype):
@@ -622,9 +655,8 @@ def test_a_dora_over_the_inputs_that_are_as_many_as_the_outputs_is_not_taken_for
     file = write(tmp_path / "a.safetensors", adapter_of(unet=live["DoRA of convolutions"]), "kohya")
     tensors = load_file(file)
     key = "lora_unet_middle_block_0_in_layers_2.dora_scale"
-    assert (
-        tensors[key].shape == (64, 1, 1, 1) and tensors[key.replace("dora_scale", "lora_down.weight")].shape[1] == 64
-    )
+    assert tensors[key].shape == (64, 1, 1, 1)
+    assert tensors[key.replace("dora_scale", "lora_down.weight")].shape[1] == 64
     save_file(tensors | {key: tensors[key].transpose(0, 1).contiguous()}, file)
     with pytest.raises(UserError, match="DoRA over the inputs, as .*in_layers_2.dora_scale of 1 x 64 x 1 x 1 shows"):
         read_adapter(file)
