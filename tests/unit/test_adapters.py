@@ -435,13 +435,14 @@ def family_file(path, keys):
 
 
 SD1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+DIT = "a diffusion transformer, such as Stable Diffusion 3 or Qwen-Image"
 FAMILIES = {
     "Stable Diffusion 1.x": {SD1: 768, "lora_te_text_model_encoder_layers_0_mlp_fc1": 32},
     "Stable Diffusion 2.x": {SD1: 1024},
     "the SDXL refiner": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 1280},
     "Stable Diffusion XL": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 2048},
     "Stable Diffusion 3": {"lora_unet_joint_blocks_0_context_block_attn_qkv": 1536},
-    "Flux": {"lora_unet_double_blocks_0_img_attn_proj": 3072},
+    "Flux or HunyuanVideo": {"lora_unet_double_blocks_0_img_attn_proj": 3072},
     "Wan": {"diffusion_model.blocks.0.self_attn.q": 1536, "diffusion_model.blocks.0.cross_attn.k": 1536},
     "another model family": {"lora_transformer_blocks_3_layer": 77},
 }
@@ -462,11 +463,15 @@ def test_an_adapter_of_another_family_is_refused_with_a_guess_of_it(tiny_base, t
         ("Wan", "diffusion_model.blocks.0.self_attn.q"),
         ("Wan", "lora_unet_blocks_0_cross_attn_k"),
         ("Wan", "transformer.blocks.0.attn1.to_q"),
-        ("Flux", "diffusion_model.single_blocks.0.linear1"),
-        ("Flux", "lora_unet_double_blocks_0_img_attn_proj"),
-        ("Flux", "transformer.single_transformer_blocks.0.attn.to_q"),
+        ("Flux or HunyuanVideo", "diffusion_model.single_blocks.0.linear1"),
+        ("Flux or HunyuanVideo", "lora_unet_double_blocks_0_img_attn_proj"),
+        ("Flux or HunyuanVideo", "transformer.single_transformer_blocks.0.attn.to_q"),
         ("Stable Diffusion 3", "diffusion_model.joint_blocks.0.x_block.attn.qkv"),
-        ("Stable Diffusion 3", "transformer.transformer_blocks.0.attn.to_q"),
+        (DIT, "transformer.transformer_blocks.0.attn.to_q"),
+        (DIT, "diffusion_model.transformer_blocks.0.attn.to_q"),
+        (DIT, "lora_unet_transformer_blocks_0_attn_to_q"),
+        (DIT, "transformer.context_embedder"),
+        ("Flux or HunyuanVideo", "transformer.double_blocks.0.img_attn_qkv"),
         ("another model family", "diffusion_model.layers.0.attention.qkv"),
     ],
 )
