@@ -171,7 +171,7 @@ def _read_peft_config(file: Path, weights: Tensors, lora_alpha: float | None) ->
 
 def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Adapter, bool]:
     tensors, metadata = read_tensors(file, allow_pickle)
-    weights, alphas, strangers = _sort(tensors)
+    weights, alphas, strangers = _sort(file, tensors)
     if strangers:
         raise _stranger_error(file, tensors, strangers)
     _check_decomposed(file, tensors)
@@ -192,22 +192,29 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
     return Adapter(weights, configs), is_open
 
 
-def _sort(tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, dict[str, float]], list[str]]:
+def _sort(file: Path, tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, dict[str, float]], list[str]]:
     """Return the weights and the alphas of each component by PEFT's names, and the keys that are neither."""
     weights, alphas = {name: {} for name in ADAPTABLE}, {name: {} for name in ADAPTABLE}
-    strangers = []
+    strangers, keys, twice = [], {}, []
     for key, tensor in tensors.items():
         component, _, name = key.partition(".")
         if component not in weights:
             component, name = _from_kohya(key) or (None, key)
             tensor = tensor if component is None else _from_kohya_shape(name, tensor)
-        if component is None or name in weights[component]:
+        if component is None:
             strangers.append(key)
-        elif name.endswith(".alpha"):
+            continue
+        first = keys.setdefault((component, _peft_name(component, name)), key)
+        if first != key:
+            twice.append(f"{first} a second time, as {key}")
+        if name.endswith(".alpha"):
             alphas[component][name.removesuffix(".alpha")] = _number(tensor)
         else:
             weights[component][name] = tensor
-    weights = {name: _peft_names(name, part) for name, part in weights.items() if part}
+    if twice:
+        more = f", and {len(twice) - 1} more of this kind" if len(twice) > 1 else ""
+        raise UserError(f"{file} holds {twice[0]}{more}. Export the adapter again with one of both.")
+    weights = {name: _peft_names(name, _bare_names(part)) for name, part in weights.items() if part}
     return weights, alphas, strangers
 
 
@@ -256,13 +263,18 @@ def _number(tensor: torch.Tensor) -> float:
 
 
 def _peft_names(component: str, weights: Tensors) -> Tensors:
-    weights = _bare_names(weights)
     # diffusers' converters know older names of LoRAs too; a text encoder's would change names that are PEFT's already.
     if all(split_key(key) for key in weights):
         return weights
     if component == "unet":
         return convert_unet_state_dict_to_peft(weights)
     return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
+
+
+def _peft_name(component: str, name: str) -> str:
+    """Return the one name of a weight, which may have an older one, or in a text encoder one without text_model."""
+    found = name if name.endswith(".alpha") else next(iter(_peft_names(component, {name: None})))
+    return found.removeprefix("text_model.")
 
 
 _PART = re.compile(r"\.(?:lora|hada|lokr|dora|alpha)")  # where the part of a module begins in its key

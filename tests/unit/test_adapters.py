@@ -540,6 +540,32 @@ def test_weights_of_several_adapters_are_shown(live, tmp_path):
         read_adapter(file)
 
 
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora.down.weight", "alpha"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_weight_under_the_names_of_two_layouts_is_shown_under_both(live, tmp_path, part, is_first):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    tensors = load_file(file)
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    kohya = f"lora_unet_{sgm_name(module)}.{'alpha' if part == 'alpha' else 'lora_down.weight'}"
+    # A file has its tensors in the order of their names, and a pickle in that of their writing.
+    other = {f"unet.{module}.{part}": torch.zeros_like(tensors[kohya])}
+    torch.save(other | tensors if is_first else tensors | other, tmp_path / "a.pt")
+    names = [kohya, *other]
+    both = re.escape(" a second time, as ".join(reversed(names) if is_first else names))
+    with pytest.raises(UserError, match=rf"a.pt holds {both}. Export the adapter again"):
+        read_adapter(tmp_path / "a.pt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_a_text_encoders_weights_under_the_names_of_two_layouts_are_shown(tiny_base, tmp_path, prefix):
+    adapter = adapter_of(text_encoder=trained(tiny_base, TEXT, name="text_encoder"))
+    tensors = load_file(write(tmp_path / "a.safetensors", adapter, "kohya"))
+    weights = {key.removeprefix("text_model."): tensor for key, tensor in adapter.weights["text_encoder"].items()}
+    save_file(tensors | {f"text_encoder.{prefix}{k}": t for k, t in weights.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="lora_te1_.* a second time, as text_encoder.*, and 11 more of this kind. "):
+        read_adapter(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_weights_that_are_no_plain_numbers_are_refused(live, tmp_path, layout, dtype):
