@@ -3,13 +3,13 @@
 import glob
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rasengan import UserError, first_line, tensor_files
+from rasengan import UserError, tensor_files
 from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
-from rasengan.components import BAD_TOKEN
+from rasengan.components import from_hub, not_given
 from rasengan.families import is_adapter, is_whole_model
 
 
@@ -78,19 +78,8 @@ def _is_repository(name: str) -> bool:
 
 
 def _download(repository: str, files: list[str], cache_dir: str | None) -> Path:
-    try:
-        # Patterns are what it takes; a name may have brackets in it.
-        patterns = [glob.escape(file) for file in files]
-        return Path(snapshot_download(repository, cache_dir=cache_dir, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise _refused(repository, error) from error
-    except UnicodeEncodeError as error:
-        raise UserError(BAD_TOKEN) from error
-    except OSError as error:
-        raise UserError(
-            f"{repository} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or give another "
-            "--cache_dir."
-        ) from error
+    # Patterns are what it takes; a name may have brackets in it.
+    return from_hub(repository, "adapter", [glob.escape(file) for file in files], cache_dir)
 
 
 def _only_file(repository: str, prefix: str, folder: Path) -> str:
@@ -100,7 +89,7 @@ def _only_file(repository: str, prefix: str, folder: Path) -> str:
     except Exception as error:  # without a network, classes of the hub's client library, which has changed before
         names = [prefix + file.name for file in folder.glob("*.safetensors")]
         if not names:
-            raise _refused(repository, error) from error
+            raise not_given(repository, "adapter", error) from error
     found = [name for name in names if name.endswith(".safetensors") and name.rpartition("/")[0] == prefix[:-1]]
     if len(found) != 1:
         raise UserError(
@@ -109,10 +98,3 @@ def _only_file(repository: str, prefix: str, folder: Path) -> str:
             f"{', '.join(found[:5])}. Give the file as {repository}/NAME.safetensors."
         )
     return found[0]
-
-
-def _refused(repository: str, error: Exception) -> UserError:
-    return UserError(
-        f"{repository} is no path here, and the hub did not give it: {first_line(error).rstrip('.')}. Correct the "
-        "name, log in with `hf auth login` if it is private, or give a file or a folder."
-    )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from rasengan.adapters import (
     default_alpha,
     infer_config,
     modules_without_alpha,
+    shown,
     split_key,
     what_is_malformed,
 )
@@ -35,6 +37,9 @@ from rasengan.tensor_files import found_file, read_tensors
 
 
 Tensors = dict[str, torch.Tensor]
+
+# What is a weight as it stands. Whole numbers, and some of the floats below 16 bits, are to be multiplied by a scale.
+PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool = False) -> Adapter:
@@ -49,8 +54,8 @@ def read_adapter(path: Path, lora_alpha: float | None = None, allow_pickle: bool
         allow_pickle: read a `.bin`, `.ckpt`, `.pt` or `.pth` too, tensors alone.
 
     Raises:
-        UserError: there is no adapter, it is a pickle, damaged, of another layout or model family, without alpha, or
-            states every alpha, and another than `lora_alpha`.
+        UserError: there is no adapter, it is a pickle, damaged, quantised, of another layout or model family, without
+            alpha, or states every alpha, and another than `lora_alpha`.
     """
     return read_adapters([path], lora_alpha, allow_pickle)[0]
 
@@ -86,6 +91,12 @@ def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Ada
                 f"{path} holds {len(strangers)} weights of the {name} that are no part of a LoRA, LoHa or LoKr, such "
                 f"as {strangers[0]}. Export the adapter again without them."
             )
+        if quantised := next((key for key, tensor in weights.items() if tensor.dtype not in PLAIN), None):
+            dtype = str(weights[quantised].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: weights are {dtype}, not plain floating point, such as the {name}'s {quantised}. Give the "
+                "adapter in fp16, bf16 or fp32, as it was before it was quantised."
+            )
         for module, parts in by_module(weights).items():
             if problem := what_is_malformed(adapter.configs[name], module, parts):
                 raise UserError(f"{path} is damaged: {problem}. Give the adapter as its training left it.")
@@ -101,8 +112,21 @@ def _peft_folders(path: Path) -> dict[str, Path]:
     return {"unet": path} | {name: path / name for name in ADAPTABLE[1:] if (path / name).is_dir()}
 
 
-def _without_weights(path: Path) -> UserError:
-    return UserError(f"{path} holds no LoRA weights. Give the adapter of a training, or export it again.")
+def _without_weights(path: Path, others: Collection[str] = ()) -> UserError:
+    but = f", but {len(others)} of other names, such as {next(iter(others))}" if others else ""
+    return UserError(f"{path} holds no LoRA weights{but}. Give the adapter of a training, or export it again.")
+
+
+_NAMED_PART = re.compile(r"(.+\.(?:lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+))\.(?!weight$)([^.]+)(\.weight)?")
+
+
+def _bare_names(weights: Tensors) -> Tensors:
+    """Return weights without the name of their adapter, as a model under PEFT has it, if all have one and the same."""
+    named = {key: _NAMED_PART.fullmatch(key) for key in weights}
+    if all(named.values()) and len({match[2] for match in named.values()}) == 1:
+        weights = {match[1] + (match[3] or ""): weights[key] for key, match in named.items()}
+    # Some versions of PEFT keep the name of the module that holds DoRA's vector.
+    return {key.replace("magnitude_vector.weight", "magnitude_vector"): tensor for key, tensor in weights.items()}
 
 
 # --- PEFT folders ---
@@ -115,9 +139,7 @@ def _read_peft_folder(path: Path, lora_alpha: float | None, allow_pickle: bool) 
     weights, configs = {}, {}
     for name, folder in folders.items():
         tensors, _ = read_tensors(found_file(folder / PEFT_FILE), allow_pickle)
-        bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-        # Some versions of PEFT keep the name of the module that holds DoRA's vector.
-        weights[name] = {key.replace("magnitude_vector.weight", "magnitude_vector"): bare[key] for key in bare}
+        weights[name] = _bare_names({key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()})
         configs[name], fills = _read_peft_config(folder / PEFT_CONFIG, weights[name], lora_alpha)
         is_open = is_open or fills
     return Adapter(weights, configs), is_open
@@ -149,9 +171,10 @@ def _read_peft_config(file: Path, weights: Tensors, lora_alpha: float | None) ->
 
 def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Adapter, bool]:
     tensors, metadata = read_tensors(file, allow_pickle)
-    weights, alphas, strangers = _sort(tensors)
+    weights, alphas, strangers = _sort(file, tensors)
     if strangers:
         raise _stranger_error(file, tensors, strangers)
+    _check_decomposed(file, tensors)
     try:
         settings = adapter_settings.parse(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         if not isinstance(settings, dict):
@@ -164,27 +187,34 @@ def _read_single_file(file: Path, lora_alpha: float | None, allow_pickle: bool) 
     is_open = False
     for name, part in weights.items():
         if configs[name] is None:
-            configs[name], fills = _config_from_weights(file, part, alphas[name], lora_alpha)
+            configs[name], fills = _config_from_weights(file, name, part, alphas[name], lora_alpha)
             is_open = is_open or fills
     return Adapter(weights, configs), is_open
 
 
-def _sort(tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, dict[str, float]], list[str]]:
+def _sort(file: Path, tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, dict[str, float]], list[str]]:
     """Return the weights and the alphas of each component by PEFT's names, and the keys that are neither."""
     weights, alphas = {name: {} for name in ADAPTABLE}, {name: {} for name in ADAPTABLE}
-    strangers = []
+    strangers, keys, twice = [], {}, []
     for key, tensor in tensors.items():
         component, _, name = key.partition(".")
         if component not in weights:
             component, name = _from_kohya(key) or (None, key)
             tensor = tensor if component is None else _from_kohya_shape(name, tensor)
-        if component is None or name in weights[component]:
+        if component is None:
             strangers.append(key)
-        elif name.endswith(".alpha"):
+            continue
+        first = keys.setdefault((component, _peft_name(component, name)), key)
+        if first != key:
+            twice.append(f"{first} a second time, as {key}")
+        if name.endswith(".alpha"):
             alphas[component][name.removesuffix(".alpha")] = _number(tensor)
         else:
             weights[component][name] = tensor
-    weights = {name: _peft_names(name, part) for name, part in weights.items() if part}
+    if twice:
+        more = f", and {len(twice) - 1} more of this kind" if len(twice) > 1 else ""
+        raise UserError(f"{file} holds {twice[0]}{more}. Export the adapter again with one of both.")
+    weights = {name: _peft_names(name, _bare_names(part)) for name, part in weights.items() if part}
     return weights, alphas, strangers
 
 
@@ -205,6 +235,28 @@ def _from_kohya_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, 0] if tensor.ndim == 2 else tensor.transpose(0, 1)
 
 
+def _check_decomposed(file: Path, tensors: Tensors) -> None:
+    """Check that kohya's weight decompositions are DoRA as PEFT has it: of a LoRA, and over the outputs.
+
+    Of as many inputs as outputs it would be taken for the other, where PEFT's shape of a convolution's is the same.
+    """
+    for key, tensor in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part != "dora_scale":
+            continue
+        for kind, firsts in {"LoHa": ("hada_w1_a",), "LoKr": ("lokr_w1", "lokr_w1_a")}.items():
+            if any(f"{module}.{first}" in tensors for first in firsts):
+                raise UserError(
+                    f"{file} is a {kind} with weight decomposition, as {key} shows, which is not read here. Give a "
+                    f"{kind} without it, or a LoRA."
+                )
+        if tensor.ndim > 1 and tensor.shape[0] == 1 < tensor.shape[1]:
+            raise UserError(
+                f"{file} is a DoRA over the inputs, as {key} of {shown(tensor.shape)} shows, which is not read here. "
+                "Give one over the outputs, or a LoRA."
+            )
+
+
 def _number(tensor: torch.Tensor) -> float:
     # The shortest number that rounds to this one: 0.1 comes back as 0.1.
     return float(str(tensor.float().numpy().reshape(-1)[0])) if tensor.numel() == 1 else math.nan
@@ -219,13 +271,19 @@ def _peft_names(component: str, weights: Tensors) -> Tensors:
     return convert_state_dict_to_peft(weights, original_type=StateDictType.DIFFUSERS)
 
 
+def _peft_name(component: str, name: str) -> str:
+    """Return the one name of a weight, which may have an older one, or in a text encoder one without text_model."""
+    found = name if name.endswith(".alpha") else next(iter(_peft_names(component, {name: None})))
+    return found.removeprefix("text_model.")
+
+
 _PART = re.compile(r"\.(?:lora|hada|lokr|dora|alpha)")  # where the part of a module begins in its key
 
 
 def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserError:
     if all(key.startswith(PEFT_PREFIX) for key in tensors):
         return UserError(f"{file} is a part of a PEFT folder. Give the folder, whose {PEFT_CONFIG} says its alpha.")
-    shown = ", ".join(repr(key) for key in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+    some = ", ".join(repr(key) for key in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
     if is_whole_model(tensors):
         return UserError(
             f"{file} is a whole model, or a part of one, and no adapter: it holds {next(iter(tensors))}. Give an SDXL "
@@ -237,7 +295,7 @@ def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserE
     holds = f"{file} holds {len(strangers)} {'key' if is_one else 'keys'} of {len(tensors)}"
     if is_sdxl and not method and not not_in_sdxl("unet", (_PART.split(key)[0] for key in strangers)):
         return UserError(
-            f"{holds} without the component in front: {shown}. Put unet. there, as diffusers' layout has it, or give "
+            f"{holds} without the component in front: {some}. Put unet. there, as diffusers' layout has it, or give "
             "the PEFT folder that they come from."
         )
     layouts = "diffusers', kohya's or ComfyUI's layout, or"
@@ -250,7 +308,7 @@ def _stranger_error(file: Path, tensors: Tensors, strangers: list[str]) -> UserE
         what = f"Give it in {layouts} as a PEFT folder."
     else:
         what = f"Export the adapter again without {'it' if is_one else 'them'}."
-    return UserError(f"{holds} that no layout of an SDXL adapter has: {shown}. {what}")
+    return UserError(f"{holds} that no layout of an SDXL adapter has: {some}. {what}")
 
 
 def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata: dict) -> LoraConfig | None:
@@ -264,7 +322,7 @@ def _config_from_metadata(file: Path, component: str, weights: Tensors, metadata
 
 
 def _config_from_weights(
-    file: Path, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None
+    file: Path, component: str, weights: Tensors, alphas: dict[str, float], lora_alpha: float | None
 ) -> tuple[Config, bool]:
     """Return the settings that the weights show, and whether `lora_alpha` is needed for them."""
     wrong = {module: alpha for module, alpha in alphas.items() if not 0 < alpha < math.inf}
@@ -293,5 +351,5 @@ def _config_from_weights(
     except ValueError as error:
         raise UserError(f"{file} cannot be used: {first_line(error)}. Give a LoRA.") from error
     if config is None:
-        raise _without_weights(file)
+        raise _without_weights(file, [f"{component}.{key}" for key in weights if split_key(key) is None])
     return config, bool(is_open)

@@ -41,9 +41,6 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens
 MOST_TOKENS = 77  # that CLIP's text encoders see
 ATTENTION = "sdpa"  # whatever a configuration says, which may name a kernel that the hub would send
 SAMPLES, SAMPLE_BYTES = 64, 2**16
-BAD_TOKEN = (
-    "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy it again."
-)
 
 
 class Source(NamedTuple):
@@ -174,25 +171,47 @@ def _download(component: str, source: Source, weight_patterns: list[str]) -> Pat
     folders = [f"{source.subfolder}/"] if source.subfolder else ["", f"{component}/"]
     patterns = [folder + pattern for folder in folders for pattern in ("*.json", "*.txt", *weight_patterns)]
     patterns.append("model_index.json")
+    return from_hub(name, component, patterns, source.cache_dir, source.revision)
+
+
+def from_hub(
+    repository: str, what: str, patterns: list[str], cache_dir: str | None, revision: str | None = None
+) -> Path:
+    """Return the local folder of a hub repository, with its files of some patterns downloaded.
+
+    Args:
+        repository: a valid name of one.
+        what: "unet" or "adapter", say, for messages.
+        patterns: as fnmatch takes them; * fits a / too.
+        cache_dir: where downloads go.
+        revision: a branch, a tag or a commit.
+
+    Raises:
+        UserError: the hub does not give it, or there is no room for it.
+    """
     try:
-        return Path(
-            snapshot_download(name, revision=source.revision, cache_dir=source.cache_dir, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     # What answers may be a gateway's page, or JSON of another kind.
     except (HfHubHTTPError, LocalEntryNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
-        revision = f" at --revision {source.revision}" if source.revision else ""
-        raise UserError(
-            f"{name} is no folder here, and the hub did not give its {component}{revision}: "
-            f"{first_line(error).rstrip('.')}. Correct the name, log in with `hf auth login` if it is "
-            "private, or give a local folder."
-        ) from error
+        raise not_given(repository, f"{what} at --revision {revision}" if revision else what, error) from error
     except UnicodeEncodeError as error:  # of the request's header
-        raise UserError(BAD_TOKEN) from error
+        raise UserError(
+            "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy "
+            "it again."
+        ) from error
     except OSError as error:
         raise UserError(
-            f"The {component} of {name} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
+            f"The {what} of {repository} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
             "give another --cache_dir."
         ) from error
+
+
+def not_given(repository: str, what: str, error: Exception) -> UserError:
+    """Return the error for what the hub did not give: it has no such thing, or keeps it, or does not answer."""
+    return UserError(
+        f"{repository} is no path here, and the hub did not give its {what}: {first_line(error).rstrip('.')}. Correct "
+        "the name, log in with `hf auth login` if it is private, or give a local path."
+    )
 
 
 def sampled_digest(folders: dict[str, Path], variant: str | None) -> str:

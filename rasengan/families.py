@@ -12,9 +12,12 @@ SDXL = "Stable Diffusion XL"
 # Width of the text that other families' UNets take.
 OTHER_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner"}
 _MARKS = {  # kohya's names have underscores where others have dots
-    "Flux": re.compile(r"(double|single|single_transformer)[._]blocks"),
+    "Flux or HunyuanVideo": re.compile(r"(double|single|single_transformer)[._]blocks"),
     "Wan": re.compile(r"blocks[._]\d+[._](self_attn|cross_attn|ffn)|^transformer\.blocks\."),
-    "Stable Diffusion 3": re.compile(r"joint[._]blocks|context_embedder|^transformer\.transformer_blocks"),
+    "Stable Diffusion 3": re.compile(r"joint[._]blocks"),
+    "a diffusion transformer, such as Stable Diffusion 3 or Qwen-Image": re.compile(
+        r"context_embedder|^(transformer\.|diffusion_model\.|lora_unet_)transformer_blocks"
+    ),
 }
 _WHOLE_MODELS = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "down_blocks.", "time_embedding.")
 _WHOLE_MODELS += ("input_blocks.", "decoder.", "encoder.", "text_model.", "embeddings.")

@@ -53,7 +53,7 @@ def test_a_base_that_is_nowhere_is_refused(start, refused, monkeypatch):
         "--pretrained_model_name_or_path",
         Path(__file__).parents[2] / "README.md",
     )
-    message = refused("is no folder here, and the hub", start, "--pretrained_model_name_or_path", "nobody/sdxl")
+    message = refused("is no path here, and the hub", start, "--pretrained_model_name_or_path", "nobody/sdxl")
     assert re.search(r"[^.]\. Correct the name", message)
 
 

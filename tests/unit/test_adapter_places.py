@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from rasengan import UserError, adapter_reader, adapters
+from rasengan import UserError, adapter_reader, adapters, components
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_writer import same_adapter, write_diffusers, write_kohya, write_peft_folders
 
@@ -117,7 +117,9 @@ def test_what_was_fetched_is_found_again_without_the_hub(hub, offline):
     again = hub[3][str({"HF_HUB_OFFLINE": offline})]
     for name in ("diffusers", "peft", "kohya", "file", "brackets", "folder"):
         assert again[name] == hub[0][name]
-    assert again["no repository"].startswith("error: me/nothing is no path here, and the hub did not give it: ")
+    assert again["no repository"].startswith(
+        "error: me/nothing is no path here, and the hub did not give its adapter: "
+    )
 
 
 def test_a_token_that_is_none_is_an_error_that_does_not_show_it(hub):
@@ -147,7 +149,7 @@ def test_only_safetensors_and_the_adapters_configuration_are_fetched(hub):
             "pickle",
             "me/pickle on the hub holds no pytorch_lora_weights.safetensors and no adapter_config.json, and no",
         ),
-        ("no repository", "me/nothing is no path here, and the hub did not give it: "),
+        ("no repository", "me/nothing is no path here, and the hub did not give its adapter: "),
     ],
 )
 def test_what_holds_no_adapter_is_refused(hub, name, start):
@@ -161,6 +163,16 @@ def test_what_can_be_no_repository_stays_a_path(place):
     assert fetch_adapter(place) == Path(place)
     with pytest.raises(UserError, match="There is no adapter at"):
         adapter_reader.read_adapter(fetch_adapter(place))
+
+
+@pytest.mark.parametrize("error", [json.JSONDecodeError("no JSON", "<html>", 0), KeyError("sha"), TypeError("None")])
+def test_a_gateways_page_in_place_of_the_hubs_answer_is_an_error_with_the_remedy(monkeypatch, error):
+    def answer(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(components, "snapshot_download", answer)
+    with pytest.raises(UserError, match="me/style is no path here, and the hub did not give .*: .* Correct the name"):
+        fetch_adapter("me/style")
 
 
 def test_a_path_that_exists_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):

@@ -435,13 +435,14 @@ def family_file(path, keys):
 
 
 SD1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+DIT = "a diffusion transformer, such as Stable Diffusion 3 or Qwen-Image"
 FAMILIES = {
     "Stable Diffusion 1.x": {SD1: 768, "lora_te_text_model_encoder_layers_0_mlp_fc1": 32},
     "Stable Diffusion 2.x": {SD1: 1024},
     "the SDXL refiner": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 1280},
     "Stable Diffusion XL": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 2048},
     "Stable Diffusion 3": {"lora_unet_joint_blocks_0_context_block_attn_qkv": 1536},
-    "Flux": {"lora_unet_double_blocks_0_img_attn_proj": 3072},
+    "Flux or HunyuanVideo": {"lora_unet_double_blocks_0_img_attn_proj": 3072},
     "Wan": {"diffusion_model.blocks.0.self_attn.q": 1536, "diffusion_model.blocks.0.cross_attn.k": 1536},
     "another model family": {"lora_transformer_blocks_3_layer": 77},
 }
@@ -462,11 +463,15 @@ def test_an_adapter_of_another_family_is_refused_with_a_guess_of_it(tiny_base, t
         ("Wan", "diffusion_model.blocks.0.self_attn.q"),
         ("Wan", "lora_unet_blocks_0_cross_attn_k"),
         ("Wan", "transformer.blocks.0.attn1.to_q"),
-        ("Flux", "diffusion_model.single_blocks.0.linear1"),
-        ("Flux", "lora_unet_double_blocks_0_img_attn_proj"),
-        ("Flux", "transformer.single_transformer_blocks.0.attn.to_q"),
+        ("Flux or HunyuanVideo", "diffusion_model.single_blocks.0.linear1"),
+        ("Flux or HunyuanVideo", "lora_unet_double_blocks_0_img_attn_proj"),
+        ("Flux or HunyuanVideo", "transformer.single_transformer_blocks.0.attn.to_q"),
         ("Stable Diffusion 3", "diffusion_model.joint_blocks.0.x_block.attn.qkv"),
-        ("Stable Diffusion 3", "transformer.transformer_blocks.0.attn.to_q"),
+        (DIT, "transformer.transformer_blocks.0.attn.to_q"),
+        (DIT, "diffusion_model.transformer_blocks.0.attn.to_q"),
+        (DIT, "lora_unet_transformer_blocks_0_attn_to_q"),
+        (DIT, "transformer.context_embedder"),
+        ("Flux or HunyuanVideo", "transformer.double_blocks.0.img_attn_qkv"),
         ("another model family", "diffusion_model.layers.0.attention.qkv"),
     ],
 )
@@ -500,6 +505,98 @@ def test_parts_that_no_kind_here_has_are_named(live, tmp_path, part):
     save_file(tensors | {key: torch.ones(2, 2)}, file)
     with pytest.raises(UserError, match=f"1 key of 409 that no layout of an SDXL adapter has: '{key}'"):
         read_adapter(file)
+
+
+def named_file(path, model, names):
+    """PEFT's state dict as a program saves it by itself: each weight with the name of its adapter."""
+    state = {key.removeprefix(adapters.PEFT_PREFIX): tensor for key, tensor in model.state_dict().items()}
+    state = {key: tensor for key, tensor in state.items() if ".default" in key}
+    save_file(
+        {f"unet.{k.replace('.default', f'.{name}')}": t.clone() for name in names for k, t in state.items()}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", ["default", "my-style_2"])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr", "DoRA of convolutions"])
+def test_weights_with_the_name_of_their_adapter_are_read_without_it(live, tmp_path, kind, name):
+    file = named_file(tmp_path / "a.safetensors", live[kind], [name])
+    adapter = adapter_of(unet=live[kind])
+    found = read_adapter(file, lora_alpha=adapters.default_alpha(adapter.configs["unet"]))
+    assert_same(found, adapter)
+
+
+def test_a_peft_folder_whose_weights_have_the_name_of_their_adapter_is_read_without_it(live, tmp_path):
+    adapter = adapter_of(unet=live["DoRA"])
+    adapter_writer.write_peft_folders(tmp_path / "a", adapter)
+    file = named_file(tmp_path / "a" / adapters.PEFT_FILE, live["DoRA"], ["default"])
+    save_file({k.replace("unet.", adapters.PEFT_PREFIX, 1): t for k, t in load_file(file).items()}, file)
+    assert_same(read_adapter(tmp_path / "a"), adapter)
+
+
+def test_weights_of_several_adapters_are_shown(live, tmp_path):
+    file = named_file(tmp_path / "a.safetensors", live["LoRA"], ["default", "other"])
+    with pytest.raises(UserError, match="holds no LoRA weights, but 544 of other names, such as unet.*default.weight"):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora.down.weight", "alpha"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_weight_under_the_names_of_two_layouts_is_shown_under_both(live, tmp_path, part, is_first):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["LoRA"]), "kohya")
+    tensors = load_file(file)
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    kohya = f"lora_unet_{sgm_name(module)}.{'alpha' if part == 'alpha' else 'lora_down.weight'}"
+    # A file has its tensors in the order of their names, and a pickle in that of their writing.
+    other = {f"unet.{module}.{part}": torch.zeros_like(tensors[kohya])}
+    torch.save(other | tensors if is_first else tensors | other, tmp_path / "a.pt")
+    names = [kohya, *other]
+    both = re.escape(" a second time, as ".join(reversed(names) if is_first else names))
+    with pytest.raises(UserError, match=rf"a.pt holds {both}. Export the adapter again"):
+        read_adapter(tmp_path / "a.pt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_a_text_encoders_weights_under_the_names_of_two_layouts_are_shown(tiny_base, tmp_path, prefix):
+    adapter = adapter_of(text_encoder=trained(tiny_base, TEXT, name="text_encoder"))
+    tensors = load_file(write(tmp_path / "a.safetensors", adapter, "kohya"))
+    weights = {key.removeprefix("text_model."): tensor for key, tensor in adapter.weights["text_encoder"].items()}
+    save_file(tensors | {f"text_encoder.{prefix}{k}": t for k, t in weights.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="lora_te1_.* a second time, as text_encoder.*, and 11 more of this kind. "):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("layout", conversion.LAYOUTS)
+def test_weights_that_are_no_plain_numbers_are_refused(live, tmp_path, layout, dtype):
+    adapter = adapter_of(unet=live["LoRA"])
+    key = next(key for key in adapter.weights["unet"] if "mid_block" in key and "lora_B" in key)
+    adapter.weights["unet"][key] = adapter.weights["unet"][key].abs().to(dtype)
+    path = tmp_path / "a"
+    if layout == "peft":
+        adapter_writer.write_peft_folders(path, adapter)
+    elif layout == "diffusers":
+        adapter_writer.write_diffusers(path, adapter)
+    else:
+        path = tmp_path / "a.safetensors"
+        adapter_writer.write_kohya(path, adapter)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        UserError, match=f"{path}: weights are {name}, not plain floating point, such as the unet's mid"
+    ):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_adapter_in_8_bits_of_floating_point_is_its_numbers(tiny_base, live, tmp_path, dtype):
+    adapter = adapter_of(unet=live["LoRA"])
+    weights = {"unet": {key: tensor.to(dtype) for key, tensor in adapter.weights["unet"].items()}}
+    adapter_writer.write_kohya(tmp_path / "a.safetensors", Adapter(weights, adapter.configs))
+    exact = Adapter({"unet": {key: t.float() for key, t in weights["unet"].items()}}, adapter.configs)
+    found = read_adapter(tmp_path / "a.safetensors")
+    assert_close(merged(tiny_base, found).state_dict(), merged(tiny_base, exact).state_dict())
+    again = read_adapter(write(tmp_path / "b.safetensors", found, "diffusers"))
+    assert_same(again, exact)
 
 
 def test_a_part_of_a_peft_folder_and_mixed_kinds_are_refused(live, tmp_path):
@@ -571,13 +668,41 @@ def test_a_flag_that_contradicts_a_file_that_states_every_alpha_is_refused(live,
     assert_same(read_adapter(path, lora_alpha=12.0), read_adapter(path))
 
 
-def test_dora_of_columns_is_refused(tiny_base, live, tmp_path):
+@pytest.mark.parametrize("kind", ["DoRA", "DoRA of convolutions"])
+def test_a_dora_over_the_inputs_is_refused_by_its_name(tiny_base, live, tmp_path, kind):
     """LyCORIS can norm the weight along its columns, which PEFT's DoRA cannot."""
-    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["DoRA"]), "kohya")
-    tensors = {k: t.T.contiguous() if k.endswith("dora_scale") else t for k, t in load_file(file).items()}
-    save_file(tensors, file)
-    with pytest.raises(UserError, match="outputs, but its magnitude vector is 1 x"):
-        merged(tiny_base, read_adapter(file))
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live[kind]), "kohya")
+    tensors = load_file(file)
+    inputs = {key: tensor.shape[1] for key, tensor in tensors.items() if "lora_down" in key}
+    for key in [key for key in tensors if key.endswith("dora_scale")]:
+        sizes = tensors[key].shape[2:]
+        tensors[key] = torch.ones(1, inputs[key.replace("dora_scale", "lora_down.weight")], *sizes)
+    save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}, file)
+    with pytest.raises(UserError, match=r"a.safetensors is a DoRA over the inputs, as \S+dora_scale of 1 x \d+"):
+        read_adapter(file)
+
+
+def test_a_dora_over_the_inputs_that_are_as_many_as_the_outputs_is_not_taken_for_one_over_these(live, tmp_path):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live["DoRA of convolutions"]), "kohya")
+    tensors = load_file(file)
+    key = "lora_unet_middle_block_0_in_layers_2.dora_scale"
+    assert tensors[key].shape == (64, 1, 1, 1)
+    assert tensors[key.replace("dora_scale", "lora_down.weight")].shape[1] == 64
+    save_file(tensors | {key: tensors[key].transpose(0, 1).contiguous()}, file)
+    with pytest.raises(UserError, match="DoRA over the inputs, as .*in_layers_2.dora_scale of 1 x 64 x 1 x 1 shows"):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr by 4", "LoKr of whole matrices", "LoHa of convolutions"])
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64)])
+def test_a_loha_or_lokr_with_weight_decomposition_is_refused_by_its_name(live, tmp_path, kind, shape):
+    file = write(tmp_path / "a.safetensors", adapter_of(unet=live[kind]), "kohya")
+    tensors = {key: tensor for key, tensor in load_file(file).items() if not key.endswith(".alpha")}
+    modules = {key.partition(".")[0] for key in tensors}
+    save_file(tensors | {f"{module}.dora_scale": torch.ones(shape) for module in modules}, file)
+    name = kind[:4]
+    with pytest.raises(UserError, match=f"a.safetensors is a {name} with weight decomposition, .* is not read here. "):
+        read_adapter(file)
 
 
 def test_equal_adapters_give_equal_files(live, tmp_path):
