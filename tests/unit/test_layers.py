@@ -24,6 +24,7 @@ FLOORS = [
     }
     | {"tensor_files", "world"},
     {"adapter_settings"},
+    {"adapter_file"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "logs", "memory", "miniature", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
