@@ -59,7 +59,7 @@ def cases() -> list[tuple[str, str, list[str]]]:
 
 
 def measure(
-    made: Path, work: Path, logs: Path, name: str, words: list[str], seed: int, pictures: int, gpu: str
+    made: Path, work: Path, logs: Path, name: str, words: list[str], seed: int, drawing: list[str], gpu: str
 ) -> dict:
     """Train and evaluate once, with the scripts' output in `logs`; return `FIGURES`.
 
@@ -74,8 +74,8 @@ def measure(
         train += [f"{work}/set", "--conditioning_cache_dir", f"{work}/cache", "--config", str(RECIPE)]
         train += ["--mixed_precision", "fp16" if torch.cuda.is_available() else "no", "--seed", str(seed)]
         train += ["--report_to", "none", "--output_dir", out, *words]
-        evaluate = ["evaluate.py", "--lora_weights", out, "--judge", str(made), "--num_pictures", str(pictures)]
-        evaluate += ["--picture_seeds", str(seed), "--guidance_scale", "3"]
+        evaluate = ["evaluate.py", "--lora_weights", out, "--judge", str(made), *drawing]
+        evaluate += ["--picture_seeds", str(seed)]
         for script, *rest in (train, evaluate):
             log = logs / f"{name}-{Path(script).stem}.txt"
             command = [sys.executable, str(ROOT / "scripts" / script), *rest]
@@ -176,6 +176,7 @@ def main() -> None:
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the pictures [0, 1 and 2]")
     add("--pictures", type=int, default=200, help="for each seed, of scenes never trained on [%(default)s]")
+    add("--guidance_scale", type=float, default=3, help="of the pictures [%(default)s]")
     settings = ["recipe", *VALUES, "technique"]
     what = f"of {', '.join(settings)} [all]"
     add("--only", nargs="+", choices=settings, default=settings, metavar="SETTING", help=what)
@@ -195,6 +196,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
         world.write_style_set(work / "set", side_px=miniature.SIDE_PX)
+        drawing = ["--num_pictures", str(args.pictures), "--guidance_scale", str(args.guidance_scale)]
         wanted, gpus = [case for case in cases() if case[0] in args.only], visible_gpus()
         # All cases with one seed before the next seed's, so that a command that is cut short has each of them.
         waiting: dict[Future, dict] = {}
@@ -203,7 +205,7 @@ def main() -> None:
                 name = f"{setting}-{value}-{seed}".replace(" ", "_")
                 made, logs = args.miniature.resolve(), args.logs or work
                 gpu = gpus[len(waiting) % len(gpus)]
-                future = pool.submit(measure, made, work, logs, name, words, seed, args.pictures, gpu)
+                future = pool.submit(measure, made, work, logs, name, words, seed, drawing, gpu)
                 waiting[future] = {"setting": setting, "value": value, "seed": seed}
         try:
             for future in as_completed(waiting):
