@@ -1,5 +1,6 @@
 """Read an adapter of any layout: a folder of PEFT's, or a file as `adapter_file` has it."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -69,6 +70,11 @@ def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Ada
         if (path / PEFT_FILE).is_file() and not (path / DIFFUSERS_FILE).is_file():
             raise UserError(f"{path} holds {PEFT_FILE} without {PEFT_CONFIG}, which says its alpha. Copy both.")
         file = found_file(path / DIFFUSERS_FILE) if path.is_dir() else path
+        if path.is_dir() and not file.is_file() and (steps := _steps_saved(path)):
+            raise UserError(
+                f"There is no adapter in {path}, since that run has not ended. Its newest checkpoint is "
+                f"{path / f'checkpoint-{max(steps)}'}: give that, or let the run end."
+            )
         adapter, is_open = read_single_file(file, lora_alpha, allow_pickle)
     if not any(adapter.weights.values()):
         raise without_weights(path)
@@ -88,6 +94,11 @@ def _read(path: Path, lora_alpha: float | None, allow_pickle: bool) -> tuple[Ada
             if problem := what_is_malformed(adapter.configs[name], module, parts):
                 raise UserError(f"{path} is damaged: {problem}. Give the adapter as its training left it.")
     return adapter, is_open
+
+
+def _steps_saved(run: Path) -> list[int]:
+    names = (re.fullmatch(r"checkpoint-(\d{1,18})", path.name, re.ASCII) for path in run.iterdir())
+    return [int(name[1]) for name in names if name]
 
 
 def is_peft_folder(path: Path) -> bool:

@@ -50,7 +50,7 @@ def parse(text: str) -> object:
 def config_of(file: Path, kind: str, options: dict, modules: Iterable[str]) -> Config:
     """Return the settings of one component, in which every name is one of a module.
 
-    Targets that are a list of names stay: `merging.check_adapter` misses the weights of those that have none.
+    Targets that are a list of names stay: `fitting.check_adapter` misses the weights of those that have none.
 
     Args:
         file: which has the settings, for messages.

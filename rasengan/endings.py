@@ -1,5 +1,6 @@
 """How a script ends: a user's error as one line and an exit code, whatever raised it."""
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def in_one_line(run: Callable[[], int | None], places: str, process: int = 0, on
 
 
 def say_ended(once_mended: str, number: int) -> None:
-    """Say on stderr which signal ended the process, and how to go on."""
+    """Say on stderr which signal ended the process, and how to go on; to nobody where the terminal is gone."""
     by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    sys.stderr.write(f"\nEnded by {by}. What was finished before is whole. {once_mended}".rstrip() + "\n")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"\nEnded by {by}. What was finished before is whole. {once_mended}".rstrip() + "\n")
+        sys.stderr.flush()

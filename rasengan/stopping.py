@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+UNHEARD_S = 3  # well below the 30 s after which a launcher kills
 
 
 # By which several processes are started too, as a script or a module.
@@ -39,34 +40,31 @@ def raise_on_sigterm() -> None:
 
 
 def end_while_waiting(say: Callable[[int], object]) -> None:
-    """Let SIGTERM and Ctrl-C end the process at once, also while it waits for the others of its run.
+    """End the process by a SIGTERM or Ctrl-C that its handler does not hear, while it waits for others of its run.
 
-    Python runs no handler during a wait in C++: there a thread reads the signal's number from a pipe. It leaves those
-    that have another handler to it, as a `Stopper` has until its release.
+    Python runs no handler during a wait in C++: there a thread reads the signal's number from a pipe. It leaves a
+    handler that raises `UNHEARD_S` to end the process, and does nothing for a `Stopper`'s, which only asks for it.
     `say` is given the number before the process ends.
 
     Source: `signal.set_wakeup_fd`.
     """
-    is_ending = threading.Lock()
-
-    def end(number: int, _frame=None) -> None:
-        if is_ending.acquire(blocking=False):
-            say(number)
-            os._exit(128 + number)
 
     def watch() -> None:
         while True:
             number = os.read(receiver, 1)[0]
-            if signal.getsignal(number) is end:
-                end(number)
+            asks = isinstance(getattr(signal.getsignal(number), "__self__", None), Stopper)
+            if number in {signal.SIGTERM, signal.SIGINT} and not asks:
+                time.sleep(UNHEARD_S)
+                try:
+                    say(number)
+                finally:
+                    os._exit(128 + number)
 
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     # A forked child shares the pipe, and its signals are none of this process's.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=watch, daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
     signal.set_wakeup_fd(sender)
 
 

@@ -84,7 +84,7 @@ def read_tensors(file: Path, allow_pickle: bool) -> tuple[Tensors, dict[str, str
         return _read_pickle(file, allow_pickle), {}
     if not file.is_file():
         raise UserError(
-            f"There is no adapter at {file}{_checkpoints_beside(file)}. Give a .safetensors file, a run's folder, "
+            f"There is no adapter at {file}. Give a .safetensors file, a run's folder, "
             "a checkpoint-N, a PEFT folder, or a hub id."
         )
     try:
@@ -93,13 +93,6 @@ def read_tensors(file: Path, allow_pickle: bool) -> tuple[Tensors, dict[str, str
         return load_file(file), metadata
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is no whole safetensors file ({error}). Copy or download it again.") from error
-
-
-def _checkpoints_beside(file: Path) -> str:
-    """Name the newest checkpoint of a run that has not ended, whose folder was given for its adapter."""
-    numbered = [path for path in file.parent.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    newest = max(numbered, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return f", since that run has not ended; its newest checkpoint is {newest}" if newest else ""
 
 
 def _read_pickle(file: Path, allow_pickle: bool) -> Tensors:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 BANDS = 4
 LOSS = "validation_loss"
 # Settings that a resume may change, and after which another loss is measured, the base's too.
-COMPARABLE = ("validation_split", "base_digest", "center_crop", "image_interpolation_mode")
+COMPARABLE = ("validation_split", "base_digest", "base_quantization", "center_crop", "image_interpolation_mode")
 
 
 def band_edges(num_train_timesteps: int) -> list[tuple[int, int]]:

@@ -775,11 +775,10 @@ def main(args: argparse.Namespace) -> int:
 def run(argv: list[str] | None = None) -> int:
     """Train by a command line, say in one line what is wrong, and return the exit code."""
     places, go_on = "--output_dir or --conditioning_cache_dir", "Then go on with --resume_from_checkpoint latest."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopping.raise_on_sigterm()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         stopping.end_while_waiting(partial(say_ended, go_on))
-    else:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stopping.raise_on_sigterm()
     return in_one_line(lambda: main(parse_args(argv)), places, int(os.environ.get("RANK", 0)), go_on)
 
 

@@ -90,7 +90,9 @@ def test_an_adapter_that_is_missing_cut_or_malformed_is_refused(draw, refused, t
     refused("There is no adapter at", start, tmp_path)
     for step in (50, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    refused("has not ended; its newest checkpoint is .*checkpoint-100. Give a", start, tmp_path)
+    (tmp_path / "checkpoint-²").mkdir()
+    refused("has not ended. Its newest checkpoint is .*checkpoint-100: give that", start, tmp_path)
+    refused(r"There is no adapter at .*typo.safetensors\. Give", start, tmp_path / "typo.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((trained / ADAPTER).read_bytes()[:-1000])
     refused("is no whole safetensors file", start, tmp_path / "cut.safetensors")
     shutil.copytree(trained / "peft", tmp_path / "peft")

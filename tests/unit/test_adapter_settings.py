@@ -11,7 +11,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from rasengan import UserError, adapters, components, merging
+from rasengan import UserError, adapters, components, fitting, merging
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
 
@@ -87,7 +87,7 @@ def merged(model, path):
 )
 def test_what_a_training_adapted_is_told_by_the_weights_and_by_no_pattern(unet, stranger, layout, settings):
     adapter = read_adapter(stranger(layout, **settings))
-    assert sorted(merging.check_adapter(adapter.weights["unet"], adapter.configs["unet"], unet, "unet")) == MODULES
+    assert sorted(fitting.check_adapter(adapter.weights["unet"], adapter.configs["unet"], unet, "unet")) == MODULES
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -200,7 +200,8 @@ def test_the_record_knows_the_base_the_last_and_the_lowest(monkeypatch):
 
 
 RECORD = {"base": 3.0, "last": 2.5, "best": 2.0, "best_step": 4}
-SETTINGS = {"validation_split": 0.1, "base_digest": "a", "center_crop": True, "image_interpolation_mode": "lanczos"}
+SETTINGS = {"validation_split": 0.1, "base_digest": "a", "base_quantization": "none", "center_crop": True}
+SETTINGS |= {"image_interpolation_mode": "lanczos"}
 STATE = SETTINGS | {"validation_losses": RECORD, "global_step": 8}
 
 
@@ -218,6 +219,7 @@ def put_best(folder, step, loss):
         (STATE, {"validation_split": 0.2}),
         (STATE, {"validation_split": None}),
         (STATE, {"base_digest": "b"}),
+        (STATE, {"base_quantization": "nf4"}),
         (STATE, {"center_crop": False}),
         (STATE, {"image_interpolation_mode": "bicubic"}),
     ],
