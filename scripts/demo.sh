@@ -29,17 +29,17 @@ accelerate launch --config_file "accelerate_configs/$config.yaml" scripts/train_
 
 echo "--- 3/3  base and tuned, side by side"
 python scripts/infer.py --pretrained_model_name_or_path $base --lora_weights "$out/lora" --compare \
-    --prompt_file "$out/prompts.txt" --guidance_scale 3 --output_dir "$out/images"
+    --prompt_file "$out/prompts.txt" --guidance_scale 2 --output_dir "$out/images"
 
 cat <<END
 
 Done, after $SECONDS seconds. What there is to see, and the command that opens each:
   adapter           $out/lora/pytorch_lora_weights.safetensors
-                    .venv/bin/python scripts/infer.py --pretrained_model_name_or_path $base --lora_weights $out/lora --guidance_scale 3 --prompt "two blue stars at the top on a white background"
+                    .venv/bin/python scripts/infer.py --pretrained_model_name_or_path $base --lora_weights $out/lora --guidance_scale 2 --prompt "two blue stars at the top on a white background"
   base and tuned    $out/images/grid.png
                     xdg-open $out/images/grid.png
   TensorBoard log   $out/lora/logs
                     .venv/bin/tensorboard --logdir $out/lora/logs
 To count style and content in pictures of 200 scenes, some minutes:
-                    .venv/bin/python scripts/evaluate.py --lora_weights $out/lora --judge rasengan/assets --guidance_scale 3
+                    .venv/bin/python scripts/evaluate.py --lora_weights $out/lora --judge rasengan/assets --guidance_scale 2
 END
