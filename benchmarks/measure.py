@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +22,18 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsand
 
 
 # --- run and watch ---
+
+
+def as_installed() -> dict[str, str]:
+    """Return this environment, in which Python keeps the bytecode of what it imports, whatever the packages came with.
+
+    A machine whose packages have none, and that keeps none, compiles them in every start, which takes longer than all
+    else there.
+    """
+    kept = str(Path(tempfile.gettempdir()) / "rasengan-benchmarks-bytecode")
+    environment = {"PYTHONPYCACHEPREFIX": kept} | os.environ
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
 
 
 def descendants(pid: int) -> list[int]:
@@ -52,7 +65,7 @@ def run(command: list[str], log: Path, cwd: Path = ROOT, environment: dict[str, 
     with open(log, "w") as out:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=os.environ | (environment or {})
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=as_installed() | (environment or {})
         )
         while process.poll() is None:
             try:

@@ -2,7 +2,8 @@
 
 The same arithmetic as theirs, but for the order of rounding, in a third of the kernels and two thirds of the memory:
 
-- all LoRA matrices are cast to the UNet's dtype together, and their gradients are added where they belong;
+- all LoRA matrices are cast to the UNet's dtype together, and their gradients are added where they belong, beside what
+  the rest of the backward pass waits for;
 - projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
   the timestep's in all residual blocks of a width;
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;
@@ -30,6 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rasengan import lora, nodes
+from rasengan.side_stream import SideStream
 
 
 def why_not(unet: nn.Module) -> str | None:
@@ -212,10 +214,13 @@ class FusedUNet:
         middle, end = self.ends
         parts_A = self.flat[:middle].to(dtype).split([p.shape_A.numel() for p in self.with_lora])
         parts_B = (self.flat[middle:end] * self.scale).to(dtype).split([p.shape_B.numel() for p in self.with_lora])
+        side = SideStream(self.flat.device)
         for projection, part_A, part_B in zip(self.with_lora, parts_A, parts_B, strict=True):
-            projection.set_lora(part_A, part_B, self.scale)
+            projection.set_lora(part_A, part_B, self.scale, side)
         # Of this forward alone: a leaf that lived on would hold the stream of its first backward pass.
-        self.anchor = torch.empty((), device=self.flat.device, requires_grad=True)
+        leaf = torch.empty((), device=self.flat.device, requires_grad=True)
+        with torch.enable_grad():
+            self.anchor = nodes.JoinSideStream.apply(leaf, side)
 
     def _project_text(self, encoder_hidden_states: torch.Tensor | None) -> None:
         """Compute the keys and values of all attentions to the text, stacked ones by one product; None: those held."""
@@ -330,10 +335,10 @@ class Projection:
             self.shape_A = torch.Size((len(layers) * rank, base.in_features))
             self.shape_B = torch.Size((len(layers), base.out_features, rank))
 
-    def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float) -> None:
+    def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float, side: SideStream) -> None:
         """Take the LoRA's elements for one forward pass and its backward; `scale` is in part_B."""
         matrices = part_A.view(self.shape_A), part_B.view(self.shape_B)
-        self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale)
+        self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale, side)
 
     def __call__(self, rows: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
         """Return (T, n E) for rows (T, D); `anchor` is as `nodes.LoraProduct` takes it, None without a LoRA."""

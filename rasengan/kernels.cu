@@ -113,12 +113,17 @@ __device__ float warp_sum(float x) {
 }
 
 // A lane's share of a row: up to PACKS packs, LANES apart, kept as they are stored: 16 bits as floats would take twice the
-// registers, and so leave room for half the warps.
+// registers, and so leave room for half the warps. All rows are fetched before the first is used: what is read after a
+// write waits for it, since they might overlap.
 template <int PACKS>
 struct Row {
   Pack at[PACKS];
   int lane, width;
+  __device__ explicit Row(int width) : lane(threadIdx.x), width(width) {}
 
+  __device__ void fetch(const word* from) {
+    each_pack([&](int k, int column) { at[k] = load(from + column); });
+  }
   template <class F>
   __device__ void each_pack(F f) const {
 #pragma unroll
@@ -151,24 +156,27 @@ __device__ void add_layer_norm(const word* x, const word* delta, const word* wei
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   long long start = (long long)row * width;
-  Row<PACKS> values;
-  values.lane = threadIdx.x;
-  values.width = width;
-  values.each_pack([&](int k, int column) {
-    Pack& pack = values.at[k];
-    pack = load(x + start + column);
-    if (!delta) return;
-    Pack more = load(delta + start + column);
+  Row<PACKS> values(width), more(width), gain(width), offset(width);
+  values.fetch(x + start);
+  if (delta) {
+    more.fetch(delta + start);
+    values.each_pack([&](int k, int column) {
+      Pack& pack = values.at[k];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pack.at[i] = narrow(widen(pack.at[i]) + widen(more.at[i]));
-    store(sum + start + column, pack);
-  });
+      for (int i = 0; i < 8; ++i) pack.at[i] = narrow(widen(pack.at[i]) + widen(more.at[k].at[i]));
+      store(sum + start + column, pack);
+    });
+  }
   float2 of = values.statistics(eps);
+  gain.fetch(weight);
+  offset.fetch(bias);
   values.each_pack([&](int k, int column) {
-    Pack gain = load(weight + column), offset = load(bias + column), out;
+    Pack out;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      out.at[i] = narrow((widen(values.at[k].at[i]) - of.x) * of.y * widen(gain.at[i]) + widen(offset.at[i]));
+    for (int i = 0; i < 8; ++i) {
+      float value = (widen(values.at[k].at[i]) - of.x) * of.y;
+      out.at[i] = narrow(value * widen(gain.at[k].at[i]) + widen(offset.at[k].at[i]));
+    }
     store(y + start + column, out);
   });
 }
@@ -180,20 +188,17 @@ __device__ void layer_norm_grad(const word* sum, const word* weight, const word*
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   long long start = (long long)row * width;
-  Row<PACKS> values, grads;
-  values.lane = threadIdx.x;
-  values.width = width;
-  values.each_pack([&](int k, int column) {
-    values.at[k] = load(sum + start + column);
-    grads.at[k] = load(grad_y + start + column);
-  });
+  Row<PACKS> values(width), grads(width), gain(width), past(width);
+  values.fetch(sum + start);
+  grads.fetch(grad_y + start);
+  gain.fetch(weight);
+  if (grad_sum) past.fetch(grad_sum + start);
   float2 of = values.statistics(eps);
   float mean_grad = 0.f, mean_product = 0.f;
-  values.each_pack([&](int k, int column) {
-    Pack gain = load(weight + column);
+  values.each_pack([&](int k, int) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float grad = widen(grads.at[k].at[i]) * widen(gain.at[i]);
+      float grad = widen(grads.at[k].at[i]) * widen(gain.at[k].at[i]);
       mean_grad += grad;
       mean_product += grad * ((widen(values.at[k].at[i]) - of.x) * of.y);
     }
@@ -201,13 +206,13 @@ __device__ void layer_norm_grad(const word* sum, const word* weight, const word*
   mean_grad = warp_sum(mean_grad) / width;
   mean_product = warp_sum(mean_product) / width;
   values.each_pack([&](int k, int column) {
-    Pack gain = load(weight + column), past, out;
-    if (grad_sum) past = load(grad_sum + start + column);
+    Pack out;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float value = (widen(values.at[k].at[i]) - of.x) * of.y;
-      float grad = of.y * (widen(grads.at[k].at[i]) * widen(gain.at[i]) - mean_grad - value * mean_product);
-      out.at[i] = narrow(grad_sum ? grad + widen(past.at[i]) : grad);
+      float grad = widen(grads.at[k].at[i]) * widen(gain.at[k].at[i]);
+      grad = of.y * (grad - mean_grad - value * mean_product);
+      out.at[i] = narrow(grad_sum ? grad + widen(past.at[k].at[i]) : grad);
     }
     store(grad_x + start + column, out);
   });

@@ -6,16 +6,20 @@ backward pass. Where NVRTC is missing (`nvrtc.py`), PyTorch's operators do the w
 Shapes: `rows` are (T, D); pictures are (N, C, H, W) in channels_last. All of fp16, bf16 or fp32; statistics are fp32.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
 from rasengan import nvrtc
 
 
-# A pass is split into about so many blocks: some for each multiprocessor of a large card.
-BLOCKS = 264
-# What `lora_gradient_sums` takes: columns of a block, rows of a stage, and ranks at most.
-STRIP, STAGE_ROWS, MOST_RANKS = 128, 64, 64
+# Blocks of a GroupNorm's passes that a multiprocessor runs at once: by their registers two of the forward one, and one
+# of the backward ones. Two of the statistics' would run too, but their sums take longer than they save.
+FORWARD_BLOCKS, OTHER_BLOCKS = 2, 1
+LEAST_ROUNDS = 2  # of pixels that a block takes, however few there are
+# What `lora_gradient_sums` takes: columns of a block, rows of a stage, ranks at most, and about so many blocks.
+STRIP, STAGE_ROWS, MOST_RANKS, MOST_BLOCKS = 128, 64, 64, 528
 # Its rows are split into no more parts than this, since the sums of each are written, read and added.
 MOST_SPLITS = 32
 
@@ -111,11 +115,20 @@ def layer_norm_backward(
 # --- GroupNorm and SiLU ---
 
 
-def _slices(x: torch.Tensor, channels: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
-    """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes."""
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _slices(x: torch.Tensor, channels: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+    """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes.
+
+    There are as many blocks as run at once, `blocks` on each multiprocessor: one more would run alone in the end.
+    """
     pictures, _, height, width = x.shape
     pixels, rows = height * width, max(1, 512 // (channels // 8))
-    each = max(rows, -(-pixels * pictures // BLOCKS))
+    of_a_picture = max(1, blocks * _multiprocessors(x.device) // pictures)
+    each = max(LEAST_ROUNDS * rows, -(-pixels // of_a_picture))
     return (-(-pixels // each), pictures), (channels // 8, rows), each, 2 * rows * channels * 4
 
 
@@ -186,7 +199,7 @@ def group_norm_statistics(
         variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
         return torch.stack([mean, (variance + eps).rsqrt()], dim=-1)
     channels = _channels_of(x, skip)
-    grid, block, each, shared_bytes = _slices(x, channels)
+    grid, block, each, shared_bytes = _slices(x, channels, OTHER_BLOCKS)
     statistics = x.new_empty(pictures, groups, 2, dtype=torch.float32)
     partial = x.new_empty(pictures, grid[0], groups, 2, dtype=torch.float32)
     arguments = (x, skip, x.shape[1], shift, partial, kernels.counters, statistics)
@@ -216,7 +229,7 @@ def group_norm_forward(
         return F.silu(y, inplace=True) if silu else y
     sizes = (pictures, channels, height, width)
     y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid, block, each, _ = _slices(x, channels)
+    grid, block, each, _ = _slices(x, channels, FORWARD_BLOCKS)
     of = (x, skip, x.shape[1], shift, statistics, weight, bias)
     kernels.launch("group_norm_forward", grid, block, *of, y, height * width, channels, groups, each, int(silu))
     return y
@@ -253,7 +266,7 @@ def group_norm_backward(
         return grad_x, grad_skip if grad_past_skip is None else grad_skip + grad_past_skip
     x, skip, grad_y, *past = map(_channels_last, (x, skip, grad_y, grad_past, grad_past_skip))
     grad_x, grad_skip = torch.empty_like(x), None if skip is None else torch.empty_like(skip)
-    grid, block, each, shared_bytes = _slices(x, channels)
+    grid, block, each, shared_bytes = _slices(x, channels, OTHER_BLOCKS)
     sizes = (height * width, channels, groups, each)
     means, partial = torch.empty_like(statistics), statistics.new_empty(pictures, grid[0], groups, 2)
     of = (x, skip, x.shape[1], shift, statistics, weight, bias, grad_y)
@@ -362,7 +375,7 @@ def add_lora_gradients(
         return
     x, h, grad_y, grad_h = (t.contiguous() for t in (x, h, grad_y, grad_h))
     strips = -(-width // STRIP) + -(-out_width // STRIP)
-    splits = max(1, min(-(-rows // STAGE_ROWS), 2 * BLOCKS // strips, MOST_SPLITS))
+    splits = max(1, min(-(-rows // STAGE_ROWS), MOST_BLOCKS // strips, MOST_SPLITS))
     each = -(-rows // (splits * STAGE_ROWS)) * STAGE_ROWS
     splits, tiles, sizes = -(-rows // each), -(-rank // 16), (width, out_width, rank)
     partial = x.new_empty(strips, splits, tiles * 16, STRIP, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """The captured step against the eager one, on the tiny UNet in fp16."""
 
+import contextlib
 import functools
 import os
 
@@ -8,6 +9,7 @@ import torch
 
 from rasengan import components, fused, graphs, lora, memory, memory_plan, optim, quantization, step
 from rasengan.demo import build_tiny_sdxl
+from rasengan.side_stream import SideStream
 
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first product of the process
@@ -186,6 +188,37 @@ def test_a_graph_adds_to_the_gradient_also_when_it_is_captured(folder):
             train_step(batch)
         gradients.append(flat.grad.clone())
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("count", [0, 1000], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("as_graph", [False, True], ids=["eager", "graph"])
+def test_the_gradient_is_whole_however_far_behind_the_side_stream_is(as_graph, count, folder, monkeypatch):
+    def gradient():
+        unet, flat, fused_unet = load(folder)
+        fused_unet.recompute(count)
+        make_step(unet, flat, as_graph)(make_batch(unet, 2))
+        return flat.grad.clone()  # as the optimizer reads it: the host waits for nothing
+
+    def late_fork(side, *tensors):
+        forked = fork(side, *tensors)
+
+        @contextlib.contextmanager
+        def waiting():
+            with forked:
+                torch.cuda._sleep(10**6)
+                yield
+
+        return waiting()
+
+    def late_mark(side):
+        mark(side)
+        torch.cuda._sleep(10**6)
+
+    expected = gradient()
+    fork, mark = SideStream.fork, SideStream.mark
+    monkeypatch.setattr(SideStream, "fork", late_fork)
+    monkeypatch.setattr(SideStream, "mark", late_mark)
+    assert torch.equal(gradient(), expected)
 
 
 def plan_within(folder, budget_gib, samples=4, recompute=None):

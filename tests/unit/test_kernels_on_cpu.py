@@ -64,6 +64,7 @@ def launcher(library, monkeypatch):
         return launcher if x.dtype == torch.float32 and width % 8 == 0 and width <= widest else None
 
     monkeypatch.setattr(kernels, "_kernels_for", kernels_for)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 40)  # as on a T4
     return launcher
 
 
@@ -136,9 +137,12 @@ def test_add_layer_norm(launcher, rows, width, has_delta):
 )
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("has_shift", [True, False])
-@pytest.mark.parametrize("blocks", [kernels.BLOCKS, 2], ids=["a pixel each", "many pixels each"])
-def test_group_norm(launcher, count, channels, side, groups, split, silu, has_shift, blocks, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCKS", blocks)
+@pytest.mark.parametrize(("multiprocessors", "rounds"), [(132, 1), (40, 2), (1, 2)])
+def test_group_norm(
+    launcher, count, channels, side, groups, split, silu, has_shift, multiprocessors, rounds, monkeypatch
+):
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(kernels, "LEAST_ROUNDS", rounds)
 
     def parts(tensor):
         """Return a part, or None, for x and for skip."""

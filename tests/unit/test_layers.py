@@ -20,6 +20,7 @@ FLOORS = [
         "nvrtc",
         "objective",
         "row_file",
+        "side_stream",
         "stopping",
     }
     | {"tensor_files", "world"},

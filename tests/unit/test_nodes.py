@@ -6,6 +6,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from rasengan import nodes
+from rasengan.side_stream import SideStream
 
 
 def random(*shape, grad=False):
@@ -31,9 +32,11 @@ class LoraProductOfInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, weight, bias, scale):
         ctx.x, ctx.grads = x.detach().requires_grad_(x.requires_grad), [torch.zeros_like(t) for t in (lora_A, lora_B)]
-        lora = nodes.LoraMatrices(lora_A.detach(), scale * lora_B.detach(), *ctx.grads, scale)
+        side = SideStream(x.device)
+        lora = nodes.LoraMatrices(lora_A.detach(), scale * lora_B.detach(), *ctx.grads, scale, side)
         with torch.enable_grad():
-            ctx.y = nodes.LoraProduct.apply(ctx.x, torch.zeros((), requires_grad=True), lora, weight, bias)
+            anchor = nodes.JoinSideStream.apply(torch.zeros((), requires_grad=True), side)
+            ctx.y = nodes.LoraProduct.apply(ctx.x, anchor, lora, weight, bias)
         return ctx.y.detach()
 
     @staticmethod
@@ -55,6 +58,22 @@ def test_lora_product(layers, has_bias, x_grad):
     delta = 3.0 * torch.block_diag(*lora_B) @ lora_A
     expected = torch.nn.functional.linear(x, weight + delta, bias)
     torch.testing.assert_close(LoraProductOfInputs.apply(x, lora_A, lora_B, weight, bias, 3.0), expected)
+
+
+def test_the_side_stream_is_joined_once_all_products_have_done_their_backward_pass(monkeypatch):
+    side, order = SideStream(torch.device("cpu")), []
+    fork, join = side.fork, side.join
+    monkeypatch.setattr(side, "fork", lambda *tensors: order.append("fork") or fork(*tensors))
+    monkeypatch.setattr(side, "join", lambda: order.append("join") or join())
+    anchor = nodes.JoinSideStream.apply(torch.zeros((), requires_grad=True), side)
+    x = random(5, 4)
+    for _ in range(3):
+        matrices = [random(2, 4), random(1, 4, 2)]
+        lora = nodes.LoraMatrices(*matrices, *map(torch.zeros_like, matrices), 1.0, side)
+        x = nodes.LoraProduct.apply(x, anchor, lora, random(4, 4), None)
+    x.sum().backward()
+    assert order == ["fork", "join"] * 3 + ["join"]  # a fork joins what was before it
+    assert side.held == ()
 
 
 @pytest.mark.parametrize("has_delta", [True, False])
