@@ -85,15 +85,47 @@ def together(caches: list[ShardedCache]) -> Mapping[str, dict[str, torch.Tensor]
     return caches[0] if len(caches) == 1 else ChainMap(*caches)
 
 
+def blank_latents(
+    pictures: list[imaging.Picture], sizes: list[imaging.Size], random_flip: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return rows of zeros, of the shapes and dtype of `cached_latents`, to plan with: what a step takes is alike."""
+    rows = {}
+    for height, width in sizes:
+        moments = torch.zeros(1 + random_flip, 4, height // 8, width // 8)
+        rows[height, width] = {"mean": moments, "std": moments}
+    return {
+        picture.digest: rows[imaging.crop_size(picture.height_px, picture.width_px, sizes)] for picture in pictures
+    }
+
+
+def blank_prompts(
+    groups: Iterable[Iterable[str]], folders: dict[str, Path], dtype: torch.dtype
+) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """Return rows of zeros, of the shapes and dtype of `cached_prompts`, as `blank_latents` does."""
+    configs = [components.read_config(name, folders[name]) for name in components.TEXT_ENCODERS]
+    width, pooled_width = sum(config["hidden_size"] for config in configs), configs[1]["projection_dim"]
+    row = {
+        "prompt_embeds": torch.zeros(components.MOST_TOKENS, width, dtype=dtype),
+        "pooled_prompt_embeds": torch.zeros(pooled_width, dtype=dtype),
+    }
+    return [dict.fromkeys(texts, row) for texts in groups]
+
+
 def is_one(place: object) -> bool:
     """Say whether a place, as a stranger's file may name it, is a folder in which a cache was built."""
     return isinstance(place, str) and any(os.path.isdir(os.path.join(place, part)) for part in ("latents", "prompts"))
 
 
 def disk_bytes(*groups: Mapping | None) -> int:
-    """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none."""
-    caches = [part for rows in groups if rows is not None for part in getattr(rows, "maps", [rows])]
-    return sum(path.stat().st_size for path in {path for part in caches for path in part.paths()})
+    """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none.
+
+    Of blank rows, what they will take once they are encoded, but for the headers of the files: 1 part in a thousand.
+    """
+    given = [rows for rows in groups if rows is not None]
+    blank = [row for rows in given if isinstance(rows, dict) for row in rows.values()]
+    caches = [part for rows in given if not isinstance(rows, dict) for part in getattr(rows, "maps", [rows])]
+    to_come = sum(tensor.numel() * tensor.element_size() for row in blank for tensor in row.values())
+    return to_come + sum(path.stat().st_size for path in {path for part in caches for path in part.paths()})
 
 
 def prompt_cache(

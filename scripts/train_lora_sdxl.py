@@ -337,12 +337,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         settings = {name: getattr(args, name) for name in known_now}
         resuming.check_resumable(resume_from, settings, args.resume_with_changes)
 
-    # --- the conditioning cache: encode once, then free the encoders ---
+    # --- the conditioning cache: encode once, then free the encoders; a plan needs no more than its shapes ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
     negative = components.negative_prompt(None, folders)
     texts = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
     cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
-    if args.cache_conditioning and args.center_crop:
+    if args.cache_conditioning and args.center_crop and args.plan_only:
+        latents = cache.blank_latents(pictures, sizes, args.random_flip)
+    elif args.cache_conditioning and args.center_crop:
         sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
         batch_size = args.encode_batch_size or cache.pictures_at_once(args.resolution)
         column, bar = dataset[args.image_column], partial(progress_bar, accelerator, "Encoding pictures")
@@ -351,8 +353,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     else:
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
-    if args.cache_conditioning and not args.train_text_encoder:
-        groups = [caption for several in captions for caption in several], texts
+    groups = [caption for several in captions for caption in several], texts
+    if args.cache_conditioning and not args.train_text_encoder and args.plan_only:
+        prompts, validation_prompts = cache.blank_prompts(groups, folders, weight_dtype)
+    elif args.cache_conditioning and not args.train_text_encoder:
         where, bar = (folders, args.variant, device), partial(progress_bar, accelerator, "Encoding captions")
         prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *where, weight_dtype, share, bar)
     else:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from rasengan import UserError, cache, components, data, imaging, row_file, sharded_cache
+from rasengan import UserError, cache, components, data, imaging, row_file, samples, sharded_cache
+from rasengan.safetensors_header import read_header
 
 
 CPU = torch.device("cpu")
@@ -317,6 +318,51 @@ def test_cached_prompts_are_the_encoders_states(tiny_base, tmp_path, dtype):
         assert torch.equal(torch.stack([row["prompt_embeds"] for row in rows]), torch.cat(states, dim=-1))
         assert torch.equal(torch.stack([row["pooled_prompt_embeds"] for row in rows]), output.text_embeds)
     assert rows[0]["prompt_embeds"].dtype == rows[0]["pooled_prompt_embeds"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("bucket_step_px", "random_flip", "dtype"),
+    [(None, False, torch.float32), (16, True, torch.bfloat16), (24, False, torch.float16)],
+)
+def test_blank_rows_give_a_batch_of_the_shapes_of_cached_ones(
+    bucket_step_px, random_flip, dtype, tiny_base, column, pictures, tmp_path
+):
+    sizes = imaging.crop_sizes(96, bucket_step_px)
+    some, column = [*pictures[:9], pictures[0], *pictures[9:12]], [*column[:9], column[0], *column[9:12]]
+    captions = [[f"a star {number}", "a star"] for number in range(len(some))]
+    texts = [[text for several in captions for text in several], ["a heart", ""]]
+    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    how, bar = (None, CPU), lambda total: tqdm(total=total, disable=True)
+    options = {"sizes": sizes, "interpolation": "lanczos", "random_flip": random_flip}
+    real = cache.cached_latents(tmp_path, column, some, folders["vae"], *how, (0, 1), bar, 4, **options)
+    real_prompts = cache.cached_prompts(tmp_path, texts, folders, *how, dtype, (0, 1), bar)
+    blank, blank_prompts = cache.blank_latents(some, sizes, random_flip), cache.blank_prompts(texts, folders, dtype)
+
+    def shapes(rows):
+        return {name: (row.shape, row.dtype) for name, row in rows.items()}
+
+    assert all(shapes(blank[picture.digest]) == shapes(real[picture.digest]) for picture in some)
+    for rows, expected, group in zip(blank_prompts, real_prompts, texts, strict=True):
+        assert all(shapes(rows[text]) == shapes(expected[text]) for text in group)
+    options |= {"seed": 0, "center_crop": True, "scaling_factor": 0.5, "noise_offset": 0.0}
+    batches = [
+        samples.first_batch(
+            samples.TrainingSamples(column, some, captions, *caches, num_train_timesteps=1000, **options), 3
+        )
+        for caches in ((blank, blank_prompts[0]), (real, real_prompts[0]))
+    ]
+    names = [batch.pop("name") for batch in batches]
+    assert names[0] == names[1]
+    assert shapes(batches[0]) == shapes(batches[1])
+    # What they will take on the disk, but for the headers of the files.
+    written, headers = sorted(tmp_path.rglob("*.safetensors")), 0
+    for path in written:
+        with open(path, "rb") as file:
+            headers += 8 + read_header(file)[1]
+    took = sum(path.stat().st_size for path in written)
+    assert cache.disk_bytes(blank, *blank_prompts) == took - headers
+    assert cache.disk_bytes(real, *real_prompts) == took
+    assert headers < 0.01 * took
 
 
 def test_latents_that_are_not_finite_name_their_picture(tiny_base, column, pictures):
