@@ -348,8 +348,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
         batch_size = args.encode_batch_size or cache.pictures_at_once(args.resolution)
         column, bar = dataset[args.image_column], partial(progress_bar, accelerator, "Encoding pictures")
-        where = (folders["vae"], args.variant, device)
-        latents = cache.cached_latents(cache_dir, column, pictures, *where, share, bar, batch_size, **sized)
+        how = (folders["vae"], args.variant, device, share, bar, batch_size, args.vram_budget_gib)
+        latents = cache.cached_latents(cache_dir, column, pictures, *how, **sized)
     else:
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
@@ -357,8 +357,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     if args.cache_conditioning and not args.train_text_encoder and args.plan_only:
         prompts, validation_prompts = cache.blank_prompts(groups, folders, weight_dtype)
     elif args.cache_conditioning and not args.train_text_encoder:
-        where, bar = (folders, args.variant, device), partial(progress_bar, accelerator, "Encoding captions")
-        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *where, weight_dtype, share, bar)
+        bar = partial(progress_bar, accelerator, "Encoding captions")
+        how = (folders, args.variant, device, weight_dtype, share, bar)
+        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *how, budget_gib=args.vram_budget_gib)
     else:
         logger.info("The text encoders run in the loop: they are trained, or --no-cache_conditioning was given")
         tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, weight_dtype)

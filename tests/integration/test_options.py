@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from rasengan import components, fused, memory, samples, training_settings
+from rasengan import UserError, cache, components, fused, memory, samples, training_settings
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -261,3 +261,23 @@ def test_a_run_that_is_only_planned_encodes_nothing_and_tries_the_batch_of_a_rea
             assert (tried[name].shape, tried[name].dtype) == (value.shape, value.dtype), name
         else:
             assert tried[name] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "load_picture_encoder",
+            "pictures at 64 px, 3 at once, .* 7. To make it fit: give --encode_batch_size 1, or ra",
+        ),
+        ("load_caption_encoder", "captions or prompts, 8 at once, .* 7. To make it fit: raise --vram_budget_gib"),
+    ],
+)
+def test_a_training_whose_encoders_lack_memory_says_what_was_asked_for(name, said, train, tmp_path, monkeypatch):
+    def encode(items):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cache, name, lambda *_, **__: encode)
+    words = ["--conditioning_cache_dir", tmp_path, "--encode_batch_size", 3, "--vram_budget_gib", 7]
+    with pytest.raises(UserError, match=f"Out of memory while encoding {said}"):
+        train(*SHORT, *QUIET, *words, "--base_quantization", "auto")
