@@ -85,15 +85,47 @@ def together(caches: list[ShardedCache]) -> Mapping[str, dict[str, torch.Tensor]
     return caches[0] if len(caches) == 1 else ChainMap(*caches)
 
 
+def blank_latents(
+    pictures: list[imaging.Picture], sizes: list[imaging.Size], random_flip: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return rows of zeros, of the shapes and dtype of `cached_latents`, to plan with: what a step takes is alike."""
+    rows = {}
+    for height, width in sizes:
+        moments = torch.zeros(1 + random_flip, 4, height // 8, width // 8)
+        rows[height, width] = {"mean": moments, "std": moments}
+    return {
+        picture.digest: rows[imaging.crop_size(picture.height_px, picture.width_px, sizes)] for picture in pictures
+    }
+
+
+def blank_prompts(
+    groups: Iterable[Iterable[str]], folders: dict[str, Path], dtype: torch.dtype
+) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """Return rows of zeros, of the shapes and dtype of `cached_prompts`, as `blank_latents` does."""
+    configs = [components.read_config(name, folders[name]) for name in components.TEXT_ENCODERS]
+    width, pooled_width = sum(config["hidden_size"] for config in configs), configs[1]["projection_dim"]
+    row = {
+        "prompt_embeds": torch.zeros(components.MOST_TOKENS, width, dtype=dtype),
+        "pooled_prompt_embeds": torch.zeros(pooled_width, dtype=dtype),
+    }
+    return [dict.fromkeys(texts, row) for texts in groups]
+
+
 def is_one(place: object) -> bool:
     """Say whether a place, as a stranger's file may name it, is a folder in which a cache was built."""
     return isinstance(place, str) and any(os.path.isdir(os.path.join(place, part)) for part in ("latents", "prompts"))
 
 
 def disk_bytes(*groups: Mapping | None) -> int:
-    """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none."""
-    caches = [part for rows in groups if rows is not None for part in getattr(rows, "maps", [rows])]
-    return sum(path.stat().st_size for path in {path for part in caches for path in part.paths()})
+    """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none.
+
+    Of blank rows, what they will take once they are encoded, but for the headers of the files: 1 part in a thousand.
+    """
+    given = [rows for rows in groups if rows is not None]
+    blank = [row for rows in given if isinstance(rows, dict) for row in rows.values()]
+    caches = [part for rows in given if not isinstance(rows, dict) for part in getattr(rows, "maps", [rows])]
+    to_come = sum(tensor.numel() * tensor.element_size() for row in blank for tensor in row.values())
+    return to_come + sum(path.stat().st_size for path in {path for part in caches for path in part.paths()})
 
 
 def prompt_cache(
@@ -192,6 +224,7 @@ def cached_latents(
     share: tuple[int, int],
     make_bar: Callable[[int], tqdm],
     batch_size: int,
+    budget_gib: float | None = None,
     **options,
 ) -> Mapping[str, dict[str, torch.Tensor]]:
     """Return the latents of all pictures, encoded by the VAE now where they are not on disk yet.
@@ -206,12 +239,16 @@ def cached_latents(
         share: as `fill` takes it.
         make_bar: likewise.
         batch_size: pictures encoded together.
+        budget_gib: likewise.
         options: `sizes`, `interpolation` and `random_flip`, as `encode_pictures` takes them.
     """
     digest = weights_digest(components.component_files("vae", folder, variant), directory / "weights.json")
     caches = latent_caches(directory, pictures, digest, **options, batch_size=batch_size, device=device)
     options |= {"column": column, "positions": {picture.digest: place for place, picture in enumerate(pictures)}}
-    fill(share, caches, batch_size, partial(load_picture_encoder, folder, variant, device, **options), make_bar)
+    load_encoder = partial(load_picture_encoder, folder, variant, device, **options)
+    what = f"pictures at {max(map(min, options['sizes']))} px"  # the square's side
+    smaller = "give --encode_batch_size 1" if batch_size > 1 else "lower --resolution"
+    fill(share, caches, batch_size, load_encoder, make_bar, what, budget_gib, smaller)
     return together(caches)
 
 
@@ -230,6 +267,7 @@ def cached_prompts(
     share: tuple[int, int],
     make_bar: Callable[[int], tqdm],
     batch_size: int = 8,
+    budget_gib: float | None = None,
 ) -> list[ShardedCache]:
     """Return the embeddings of each group of texts, encoded now where they are not on disk yet.
 
@@ -243,13 +281,14 @@ def cached_prompts(
         share: as `fill` takes it.
         make_bar: likewise.
         batch_size: texts encoded together.
+        budget_gib: likewise.
     """
     names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
     files = [file for name in names for file in components.component_files(name, folders[name], variant)]
     digest = weights_digest(files, directory / "weights.json")
     caches = [prompt_cache(directory, texts, digest, dtype, batch_size, device) for texts in groups]
     load_encoder = partial(load_caption_encoder, folders, variant, device, dtype)
-    fill(share, caches, batch_size, load_encoder, make_bar)
+    fill(share, caches, batch_size, load_encoder, make_bar, "captions or prompts", budget_gib)
     return caches
 
 
@@ -270,6 +309,9 @@ def fill(
     batch_size: int,
     load_encoder: Callable[[], Callable],
     make_bar: Callable[[int], tqdm],
+    what: str,
+    budget_gib: float | None = None,
+    smaller: str | None = None,
 ) -> None:
     """Build what is missing or damaged, each process on a machine its share; the encoder is loaded only if needed.
 
@@ -282,6 +324,12 @@ def fill(
         batch_size: items that are encoded together.
         load_encoder: returns the function that encodes a batch.
         make_bar: returns a progress bar for a number of items.
+        what: the items are, for errors.
+        budget_gib: what --vram_budget_gib was given, to which PyTorch keeps already; None for nothing.
+        smaller: how the user makes a batch take less memory; None for no way.
+
+    Raises:
+        UserError: the card's memory does not suffice.
     """
     number, processes = share
     if not any(gather([any(shards.missing() for shards in caches)])):
@@ -292,9 +340,11 @@ def fill(
         shares = [shards.missing()[number::processes] for shards in caches]
         wait_for_everyone()  # all have seen what is missing before anyone builds
         if any(shares):
-            encode = load_encoder()
+            with memory.must_suffice(f"loading what encodes {what}", budget_gib):
+                encode = load_encoder()
             total = sum(len(shards.items_in(share)) for shards, share in zip(caches, shares, strict=True))
-            with make_bar(total) as bar:
+            doing = f"encoding {what}, {batch_size} at once"
+            with memory.must_suffice(doing, budget_gib, smaller), make_bar(total) as bar:
                 for shards, share in zip(caches, shares, strict=True):
                     shards.build(share, encode, batch_size, bar.update)
             del encode

@@ -115,3 +115,25 @@ def must_fit(unet: nn.Module, can_quantize: bool) -> Iterator[None]:
             "--vram_budget_gib, leaves. Take a card with more memory, or raise a budget that was given"
             f"{', or give --base_quantization nf4' * can_quantize}."
         ) from error
+
+
+@contextmanager
+def must_suffice(doing: str, budget_gib: float | None, smaller: str | None = None) -> Iterator[None]:
+    """Run inside of this what the memory plan is no part of; no `DoesNotFit`, since a quantized base is no help.
+
+    Args:
+        doing: what is done, for the message.
+        budget_gib: what --vram_budget_gib was given; None for nothing.
+        smaller: a remedy by which this takes less, such as "lower --resolution"; None for none.
+
+    Raises:
+        UserError: the card's memory does not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        given = budget_gib is not None
+        under = f"under --vram_budget_gib {budget_gib:g}" if given else "in what the card has left"
+        more = "raise --vram_budget_gib" if given else "free some of the card's memory"
+        remedies = [smaller, more] if smaller else [more]
+        raise UserError(f"Out of memory while {doing}, {under}. To make it fit: {', or '.join(remedies)}.") from error

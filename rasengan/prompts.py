@@ -30,6 +30,7 @@ def encode_once(
     directory: Path,
     share: tuple[int, int],
     make_bar: Callable[[int], tqdm],
+    budget_gib: float | None,
 ) -> dict[str, Embeds]:
     """Return the embeddings of each text by the base's encoders, on the CPU; these are loaded for new texts alone.
 
@@ -42,10 +43,12 @@ def encode_once(
         directory: of the cache, which training shares.
         share: as `cache.fill` takes it.
         make_bar: likewise.
+        budget_gib: likewise.
     """
     # One for each text: which others a run draws must not matter.
     groups = [[text] for text in texts]
-    caches = cache.cached_prompts(directory, groups, folders, variant, device, dtype, share, make_bar, batch_size=1)
+    how = (folders, variant, device, dtype, share, make_bar)
+    caches = cache.cached_prompts(directory, groups, *how, batch_size=1, budget_gib=budget_gib)
     rows = [(text, prompts[text]) for text, prompts in zip(texts, caches, strict=True)]
     return {text: (row["prompt_embeds"], row["pooled_prompt_embeds"]) for text, row in rows}
 

@@ -263,7 +263,7 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
         return encoded
     bar = partial(processes.progress_bar, accelerator, "Encoding prompts")
     share = processes.machine_share(os.environ)
-    return prompts.encode_once(*how, Path(args.conditioning_cache_dir), share, bar)
+    return prompts.encode_once(*how, Path(args.conditioning_cache_dir), share, bar, args.vram_budget_gib)
 
 
 # --- pictures ---

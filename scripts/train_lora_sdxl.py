@@ -337,24 +337,29 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         settings = {name: getattr(args, name) for name in known_now}
         resuming.check_resumable(resume_from, settings, args.resume_with_changes)
 
-    # --- the conditioning cache: encode once, then free the encoders ---
+    # --- the conditioning cache: encode once, then free the encoders; a plan needs no more than its shapes ---
     vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
     negative = components.negative_prompt(None, folders)
     texts = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
     cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
-    if args.cache_conditioning and args.center_crop:
+    if args.cache_conditioning and args.center_crop and args.plan_only:
+        latents = cache.blank_latents(pictures, sizes, args.random_flip)
+    elif args.cache_conditioning and args.center_crop:
         sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
         batch_size = args.encode_batch_size or cache.pictures_at_once(args.resolution)
         column, bar = dataset[args.image_column], partial(progress_bar, accelerator, "Encoding pictures")
-        where = (folders["vae"], args.variant, device)
-        latents = cache.cached_latents(cache_dir, column, pictures, *where, share, bar, batch_size, **sized)
+        how = (folders["vae"], args.variant, device, share, bar, batch_size, args.vram_budget_gib)
+        latents = cache.cached_latents(cache_dir, column, pictures, *how, **sized)
     else:
         logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
         vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
-    if args.cache_conditioning and not args.train_text_encoder:
-        groups = [caption for several in captions for caption in several], texts
-        where, bar = (folders, args.variant, device), partial(progress_bar, accelerator, "Encoding captions")
-        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *where, weight_dtype, share, bar)
+    groups = [caption for several in captions for caption in several], texts
+    if args.cache_conditioning and not args.train_text_encoder and args.plan_only:
+        prompts, validation_prompts = cache.blank_prompts(groups, folders, weight_dtype)
+    elif args.cache_conditioning and not args.train_text_encoder:
+        bar = partial(progress_bar, accelerator, "Encoding captions")
+        how = (folders, args.variant, device, weight_dtype, share, bar)
+        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *how, budget_gib=args.vram_budget_gib)
     else:
         logger.info("The text encoders run in the loop: they are trained, or --no-cache_conditioning was given")
         tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, weight_dtype)

@@ -109,6 +109,26 @@ def test_a_plan_is_printed_kept_and_used_again(run_script, train_arguments, tmp_
     assert plan_again == plan
 
 
+@pytest.mark.parametrize("flags", [[], ["--aspect_ratio_buckets", "--bucket_step_px", 16]], ids=["square", "buckets"])
+def test_a_plan_that_encodes_nothing_is_that_of_a_run_which_does(flags, run_script, train_arguments, tmp_path):
+    cache = tmp_path / "cache"
+    arguments = [*train_arguments, "--mixed_precision", "fp16", "--vram_budget_gib", 2, "--resolution", 256, *flags]
+    arguments += ["--train_batch_size", 4, "--max_train_steps", 1, "--conditioning_cache_dir", cache]
+    tables = []
+    for output_dir, more in (("planned", ["--plan_only"]), ("encodes", []), ("finds", [])):
+        finished = run_script("train_lora_sdxl", *arguments, *more, "--output_dir", tmp_path / output_dir)
+        assert finished.returncode == 0, finished.stderr
+        filled = [path for path in cache.rglob("*") if not path.name.startswith("pictures-")]  # what was looked at
+        assert bool(filled) == (output_dir != "planned")
+        tables.append(re.search(r"Memory plan: .*\n(?:  .* GiB.*\n)+", finished.stdout)[0].splitlines())
+    sizes = [{line[:28].strip(): float(line[28:36]) for line in table[1:]} for table in tables]
+    assert "conditioning cache" in sizes[0]
+    for table, found in zip(tables[1:], sizes[1:], strict=True):
+        assert table[0] == tables[0][0]
+        assert found == pytest.approx(sizes[0], abs=0.015)  # two digits are shown
+    assert sizes[0]["predicted peak"] > 0.05
+
+
 def test_a_budget_that_the_card_does_not_have_is_an_error(run_script, train_arguments, tmp_path):
     arguments = [*train_arguments, "--mixed_precision", "fp16", "--vram_budget_gib", "500"]
     finished = run_script("train_lora_sdxl", *arguments, "--output_dir", tmp_path)

@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from rasengan import components, fused, memory
+from rasengan import UserError, cache, components, fused, memory, samples, training_settings
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -221,3 +221,63 @@ def test_an_average_is_that_of_the_weights_after_each_step(train):
             torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-8)
     assert any(not torch.equal(tensor, live[2][key]) for key, tensor in average[2].items())
     assert bits(output_dir) == bits(folders[2] / "ema")
+
+
+@pytest.mark.parametrize(
+    ("flags", "loaded_too"),
+    [
+        (["--aspect_ratio_buckets", "--bucket_step_px", 16, "--random_flip", "--mixed_precision", "bf16"], set()),
+        (["--train_text_encoder"], {"text_encoder", "text_encoder_2"}),
+        (["--no-center_crop", "--validation_prompt", "a"], {"vae"}),
+        (["--no-cache_conditioning"], {"vae", "text_encoder", "text_encoder_2"}),
+    ],
+    ids=["cached", "text encoders in the loop", "VAE in the loop", "all in the loop"],
+)
+def test_a_run_that_is_only_planned_encodes_nothing_and_tries_the_batch_of_a_real_one(
+    flags, loaded_too, train, loaded, tmp_path, monkeypatch
+):
+    made, make_samples = [], samples.TrainingSamples
+
+    def note(*arguments, **options):
+        made.append(make_samples(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(samples, "TrainingSamples", note)
+    monkeypatch.setattr(training_settings, "check", lambda *_: None)  # which refuses a plan without a card
+    words = [*SHORT, *QUIET, *flags, "--conditioning_cache_dir", tmp_path / "cache"]
+    planned = train(*words, "--plan_only")
+    assert not list(planned.iterdir())
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if not path.name.startswith("pictures-")] == []
+    assert set(loaded) == {"scheduler", "tokenizer", "unet"} | loaded_too | (
+        {"tokenizer_2"} if "text_encoder" in loaded_too else set()
+    )
+    (blank,) = made
+    train(*words, "--max_train_steps", 1)
+    assert list((tmp_path / "cache").rglob("*.safetensors")) or "--no-cache_conditioning" in flags
+    tried, real = (samples.first_batch(one, 2) for one in (blank, made[1]))
+    assert tried.keys() == real.keys()
+    for name, value in real.items():
+        if torch.is_tensor(value):
+            assert (tried[name].shape, tried[name].dtype) == (value.shape, value.dtype), name
+        else:
+            assert tried[name] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "load_picture_encoder",
+            "pictures at 64 px, 3 at once, .* 7. To make it fit: give --encode_batch_size 1, or ra",
+        ),
+        ("load_caption_encoder", "captions or prompts, 8 at once, .* 7. To make it fit: raise --vram_budget_gib"),
+    ],
+)
+def test_a_training_whose_encoders_lack_memory_says_what_was_asked_for(name, said, train, tmp_path, monkeypatch):
+    def encode(items):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cache, name, lambda *_, **__: encode)
+    words = ["--conditioning_cache_dir", tmp_path, "--encode_batch_size", 3, "--vram_budget_gib", 7]
+    with pytest.raises(UserError, match=f"Out of memory while encoding {said}"):
+        train(*SHORT, *QUIET, *words, "--base_quantization", "auto")

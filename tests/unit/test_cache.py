@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from rasengan import UserError, cache, components, data, imaging, row_file, sharded_cache
+from rasengan import UserError, cache, components, data, endings, imaging, memory, row_file, samples, sharded_cache
+from rasengan.safetensors_header import read_header
 
 
 CPU = torch.device("cpu")
@@ -319,6 +320,51 @@ def test_cached_prompts_are_the_encoders_states(tiny_base, tmp_path, dtype):
     assert rows[0]["prompt_embeds"].dtype == rows[0]["pooled_prompt_embeds"].dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("bucket_step_px", "random_flip", "dtype"),
+    [(None, False, torch.float32), (16, True, torch.bfloat16), (24, False, torch.float16)],
+)
+def test_blank_rows_give_a_batch_of_the_shapes_of_cached_ones(
+    bucket_step_px, random_flip, dtype, tiny_base, column, pictures, tmp_path
+):
+    sizes = imaging.crop_sizes(96, bucket_step_px)
+    some, column = [*pictures[:9], pictures[0], *pictures[9:12]], [*column[:9], column[0], *column[9:12]]
+    captions = [[f"a star {number}", "a star"] for number in range(len(some))]
+    texts = [[text for several in captions for text in several], ["a heart", ""]]
+    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    how, bar = (None, CPU), lambda total: tqdm(total=total, disable=True)
+    options = {"sizes": sizes, "interpolation": "lanczos", "random_flip": random_flip}
+    real = cache.cached_latents(tmp_path, column, some, folders["vae"], *how, (0, 1), bar, 4, **options)
+    real_prompts = cache.cached_prompts(tmp_path, texts, folders, *how, dtype, (0, 1), bar)
+    blank, blank_prompts = cache.blank_latents(some, sizes, random_flip), cache.blank_prompts(texts, folders, dtype)
+
+    def shapes(rows):
+        return {name: (row.shape, row.dtype) for name, row in rows.items()}
+
+    assert all(shapes(blank[picture.digest]) == shapes(real[picture.digest]) for picture in some)
+    for rows, expected, group in zip(blank_prompts, real_prompts, texts, strict=True):
+        assert all(shapes(rows[text]) == shapes(expected[text]) for text in group)
+    options |= {"seed": 0, "center_crop": True, "scaling_factor": 0.5, "noise_offset": 0.0}
+    batches = [
+        samples.first_batch(
+            samples.TrainingSamples(column, some, captions, *caches, num_train_timesteps=1000, **options), 3
+        )
+        for caches in ((blank, blank_prompts[0]), (real, real_prompts[0]))
+    ]
+    names = [batch.pop("name") for batch in batches]
+    assert names[0] == names[1]
+    assert shapes(batches[0]) == shapes(batches[1])
+    # What they will take on the disk, but for the headers of the files.
+    written, headers = sorted(tmp_path.rglob("*.safetensors")), 0
+    for path in written:
+        with open(path, "rb") as file:
+            headers += 8 + read_header(file)[1]
+    took = sum(path.stat().st_size for path in written)
+    assert cache.disk_bytes(blank, *blank_prompts) == took - headers
+    assert cache.disk_bytes(real, *real_prompts) == took
+    assert headers < 0.01 * took
+
+
 def test_latents_that_are_not_finite_name_their_picture(tiny_base, column, pictures):
     options = {"sizes": [(48, 48)], "interpolation": "box", "random_flip": False, "column": column}
     options["positions"] = {picture.digest: position for position, picture in enumerate(pictures)}
@@ -347,17 +393,70 @@ def test_the_encoder_is_loaded_only_where_something_is_missing(tmp_path):
 
     caches = [built(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "b", ["one", "two"])]
     caches[0]._paths[2].unlink()
-    cache.fill((0, 1), caches, 10, lambda: encode, bar)
+    cache.fill((0, 1), caches, 10, lambda: encode, bar, "items")
     assert totals == [22 + 150 + 2]
     assert [shards.missing() for shards in caches] == [[], [], []]
-    cache.fill((0, 1), caches, 10, lambda: pytest.fail("nothing is missing"), bar)
+    cache.fill((0, 1), caches, 10, lambda: pytest.fail("nothing is missing"), bar, "items")
     # Of two processes on a machine, each takes every other shard.
     shutil.rmtree(tmp_path / "a")
-    cache.fill((0, 2), caches, 10, lambda: encode, bar)
+    cache.fill((0, 2), caches, 10, lambda: encode, bar, "items")
     assert caches[0].missing() == [1]
     shutil.rmtree(tmp_path / "a")
-    cache.fill((1, 2), caches, 10, lambda: encode, bar)
+    cache.fill((1, 2), caches, 10, lambda: encode, bar, "items")
     assert caches[0].missing() == [0, 2]
+
+
+class Full(torch.nn.Module):
+    """An encoder for which the card has no room."""
+
+    def forward(self, items):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB, and a hundred words more")
+
+
+@pytest.mark.parametrize(
+    ("of", "at_once", "budget_gib", "under", "helps"),
+    [
+        ("pictures at 96 px", 8, 4.0, "under --vram_budget_gib 4", "give --encode_batch_size 1, or "),
+        ("pictures at 96 px", 8, None, "in what the card has left", "give --encode_batch_size 1, or "),
+        ("pictures at 96 px", 1, 2.5, "under --vram_budget_gib 2.5", "lower --resolution, or "),
+        ("captions or prompts", 8, 0.5, "under --vram_budget_gib 0.5", ""),
+        ("captions or prompts", 1, None, "in what the card has left", ""),
+    ],
+)
+def test_memory_that_does_not_suffice_to_encode_is_told_with_what_helps(
+    of, at_once, budget_gib, under, helps, tiny_base, column, pictures, tmp_path, monkeypatch, capsys
+):
+    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    how = {"variant": None, "device": CPU, "share": (0, 1), "make_bar": lambda total: tqdm(total=total, disable=True)}
+    how |= {"batch_size": at_once, "budget_gib": budget_gib}
+    sized = {"sizes": imaging.crop_sizes(96, 16), "interpolation": "lanczos", "random_flip": False}
+
+    def encode():
+        if of.startswith("pictures"):
+            cache.cached_latents(tmp_path, column, pictures, folders["vae"], **how, **sized)
+        else:
+            cache.cached_prompts(tmp_path, [ITEMS], folders, dtype=torch.float32, **how)
+
+    def error_where(load_encoder):
+        for name in ("load_picture_encoder", "load_caption_encoder"):
+            monkeypatch.setattr(cache, name, lambda *_, **options: load_encoder())
+        assert endings.in_one_line(encode, "--here") == 2
+        return capsys.readouterr().err
+
+    more = "free some of the card's memory" if budget_gib is None else "raise --vram_budget_gib"
+    said = f"error: Out of memory while encoding {of}, {at_once} at once, {under}. To make it fit: {helps}{more}.\n"
+    assert error_where(Full) == said
+    # Where the weights do not fit, it does not matter how many are encoded at once.
+    said = f"error: Out of memory while loading what encodes {of}, {under}. To make it fit: {more}.\n"
+    assert error_where(lambda: Full()([])) == said
+
+
+def test_memory_that_does_not_suffice_to_encode_asks_for_no_quantized_base(tmp_path):
+    bar = lambda total: tqdm(total=total, disable=True)  # noqa: E731
+    with pytest.raises(UserError) as caught:
+        cache.fill((0, 1), [make(tmp_path)], 8, Full, bar, "pictures")
+    assert not isinstance(caught.value, memory.DoesNotFit)  # at which a training of `auto` would quantize the UNet
+    assert make(tmp_path).missing() == [0, 1, 2]
 
 
 # --- the digest of weights ---

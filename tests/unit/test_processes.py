@@ -21,7 +21,7 @@ meet = {
     "wait": processes.wait_for_everyone,
     "same": lambda: processes.check_same("data", "a", "Give the same."),
     "on main": lambda: processes.as_on_main(lambda: 1, ValueError),
-    "fill": lambda: cache.fill((int(rank), 2), [], 1, None, None),
+    "fill": lambda: cache.fill((int(rank), 2), [], 1, None, None, "items"),
 }
 for name in calls:
     try:
