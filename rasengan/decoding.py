@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from rasengan import kernels
+from rasengan import norms
 from rasengan.memory import GIB
 
 
@@ -111,10 +111,10 @@ def _convolve(conv: nn.Conv2d, x: torch.Tensor, at_top: bool, at_bottom: bool) -
 def _statistics(source: Source, norm: nn.GroupNorm) -> torch.Tensor:
     """Return mean and 1 / standard deviation of the groups (1, groups, 2), over the whole picture."""
     if not isinstance(source, Upsampled):
-        return kernels.group_norm_statistics(source, None, norm.num_groups, norm.eps)
+        return norms.group_norm_statistics(source, None, norm.num_groups, norm.eps)
     parts, counts = [], []
     for start, end in _strips(source):
-        parts.append(kernels.group_norm_statistics(source.rows(start, end), None, norm.num_groups, norm.eps).double())
+        parts.append(norms.group_norm_statistics(source.rows(start, end), None, norm.num_groups, norm.eps).double())
         counts.append(end - start)
     means, deviations = torch.stack(parts).unbind(-1)  # each (strips, 1, groups)
     shares = means.new_tensor(counts)[:, None, None] / source.shape[2]
@@ -130,7 +130,7 @@ def _after_norm_in_strips(
     statistics, height = _statistics(source, norm), source.shape[2]
     for start, end in _strips(source):
         x = _rows(source, start - 1, end + 1)
-        x = kernels.group_norm_forward(x, None, statistics, norm.weight, norm.bias, norm.num_groups, silu=True)
+        x = norms.group_norm_forward(x, None, statistics, norm.weight, norm.bias, norm.num_groups, silu=True)
         yield start, end, _convolve(conv, x, start == 0, end == height)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rasengan import kernels
+from rasengan import kernels, norms
 from rasengan.kernels import by_layer
 from rasengan.side_stream import SideStream
 
@@ -117,7 +117,7 @@ class AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps):
-        total, y = kernels.add_layer_norm(x, delta, weight, bias, eps)
+        total, y = norms.add_layer_norm(x, delta, weight, bias, eps)
         ctx.save_for_backward(total)
         ctx.options, ctx.has_delta = (weight, bias, eps), delta is not None
         ctx.set_materialize_grads(False)
@@ -129,7 +129,7 @@ class AddLayerNorm(torch.autograd.Function):
         (total,) = ctx.saved_tensors
         if grad_y is not None:
             grad_total = None if grad_total is None else grad_total.contiguous()
-            grad_total = kernels.layer_norm_backward(total, *ctx.options, grad_y.contiguous(), grad_total)
+            grad_total = norms.layer_norm_backward(total, *ctx.options, grad_y.contiguous(), grad_total)
         return grad_total, grad_total if ctx.has_delta else None, None, None, None
 
 
@@ -143,7 +143,7 @@ class GroupNormSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, skip, shift, weight, bias, groups, eps, silu):
-        y, statistics = kernels.group_norm(x, shift, weight, bias, groups, eps, silu, skip)
+        y, statistics = norms.group_norm(x, shift, weight, bias, groups, eps, silu, skip)
         ctx.save_for_backward(x, skip, shift, statistics)
         ctx.options = (weight, bias, groups, eps, silu)
         ctx.set_materialize_grads(False)
@@ -155,14 +155,14 @@ class GroupNormSilu(torch.autograd.Function):
         x, skip, shift, statistics = ctx.saved_tensors
         grad_shift = None
         if grad_y is not None and ctx.needs_input_grad[2]:
-            parts = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, None, skip)
+            parts = norms.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, None, skip)
             grad_shift = torch.cat([part.sum(dim=(2, 3)) for part in parts if part is not None], dim=1)
             grad_x, grad_skip = (
                 part if past is None else part + past for part, past in zip(parts, (grad_x, grad_skip), strict=True)
             )
         elif grad_y is not None:
             past = grad_x, skip, grad_skip
-            grad_x, grad_skip = kernels.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, *past)
+            grad_x, grad_skip = norms.group_norm_backward(x, shift, *ctx.options, statistics, grad_y, *past)
         return grad_x, grad_skip, grad_shift, None, None, None, None, None
 
 

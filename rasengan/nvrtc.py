@@ -141,6 +141,13 @@ def load(dtype: torch.dtype, device: torch.device) -> Kernels | None:
         return None
 
 
+def kernels_for(x: torch.Tensor, width: int, widest: int) -> Kernels | None:
+    """Return the kernels for a tensor whose channels they can take, or None."""
+    fits = x.device.type == "cuda" and x.dtype in MACROS and width % 8 == 0 and width <= widest
+    is_countable = x.numel() // 8 < 2**31  # packs, by the int of a launch
+    return load(x.dtype, x.device) if fits and is_countable else None
+
+
 def prepare(dtype: torch.dtype, device: torch.device) -> bool:
     """Load the kernels now rather than in the first step, and say whether the kernels can be used."""
     if device.type != "cuda" or dtype not in MACROS:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rasengan import kernels, nvrtc
+from rasengan import kernels, norms, nvrtc
 
 
 DTYPES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
@@ -51,7 +51,7 @@ def test_gates_far_from_zero(dtype):
     expected = gate.double() * torch.special.erfc(-gate.double() / 2**0.5) / 2
     torch.testing.assert_close(found.cpu().double(), expected, **tolerance)
     x = random(1, 16, 2, 2, dtype=dtype).to(DEVICE, memory_format=torch.channels_last)
-    y, _ = kernels.group_norm(x, None, *on_gpu(torch.zeros(16, dtype=dtype), gate[0]), 2, 1e-5, True)
+    y, _ = norms.group_norm(x, None, *on_gpu(torch.zeros(16, dtype=dtype), gate[0]), 2, 1e-5, True)
     expected = torch.nn.functional.silu(gate[0].double())
     for pixel in y.cpu().double().permute(0, 2, 3, 1).flatten(0, 2):
         torch.testing.assert_close(pixel, expected, **tolerance)
@@ -62,16 +62,16 @@ def test_gates_far_from_zero(dtype):
 def test_add_layer_norm(dtype, rows, width, has_delta):
     x, weight, bias = random(rows, width, dtype=dtype, shift=3), random(width, dtype=dtype), random(width, dtype=dtype)
     delta = random(rows, width, dtype=dtype, like=0.5) if has_delta else None
-    total, y = kernels.add_layer_norm(*on_gpu(x, delta, weight, bias), 1e-5)
+    total, y = norms.add_layer_norm(*on_gpu(x, delta, weight, bias), 1e-5)
     exact_total = total.cpu().double()  # the sum is rounded, and the norm is of what was rounded
-    _, expected = kernels.add_layer_norm(exact_total, None, *exact(weight, bias), 1e-5)
+    _, expected = norms.add_layer_norm(exact_total, None, *exact(weight, bias), 1e-5)
     assert_close(y, expected, dtype)
     if has_delta:
         assert_close(total, x.double() + delta.double(), dtype)
     grad_y, past = random(rows, width, dtype=dtype, like=2), random(rows, width, dtype=dtype)
     for grad_total in (past, None):
-        found = kernels.layer_norm_backward(total, *on_gpu(weight, bias), 1e-5, *on_gpu(grad_y, grad_total))
-        expected = kernels.layer_norm_backward(exact_total, *exact(weight, bias), 1e-5, *exact(grad_y, grad_total))
+        found = norms.layer_norm_backward(total, *on_gpu(weight, bias), 1e-5, *on_gpu(grad_y, grad_total))
+        expected = norms.layer_norm_backward(exact_total, *exact(weight, bias), 1e-5, *exact(grad_y, grad_total))
         assert_close(found, expected, dtype)
 
 
@@ -99,16 +99,16 @@ def test_group_norm(dtype, pictures, channels, side, groups, silu, has_shift, ha
     shift = random(pictures, channels, dtype=dtype) if has_shift else None
     weight, bias = random(channels, dtype=dtype), random(channels, dtype=dtype)
     options = (groups, 1e-5, silu)
-    y, statistics = kernels.group_norm(*on_gpu(x, shift, weight, bias), *options, *on_gpu(skip))
-    expected, exact_statistics = kernels.group_norm(*exact(x, shift, weight, bias), *options, *exact(skip))
+    y, statistics = norms.group_norm(*on_gpu(x, shift, weight, bias), *options, *on_gpu(skip))
+    expected, exact_statistics = norms.group_norm(*exact(x, shift, weight, bias), *options, *exact(skip))
     assert_close(y, expected, dtype)
     assert_close(statistics, exact_statistics, torch.float32)
     grad_y, past = (random(pictures, channels, side, side, dtype=dtype, like=like) for like in (1, 0.3))
     for grad_past in (past, None):
         past_x, past_skip = parts(grad_past)
         of = grad_y, past_x, skip, past_skip
-        found = kernels.group_norm_backward(*on_gpu(x, shift, weight, bias), *options, statistics, *on_gpu(*of))
-        expected = kernels.group_norm_backward(*exact(x, shift, weight, bias), *options, exact_statistics, *exact(*of))
+        found = norms.group_norm_backward(*on_gpu(x, shift, weight, bias), *options, statistics, *on_gpu(*of))
+        expected = norms.group_norm_backward(*exact(x, shift, weight, bias), *options, exact_statistics, *exact(*of))
         for part, exact_part in zip(found, expected, strict=True):
             assert (part is None) == (exact_part is None)
             if part is not None:
@@ -118,9 +118,9 @@ def test_group_norm(dtype, pictures, channels, side, groups, silu, has_shift, ha
 def test_a_norm_is_the_same_bits_every_time(dtype):
     x = random(4, 640, 32, 32, dtype=dtype).to(DEVICE, memory_format=torch.channels_last)
     weight, bias = on_gpu(random(640, dtype=dtype), random(640, dtype=dtype))
-    first = kernels.group_norm(x, None, weight, bias, 32, 1e-5, True)
+    first = norms.group_norm(x, None, weight, bias, 32, 1e-5, True)
     for _ in range(20):
-        again = kernels.group_norm(x, None, weight, bias, 32, 1e-5, True)
+        again = norms.group_norm(x, None, weight, bias, 32, 1e-5, True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

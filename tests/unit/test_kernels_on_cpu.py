@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rasengan import kernels, nvrtc
+from rasengan import kernels, norms, nvrtc
 
 
 HERE = Path(__file__).parent
@@ -63,8 +63,8 @@ def launcher(library, monkeypatch):
     def kernels_for(x, width, widest):
         return launcher if x.dtype == torch.float32 and width % 8 == 0 and width <= widest else None
 
-    monkeypatch.setattr(kernels, "_kernels_for", kernels_for)
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 40)  # as on a T4
+    monkeypatch.setattr(nvrtc, "kernels_for", kernels_for)
+    monkeypatch.setattr(norms, "_multiprocessors", lambda device: 40)  # as on a T4
     return launcher
 
 
@@ -110,7 +110,7 @@ def test_geglu_far_from_zero(launcher):
 def test_silu_far_from_zero(launcher):
     """A norm with a weight of 0 is its bias."""
     bias = torch.tensor([-1e30, -100, -20, -1e-3, 0, 100, 1e30, torch.inf])
-    y, _ = kernels.group_norm(pictures(1, 8, 2, 2), None, torch.zeros(8), bias, 1, 1e-5, True)
+    y, _ = norms.group_norm(pictures(1, 8, 2, 2), None, torch.zeros(8), bias, 1, 1e-5, True)
     expected = torch.nn.functional.silu(bias.double()).expand(4, 8)
     torch.testing.assert_close(y.permute(0, 2, 3, 1).flatten(0, 2).double(), expected, rtol=1e-6, atol=1e-30)
 
@@ -120,14 +120,14 @@ def test_silu_far_from_zero(launcher):
 def test_add_layer_norm(launcher, rows, width, has_delta):
     x, weight, bias = random(rows, width, shift=3), random(width), random(width, like=2)
     delta = random(rows, width, like=0.5) if has_delta else None
-    total, y = kernels.add_layer_norm(x, delta, weight, bias, 1e-5)
-    exact_total, expected = kernels.add_layer_norm(*exact(x, delta, weight, bias), 1e-5)
+    total, y = norms.add_layer_norm(x, delta, weight, bias, 1e-5)
+    exact_total, expected = norms.add_layer_norm(*exact(x, delta, weight, bias), 1e-5)
     assert_close(total, exact_total)
     assert_close(y, expected)
     grad_y, past = random(rows, width, like=2), random(rows, width)
     for grad_total in (past, None):
-        found = kernels.layer_norm_backward(total, weight, bias, 1e-5, grad_y, grad_total)
-        assert_close(found, kernels.layer_norm_backward(*exact(total, weight, bias), 1e-5, *exact(grad_y, grad_total)))
+        found = norms.layer_norm_backward(total, weight, bias, 1e-5, grad_y, grad_total)
+        assert_close(found, norms.layer_norm_backward(*exact(total, weight, bias), 1e-5, *exact(grad_y, grad_total)))
     assert len(launcher.launched) == 3
 
 
@@ -141,8 +141,8 @@ def test_add_layer_norm(launcher, rows, width, has_delta):
 def test_group_norm(
     launcher, count, channels, side, groups, split, silu, has_shift, multiprocessors, rounds, monkeypatch
 ):
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(kernels, "LEAST_ROUNDS", rounds)
+    monkeypatch.setattr(norms, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(norms, "LEAST_ROUNDS", rounds)
 
     def parts(tensor):
         """Return a part, or None, for x and for skip."""
@@ -155,16 +155,16 @@ def test_group_norm(
     shift = random(count, channels) if has_shift else None
     weight, bias = random(channels), random(channels, like=2)
     options = (groups, 1e-5, silu)
-    y, statistics = kernels.group_norm(x, shift, weight, bias, *options, skip)
-    expected, exact_statistics = kernels.group_norm(*exact(x, shift, weight, bias), *options, *exact(skip))
+    y, statistics = norms.group_norm(x, shift, weight, bias, *options, skip)
+    expected, exact_statistics = norms.group_norm(*exact(x, shift, weight, bias), *options, *exact(skip))
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y, expected)
     assert_close(statistics, exact_statistics)
     grad_y = random(count, channels, side, side)
     for past in (parts(random(count, channels, side, side, like=0.3)), (None, None)):
         of = grad_y, past[0], skip, past[1]
-        found = kernels.group_norm_backward(x, shift, weight, bias, *options, statistics, *of)
-        expected = kernels.group_norm_backward(*exact(x, shift, weight, bias), *options, exact_statistics, *exact(*of))
+        found = norms.group_norm_backward(x, shift, weight, bias, *options, statistics, *of)
+        expected = norms.group_norm_backward(*exact(x, shift, weight, bias), *options, exact_statistics, *exact(*of))
         for part, exact_part in zip(found, expected, strict=True):
             assert (part is None) == (exact_part is None)
             if part is not None:
@@ -200,11 +200,11 @@ def test_what_kernels_do_not_take_is_left_to_pytorch(monkeypatch):
             device=torch.device("cuda", 0), dtype=dtype, shape=shape, numel=lambda: math.prod(shape)
         )
 
-    assert kernels._kernels_for(stands_for(5, 64), 64, 64) == "kernels"
+    assert nvrtc.kernels_for(stands_for(5, 64), 64, 64) == "kernels"
     for x, width in [(stands_for(5, 60), 60), (stands_for(5, 72), 72), (stands_for(5, 64, dtype=torch.float64), 64)]:
-        assert kernels._kernels_for(x, width, 64) is None
-    assert kernels._kernels_for(stands_for(2**28 - 1, 64), 64, 64) == "kernels"
-    assert kernels._kernels_for(stands_for(2**28, 64), 64, 64) is None  # its packs are 2**31
+        assert nvrtc.kernels_for(x, width, 64) is None
+    assert nvrtc.kernels_for(stands_for(2**28 - 1, 64), 64, 64) == "kernels"
+    assert nvrtc.kernels_for(stands_for(2**28, 64), 64, 64) is None  # its packs are 2**31
 
 
 def test_a_number_that_c_would_cut_is_not_launched():

@@ -27,7 +27,7 @@ FLOORS = [
     {"adapter_settings"},
     {"adapter_file"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
-    | {"kernels", "locks", "logs", "memory", "miniature", "optim", "pages", "picture_files", "sdxl"}
+    | {"kernels", "locks", "logs", "memory", "miniature", "norms", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
     {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization"}
     | {"sharded_cache", "sheets"},
