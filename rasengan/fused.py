@@ -31,14 +31,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rasengan import lora, nodes
-from rasengan.side_stream import SideStream
+from rasengan.projections import Projections, linear_layers, stack_time_projections
 
 
 def why_not(unet: nn.Module) -> str | None:
     """Say what keeps a UNet, with a LoRA or without, from being run by this module; None where nothing does."""
     if type(unet.conv_act) is not nn.SiLU or unet.encoder_hid_proj is not None:
         return "it has another activation than SiLU, or projects the text first"
-    inside = {id(layer) for block in unet.modules() for layer in _linear_layers(block)}
+    inside = {id(layer) for block in unet.modules() for layer in linear_layers(block)}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
             if id(module) not in inside:
@@ -69,17 +69,6 @@ def upsample_deterministically(unet: nn.Module) -> None:
             module.forward = types.MethodType(_upsample, module)
 
 
-def _linear_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the layers that this module's forward runs, and that may thus have a LoRA."""
-    if isinstance(module, Transformer2DModel):
-        return [module.proj_in, module.proj_out]
-    if isinstance(module, BasicTransformerBlock):
-        attentions = (module.attn1, module.attn2)
-        projections = [layer for a in attentions for layer in (a.to_q, a.to_k, a.to_v, a.to_out[0])]
-        return [*projections, module.ff.net[0].proj, module.ff.net[2]]
-    return []
-
-
 class FusedUNet:
     """Gives a UNet its forward, and holds what the steps share.
 
@@ -94,17 +83,13 @@ class FusedUNet:
             flat: begins with the UNet's part of `lora.flat_order`; has a gradient. None for a UNet without a LoRA.
             scale: alpha / rank.
         """
-        self.unet, self.flat, self.scale = unet, flat, scale
-        self.projections = [Projection(layers) for layers in lora.all_projections(unet)]
-        self.by_layer = {id(layer): projection for projection in self.projections for layer in projection.layers}
-        self.with_lora = [projection for projection in self.projections if projection.has_lora]
-        self.ends = self._place_gradients()
-        self.anchor = None
+        self.unet, self.flat = unet, flat
+        self.projections = Projections(unet, flat, scale)
         self.text = {}  # keys and values of each block's attention to the text, while the forward runs
         self.shifts = {}  # what each residual block adds for the timestep, likewise
         self.held, self.conditions = {}, {}
         self.recomputed = set()
-        self.time_projections = _stack_time_projections(unet)
+        self.time_projections = stack_time_projections(unet)
         unet.to(memory_format=torch.channels_last)
         forwards = {ResnetBlock2D: self._resnet, Transformer2DModel: self._transformer}
         forwards |= {CrossAttnUpBlock2D: _up_block, UpBlock2D: _up_block, nn.Conv2d: _conv, Upsample2D: _upsample}
@@ -116,17 +101,6 @@ class FusedUNet:
         self._replace(unet, self._forward)
         if flat is None:
             unet.get_aug_embed = types.MethodType(self._embed_condition, unet)
-
-    def _place_gradients(self) -> tuple[int, int]:
-        """Give each projection its part of the flat gradient; return where all lora_A end, and all lora_B."""
-        middle = sum(projection.shape_A.numel() for projection in self.with_lora)
-        start_A, start_B = 0, middle
-        for projection in self.with_lora:
-            end_A, end_B = start_A + projection.shape_A.numel(), start_B + projection.shape_B.numel()
-            projection.grad_A = self.flat.grad[start_A:end_A].view(projection.shape_A)
-            projection.grad_B = self.flat.grad[start_B:end_B].view(projection.shape_B)
-            start_A, start_B = end_A, end_B
-        return middle, start_B
 
     def _replace(self, module: nn.Module, forward: Callable) -> None:
         original = type(module).forward
@@ -200,27 +174,13 @@ class FusedUNet:
 
     def _forward(self, unet, sample, timestep, encoder_hidden_states, **kwargs):
         if self.flat is not None:
-            self._cast_lora(sample.dtype)
+            self.projections.cast_lora(sample.dtype)
         try:
             self._project_text(encoder_hidden_states)
             return type(unet).forward(unet, sample, timestep, encoder_hidden_states, **kwargs)
         finally:
             self.text.clear()
             self.shifts.clear()
-
-    @torch.no_grad()
-    def _cast_lora(self, dtype: torch.dtype) -> None:
-        """Cast the LoRA matrices of all projections out of the flat parameter, all lora_A and all lora_B at once."""
-        middle, end = self.ends
-        parts_A = self.flat[:middle].to(dtype).split([p.shape_A.numel() for p in self.with_lora])
-        parts_B = (self.flat[middle:end] * self.scale).to(dtype).split([p.shape_B.numel() for p in self.with_lora])
-        side = SideStream(self.flat.device)
-        for projection, part_A, part_B in zip(self.with_lora, parts_A, parts_B, strict=True):
-            projection.set_lora(part_A, part_B, self.scale, side)
-        # Of this forward alone: a leaf that lived on would hold the stream of its first backward pass.
-        leaf = torch.empty((), device=self.flat.device, requires_grad=True)
-        with torch.enable_grad():
-            self.anchor = nodes.JoinSideStream.apply(leaf, side)
 
     def _project_text(self, encoder_hidden_states: torch.Tensor | None) -> None:
         """Compute the keys and values of all attentions to the text, stacked ones by one product; None: those held."""
@@ -235,15 +195,15 @@ class FusedUNet:
             attn = block.attn2
             for layer in (attn.to_k, attn.to_v):
                 if id(layer) not in projected:
-                    layers = self.by_layer[id(layer)].layers if id(layer) in self.by_layer else [layer]
-                    parts = self._linear(layer, rows).view(pictures, tokens, len(layers), attn.heads, -1).unbind(2)
+                    layers = self.projections.beside(layer)
+                    parts = self.projections(layer, rows).view(pictures, tokens, len(layers), attn.heads, -1).unbind(2)
                     projected |= {id(of): part for of, part in zip(layers, parts, strict=True)}
             self.text[id(block)] = tuple(projected[id(layer)].transpose(1, 2) for layer in (attn.to_k, attn.to_v))
 
     def _transformer(self, module, hidden_states, encoder_hidden_states=None, return_dict=True, **_):
         pictures = len(hidden_states)
         residual, _, y = _group_norm(hidden_states, module.norm, silu=False)
-        x = self._linear(module.proj_in, nodes.as_rows(y))
+        x = self.projections(module.proj_in, nodes.as_rows(y))
         delta = None  # what the last block adds, which the next one's norm does
         for block in module.transformer_blocks:
             keys_values = self.text[id(block)]
@@ -251,7 +211,7 @@ class FusedUNet:
                 x, delta = self._checkpointed(self._block_and_sum, block, x, delta, *keys_values, pictures), None
             else:
                 x, delta = self._block(block, x, delta, *keys_values, pictures)
-        y = self._linear(module.proj_out, x if delta is None else x + delta)
+        y = self.projections(module.proj_out, x if delta is None else x + delta)
         output = nodes.as_pictures(y + nodes.as_rows(residual), residual)
         return (output,) if not return_dict else types.SimpleNamespace(sample=output)
 
@@ -259,13 +219,13 @@ class FusedUNet:
         """Return x (T, D), and what the feed-forward part adds to it."""
         x, y = _add_layer_norm(x, delta, block.norm1)
         q, k, v = self._self_attention_inputs(block.attn1, y, pictures)
-        delta = self._linear(block.attn1.to_out[0], _attend(q, k, v))
+        delta = self.projections(block.attn1.to_out[0], _attend(q, k, v))
         x, y = _add_layer_norm(x, delta, block.norm2)
-        q = self._linear(block.attn2.to_q, y).view(pictures, -1, block.attn2.heads, q.shape[-1]).transpose(1, 2)
-        delta = self._linear(block.attn2.to_out[0], _attend(q, text_keys, text_values))
+        q = self.projections(block.attn2.to_q, y).view(pictures, -1, block.attn2.heads, q.shape[-1]).transpose(1, 2)
+        delta = self.projections(block.attn2.to_out[0], _attend(q, text_keys, text_values))
         x, y = _add_layer_norm(x, delta, block.norm3)
-        y = nodes.Geglu.apply(self._linear(block.ff.net[0].proj, y))
-        return x, self._linear(block.ff.net[2], y)
+        y = nodes.Geglu.apply(self.projections(block.ff.net[0].proj, y))
+        return x, self.projections(block.ff.net[2], y)
 
     def _block_and_sum(self, *inputs):
         x, delta = self._block(*inputs)
@@ -274,22 +234,12 @@ class FusedUNet:
     def _self_attention_inputs(self, attn, y, pictures):
         """Return q, k and v, each (pictures, heads, tokens, head width)."""
         layers = [attn.to_q, attn.to_k, attn.to_v]
-        stacked = self.by_layer.get(id(attn.to_q))
-        if stacked is not None and len(stacked.layers) == 3:
-            parts = stacked(y, self.anchor).view(pictures, -1, 3, attn.heads, y.shape[-1] // attn.heads).unbind(2)
+        width = y.shape[-1] // attn.heads
+        if self.projections.beside(attn.to_q) == layers:
+            parts = self.projections(attn.to_q, y).view(pictures, -1, 3, attn.heads, width).unbind(2)
         else:
-            parts = [
-                self._linear(layer, y).view(pictures, -1, attn.heads, y.shape[-1] // attn.heads) for layer in layers
-            ]
+            parts = [self.projections(layer, y).view(pictures, -1, attn.heads, width) for layer in layers]
         return [part.transpose(1, 2) for part in parts]
-
-    def _linear(self, layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-        projection = self.by_layer.get(id(layer))
-        if projection is not None:
-            return projection(rows, self.anchor)
-        return (
-            layer(rows) if type(layer) is nn.Linear else nodes.QuantizedProduct.apply(rows, layer.weight, layer.bias)
-        )
 
     def _resnet(self, module, input_tensor, temb, skip=None):
         if not self.shifts:
@@ -298,53 +248,6 @@ class FusedUNet:
                 shifts = torch.baddbmm(bias, rows.expand(len(blocks), -1, -1), weight.transpose(1, 2))
                 self.shifts |= zip(blocks, shifts, strict=True)
         return self._checkpointed(_resnet, module, input_tensor, skip, self.shifts[id(module)])
-
-
-@torch.no_grad()
-def _stack_time_projections(unet: nn.Module) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Move the weights of the timestep's projections of each width into one tensor, of which they become views.
-
-    Returns:
-        For each width E of residual blocks the blocks' ids, the weights (n, E, D), and (n, 1, E) the biases of
-        projection and first convolution together, both of which nothing trains or merges into.
-    """
-    by_width = {}
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            by_width.setdefault(module.out_channels, []).append(module)
-    stacks = []
-    for blocks in by_width.values():
-        weight = torch.stack([block.time_emb_proj.weight for block in blocks])
-        bias = torch.stack([block.time_emb_proj.bias + block.conv1.bias for block in blocks])[:, None]
-        for block, part in zip(blocks, weight, strict=True):
-            block.time_emb_proj.weight.data = part
-        stacks.append(([id(block) for block in blocks], weight, bias))
-    return stacks
-
-
-class Projection:
-    """One or several linear layers of one input, with or without a LoRA, as one product."""
-
-    def __init__(self, layers: list[nn.Module]):
-        base = lora.base_of(layers[0])
-        self.layers, self.bias, self.has_lora = layers, base.bias, isinstance(layers[0], LoraLayer)
-        self.weight = lora.stacked_weight(layers) if len(layers) > 1 else base.weight
-        self.lora = self.shape_A = self.shape_B = self.grad_A = self.grad_B = None
-        if self.has_lora:
-            rank = layers[0].r["default"]
-            self.shape_A = torch.Size((len(layers) * rank, base.in_features))
-            self.shape_B = torch.Size((len(layers), base.out_features, rank))
-
-    def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float, side: SideStream) -> None:
-        """Take the LoRA's elements for one forward pass and its backward; `scale` is in part_B."""
-        matrices = part_A.view(self.shape_A), part_B.view(self.shape_B)
-        self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale, side)
-
-    def __call__(self, rows: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
-        """Return (T, n E) for rows (T, D); `anchor` is as `nodes.LoraProduct` takes it, None without a LoRA."""
-        if self.has_lora:
-            return nodes.LoraProduct.apply(rows, anchor, self.lora, self.weight, self.bias)
-        return F.linear(rows, self.weight, self.bias)
 
 
 def _attend(q, k, v):

@@ -44,7 +44,8 @@ FLOORS = [
         "run_folders",
     }
     | {"scores"},
-    {"cache", "checkpoint", "data_survey", "drawing", "fused", "hub", "merging", "progress", "samples"},
+    {"cache", "checkpoint", "data_survey", "drawing", "hub", "merging", "progress", "projections", "samples"},
+    {"fused"},
     {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "whole_model"}
     | {"validation_loss", "validation_pictures"},
     {"data_page", "evaluation", "pairs", "training_settings"},
