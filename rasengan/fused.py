@@ -2,8 +2,8 @@
 
 The same arithmetic as theirs, but for the order of rounding, in a third of the kernels and two thirds of the memory:
 
-- all LoRA matrices are cast to the UNet's dtype together, and their gradients are added where they belong, beside what
-  the rest of the backward pass waits for;
+- all LoRA matrices are cast to the UNet's dtype together, and their gradients are added where they belong, on a
+  stream of their own;
 - projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
   the timestep's in all residual blocks of a width;
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;

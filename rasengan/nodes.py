@@ -12,14 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from rasengan import kernels, norms
 from rasengan.kernels import by_layer
-from rasengan.side_stream import SideStream
+from rasengan.side_stream import forked
 
 
 class LoraMatrices(NamedTuple):
     """The LoRA matrices of n layers side by side in the UNet's dtype, and where their gradients are added to.
 
     lora_A (n r, D), and lora_B (n, E, r) with the LoRA's scale in it; grad_A and grad_B, of the same shapes, are parts
-    of the flat parameter's gradient, and of it without the scale. The backward pass adds to them on `side`.
+    of the flat parameter's gradient, and of it without the scale.
     """
 
     lora_A: torch.Tensor
@@ -27,7 +27,6 @@ class LoraMatrices(NamedTuple):
     grad_A: torch.Tensor
     grad_B: torch.Tensor
     scale: float
-    side: SideStream
 
 
 class LoraProduct(torch.autograd.Function):
@@ -37,8 +36,8 @@ class LoraProduct(torch.autograd.Function):
     that this takes no pass of its own over y. Keeps x and x A^T. The weight may be one that bitsandbytes quantized.
 
     The backward pass adds the LoRA's gradients where `lora` says, past autograd, which would gather and copy them, and
-    beside the base's product, for which alone the rest of the pass waits. `anchor` is made by `JoinSideStream`. It
-    requires a gradient and gets none, which makes autograd come here also where x requires none.
+    beside the base's product. `anchor` requires a gradient and gets none: it makes autograd come here also where x
+    requires none.
     """
 
     @staticmethod
@@ -62,31 +61,16 @@ class LoraProduct(torch.autograd.Function):
         (x, h), lora = ctx.saved_tensors, ctx.lora
         layers, grad_y, grad_x = len(lora.lora_B), grad_y.contiguous(), None
         grad_h = torch.empty_like(h)
-        with lora.side.fork(x, h, grad_y, grad_h):
-            torch.bmm(by_layer(grad_y, layers), lora.lora_B, out=by_layer(grad_h, layers))
-            lora.side.mark()
-            kernels.add_lora_gradients(x, h, grad_y, grad_h, lora.grad_A, lora.grad_B, lora.scale)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ dense(ctx.weight, x.dtype)
-            lora.side.wait_for_mark()
-            grad_x.addmm_(grad_h, lora.lora_A)
+        with forked(x.device) as side:
+            with side.running():
+                torch.bmm(by_layer(grad_y, layers), lora.lora_B, out=by_layer(grad_h, layers))
+                side.mark()
+                kernels.add_lora_gradients(x, h, grad_y, grad_h, lora.grad_A, lora.grad_B, lora.scale)
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_y @ dense(ctx.weight, x.dtype)
+                side.wait_for_mark()
+                grad_x.addmm_(grad_h, lora.lora_A)
         return grad_x, None, None, None, None
-
-
-class JoinSideStream(torch.autograd.Function):
-    """Makes an anchor of a leaf (): once every `LoraProduct` has done its backward pass, the side stream is joined."""
-
-    @staticmethod
-    def forward(ctx, leaf, side):
-        ctx.side = side
-        ctx.set_materialize_grads(False)
-        return leaf.view_as(leaf)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _):
-        ctx.side.join()
-        return None, None
 
 
 def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from rasengan import nvrtc
 
 
-# Blocks of a GroupNorm's passes that a multiprocessor runs at once: by their registers two of the forward one, and one
-# of the backward ones. Two of the statistics' would run too, but their sums take longer than they save.
+# Blocks of a GroupNorm's passes that a multiprocessor runs at once: by their registers, in 16 bits, two of the forward
+# one, and one of the backward ones. Two of the statistics' would run too, but their sums take longer than they save.
 FORWARD_BLOCKS, OTHER_BLOCKS = 2, 1
 LEAST_ROUNDS = 2  # of pixels that a block takes, however few there are
 
@@ -75,7 +75,8 @@ def _multiprocessors(device: torch.device) -> int:
 def _slices(x: torch.Tensor, channels: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
     """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes.
 
-    There are as many blocks as run at once, `blocks` on each multiprocessor: one more would run alone in the end.
+    There are no more blocks than run at once, `blocks` on each multiprocessor, but for one of each picture: what is left
+    over would run alone in the end.
     """
     pictures, _, height, width = x.shape
     pixels, rows = height * width, max(1, 512 // (channels // 8))

@@ -9,7 +9,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rasengan import lora, nodes
-from rasengan.side_stream import SideStream
 
 
 def linear_layers(module: nn.Module) -> list[nn.Module]:
@@ -36,10 +35,10 @@ class Projection:
             self.shape_A = torch.Size((len(layers) * rank, base.in_features))
             self.shape_B = torch.Size((len(layers), base.out_features, rank))
 
-    def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float, side: SideStream) -> None:
+    def set_lora(self, part_A: torch.Tensor, part_B: torch.Tensor, scale: float) -> None:
         """Take the LoRA's elements for one forward pass and its backward; `scale` is in part_B."""
         matrices = part_A.view(self.shape_A), part_B.view(self.shape_B)
-        self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale, side)
+        self.lora = nodes.LoraMatrices(*matrices, self.grad_A, self.grad_B, scale)
 
     def __call__(self, rows: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
         """Return (T, n E) for rows (T, D); `anchor` is as `nodes.LoraProduct` takes it, None without a LoRA."""
@@ -80,13 +79,10 @@ class Projections:
         middle, end = self.ends
         parts_A = self.flat[:middle].to(dtype).split([p.shape_A.numel() for p in self.with_lora])
         parts_B = (self.flat[middle:end] * self.scale).to(dtype).split([p.shape_B.numel() for p in self.with_lora])
-        side = SideStream(self.flat.device)
         for projection, part_A, part_B in zip(self.with_lora, parts_A, parts_B, strict=True):
-            projection.set_lora(part_A, part_B, self.scale, side)
+            projection.set_lora(part_A, part_B, self.scale)
         # Of this forward alone: a leaf that lived on would hold the stream of its first backward pass.
-        leaf = torch.empty((), device=self.flat.device, requires_grad=True)
-        with torch.enable_grad():
-            self.anchor = nodes.JoinSideStream.apply(leaf, side)
+        self.anchor = torch.empty((), device=self.flat.device, requires_grad=True)
 
     def beside(self, layer: nn.Module) -> list[nn.Module]:
         """Return the layers that one product computes with this one, itself among them."""

@@ -1,7 +1,7 @@
 """A second stream of a card, for small kernels that run beside a large one, which leaves part of the card idle.
 
-It joins a CUDA graph that captures the main stream, and is then a branch of the graph. On a CPU all of it is done in
-turn.
+A CUDA graph that captures the main stream, PyTorch's current one, captures this one with it, as a branch. On a CPU all
+of it is done in turn. What counts in `nvrtc.Kernels.counters`, the norms, must stay on the main stream.
 """
 
 from collections.abc import Iterator
@@ -18,47 +18,48 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class SideStream:
-    """What one backward pass does beside the main stream, which is PyTorch's current one."""
+    """The side stream of a device while `forked` holds it."""
 
     def __init__(self, device: torch.device):
-        """Take the side stream of a device, free of what a pass may have left there that ended half way."""
-        self.device, self.stream = device, _stream(device) if device.type == "cuda" else None
-        self.held, self.marked = (), None
-        if self.stream is not None and not torch.cuda.is_current_stream_capturing():
-            self._main().wait_stream(self.stream)
-
-    def _main(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device)
+        self.main = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.stream = _stream(device) if device.type == "cuda" else None
+        self.marked = None
 
     @contextmanager
-    def fork(self, *tensors: torch.Tensor) -> Iterator[None]:
-        """Run what stands inside on the side, after all that is on the main stream now.
-
-        Args:
-            tensors: of the main stream's memory, that are used there. They are held until the main stream has waited:
-                PyTorch gives the memory of a tensor that is gone to the next one of the stream that made it.
-        """
-        self.join()
-        self.held = tensors
+    def running(self) -> Iterator[None]:
+        """Run what stands inside on the side stream, after all that is on the main one now."""
         if self.stream is None:
             yield
             return
-        self.stream.wait_stream(self._main())
+        self.stream.wait_stream(self.main)
         with torch.cuda.stream(self.stream):
             yield
 
     def mark(self) -> None:
-        """Let `wait_for_mark` wait for what the side has been given until now; to be called inside `fork`."""
+        """Let `wait_for_mark` wait for what the side stream was given until now."""
         if self.stream is not None:
             self.marked = self.stream.record_event()
 
     def wait_for_mark(self) -> None:
-        """Let the main stream wait until the side has come to its mark."""
+        """Let the main stream wait until the side stream has come to its mark."""
         if self.stream is not None:
-            self._main().wait_event(self.marked)
+            self.main.wait_event(self.marked)
 
     def join(self) -> None:
-        """Let the main stream wait for all that the side was given, whose tensors are free then."""
-        if self.held and self.stream is not None:
-            self._main().wait_stream(self.stream)
-        self.held = ()
+        """Let the main stream wait for all that the side stream was given."""
+        if self.stream is not None:
+            self.main.wait_stream(self.stream)
+
+
+@contextmanager
+def forked(device: torch.device) -> Iterator[SideStream]:
+    """Hold the side stream, and join it at the end, also where what stands inside fails.
+
+    So what is used there needs to live no longer than this: PyTorch gives the memory of a tensor that is gone to the
+    next one of the stream that made it. And a capture that fails, for want of memory say, can be ended.
+    """
+    side = SideStream(device)
+    try:
+        yield side
+    finally:
+        side.join()

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from rasengan import components, fused, graphs, lora, memory, memory_plan, optim, quantization, step
+from rasengan import components, fused, graphs, kernels, lora, memory, memory_plan, optim, quantization, step
 from rasengan.demo import build_tiny_sdxl
 from rasengan.side_stream import SideStream
 
@@ -199,26 +199,46 @@ def test_the_gradient_is_whole_however_far_behind_the_side_stream_is(as_graph, c
         make_step(unet, flat, as_graph)(make_batch(unet, 2))
         return flat.grad.clone()  # as the optimizer reads it: the host waits for nothing
 
-    def late_fork(side, *tensors):
-        forked = fork(side, *tensors)
+    @contextlib.contextmanager
+    def run_late(side):
+        with running(side):
+            torch.cuda._sleep(10**6)
+            yield
 
-        @contextlib.contextmanager
-        def waiting():
-            with forked:
-                torch.cuda._sleep(10**6)
-                yield
-
-        return waiting()
-
-    def late_mark(side):
+    def mark_early(side):
         mark(side)
         torch.cuda._sleep(10**6)
 
     expected = gradient()
-    fork, mark = SideStream.fork, SideStream.mark
-    monkeypatch.setattr(SideStream, "fork", late_fork)
-    monkeypatch.setattr(SideStream, "mark", late_mark)
+    running, mark = SideStream.running, SideStream.mark
+    monkeypatch.setattr(SideStream, "running", run_late)
+    monkeypatch.setattr(SideStream, "mark", mark_early)
     assert torch.equal(gradient(), expected)
+
+
+def test_a_capture_that_fails_in_the_backward_pass_leaves_the_steps_to_go_on_without(folder, monkeypatch):
+    def train():
+        unet, flat, _ = load(folder)
+        train_step = make_step(unet, flat, True)
+        for number, side in enumerate((8, 16, 8)):
+            train_step(make_batch(unet, 2, side, seed=number))
+        return train_step.as_graph, flat.grad.clone()
+
+    def add_or_fail(*inputs):
+        captured.extend([1] * torch.cuda.is_current_stream_capturing())
+        if len(captured) == fail_at:
+            raise torch.OutOfMemoryError("no room for a second graph")
+        add(*inputs)
+
+    add, captured, fail_at = kernels.add_lora_gradients, [], None
+    monkeypatch.setattr(kernels, "add_lora_gradients", add_or_fail)
+    as_graph, expected = train()
+    assert as_graph
+    fail_at = len(captured) * 3 // 4  # in the midst of the second graph's
+    captured.clear()
+    as_graph, found = train()
+    assert not as_graph
+    assert torch.equal(found, expected)
 
 
 def plan_within(folder, budget_gib, samples=4, recompute=None):

@@ -1,12 +1,14 @@
 """The autograd nodes against finite differences, and what they keep for the backward pass."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from rasengan import nodes
-from rasengan.side_stream import SideStream
+from rasengan import kernels, nodes, side_stream
 
 
 def random(*shape, grad=False):
@@ -32,11 +34,9 @@ class LoraProductOfInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, weight, bias, scale):
         ctx.x, ctx.grads = x.detach().requires_grad_(x.requires_grad), [torch.zeros_like(t) for t in (lora_A, lora_B)]
-        side = SideStream(x.device)
-        lora = nodes.LoraMatrices(lora_A.detach(), scale * lora_B.detach(), *ctx.grads, scale, side)
+        lora = nodes.LoraMatrices(lora_A.detach(), scale * lora_B.detach(), *ctx.grads, scale)
         with torch.enable_grad():
-            anchor = nodes.JoinSideStream.apply(torch.zeros((), requires_grad=True), side)
-            ctx.y = nodes.LoraProduct.apply(ctx.x, anchor, lora, weight, bias)
+            ctx.y = nodes.LoraProduct.apply(ctx.x, torch.zeros((), requires_grad=True), lora, weight, bias)
         return ctx.y.detach()
 
     @staticmethod
@@ -60,20 +60,27 @@ def test_lora_product(layers, has_bias, x_grad):
     torch.testing.assert_close(LoraProductOfInputs.apply(x, lora_A, lora_B, weight, bias, 3.0), expected)
 
 
-def test_the_side_stream_is_joined_once_all_products_have_done_their_backward_pass(monkeypatch):
-    side, order = SideStream(torch.device("cpu")), []
-    fork, join = side.fork, side.join
-    monkeypatch.setattr(side, "fork", lambda *tensors: order.append("fork") or fork(*tensors))
-    monkeypatch.setattr(side, "join", lambda: order.append("join") or join())
-    anchor = nodes.JoinSideStream.apply(torch.zeros((), requires_grad=True), side)
-    x = random(5, 4)
-    for _ in range(3):
-        matrices = [random(2, 4), random(1, 4, 2)]
-        lora = nodes.LoraMatrices(*matrices, *map(torch.zeros_like, matrices), 1.0, side)
-        x = nodes.LoraProduct.apply(x, anchor, lora, random(4, 4), None)
-    x.sum().backward()
-    assert order == ["fork", "join"] * 3 + ["join"]  # a fork joins what was before it
-    assert side.held == ()
+def test_a_backward_pass_that_fails_joins_the_side_stream_and_leaves_nothing_of_itself(monkeypatch):
+    joined, join = [], side_stream.SideStream.join
+    monkeypatch.setattr(side_stream.SideStream, "join", lambda side: joined.append(side) or join(side))
+
+    def fail(*inputs):
+        raise torch.OutOfMemoryError("no room")
+
+    x = random(5, 4, grad=True)
+    matrices = [random(2, 4), random(1, 4, 2)]
+    lora = nodes.LoraMatrices(*matrices, *map(torch.zeros_like, matrices), 1.0)
+    kept = x * 2
+    there = weakref.ref(kept)
+    y = nodes.LoraProduct.apply(kept, torch.zeros((), requires_grad=True), lora, random(4, 4), None)
+    del kept
+    monkeypatch.setattr(kernels, "add_lora_gradients", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        y.sum().backward()
+    assert len(joined) == 1
+    del y
+    gc.collect()
+    assert there() is None
 
 
 @pytest.mark.parametrize("has_delta", [True, False])
