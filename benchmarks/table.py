@@ -55,8 +55,17 @@ def grouped(runs: list[dict], *names: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def step_table(runs: list[dict]) -> str:
-    """Return a row for each variant that trained; ratios are to ours in the same command."""
+def commits_of(runs: Iterable[dict], invocations: list[dict]) -> str:
+    """Return the commits at which these runs were measured, in short."""
+    numbers = [run["invocation"] for run in runs if run]
+    return ", ".join({invocations[number - 1]["commit"][:7]: None for number in sorted(numbers)})
+
+
+def step_table(runs: list[dict], invocations: list[dict]) -> str:
+    """Return a row for each variant that trained; ratios are to ours in the same command.
+
+    A figure is the newest of its kind, so those of a row may be of several commits, which it names.
+    """
     groups = grouped([run for run in runs if run["case"] != "start"], "case", "program", "variant")
     rows = []
     for (case, program, variant), group in groups.items():
@@ -78,6 +87,7 @@ def step_table(runs: list[dict]) -> str:
                 ratio(busied, ours, busy_ms),
                 number(busied.get("profile", {}).get("kernels"), 0),
                 number(reserved_gib, 2),
+                commits_of((walled, timed, busied), invocations),
             ]
         )
     head = [
@@ -90,16 +100,22 @@ def step_table(runs: list[dict]) -> str:
         "GPU busy ms",
         "to ours",
     ]
-    return markdown([*head, "kernels", "peak reserved GiB"], rows)
+    return markdown([*head, "kernels", "peak reserved GiB", "commits"], rows)
 
 
-def start_table(runs: list[dict]) -> str:
+def start_table(runs: list[dict], invocations: list[dict]) -> str:
+    """Return a row for each start that was measured."""
     rows = [
-        [run["program"], run["variant"], number(run.get("first_step_s", run["wall_s"]), 1)]
+        [
+            run["program"],
+            run["variant"],
+            number(run.get("first_step_s", run["wall_s"]), 1),
+            commits_of([run], invocations),
+        ]
         for run in runs
         if run["case"] == "start"
     ]
-    return markdown(["program", "start", "s to the first step"], rows) if rows else ""
+    return markdown(["program", "start", "s to the first step", "commit"], rows) if rows else ""
 
 
 def memory_table(runs: list[dict]) -> str:
@@ -182,11 +198,13 @@ def main() -> None:
     results = [json.loads(file.read_text()) for file in args.results]
     for result in results:
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        commits = ", ".join({invocation["commit"][:10]: None for invocation in result["invocations"]})
+        invocations = result["invocations"]
+        commits = ", ".join({invocation["commit"][:10]: None for invocation in invocations})
         print(f"{result['device']}; {versions}; commit {commits}\n")
         steps = [run for run in result["runs"] if "case" in run]
         memory = [run for run in result["runs"] if "setting" in run]
-        for table in (step_table(steps) if steps else "", start_table(steps), memory_table(memory) if memory else ""):
+        of_steps = [step_table(steps, invocations), start_table(steps, invocations)] if steps else []
+        for table in (*of_steps, memory_table(memory) if memory else ""):
             if table:
                 print(table, end="\n\n")
     if args.plot:

@@ -75,7 +75,7 @@ def _multiprocessors(device: torch.device) -> int:
 def _slices(x: torch.Tensor, channels: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
     """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes.
 
-    There are no more blocks than run at once, `blocks` on each multiprocessor, but for one of each picture: what is left
+    There are no more blocks than run at once, `blocks` on each multiprocessor, but for one of each picture: those left
     over would run alone in the end.
     """
     pictures, _, height, width = x.shape

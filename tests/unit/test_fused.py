@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 
-from rasengan import components, fused, lora, memory, quantization, step
+from rasengan import components, fused, lora, memory, optim, quantization, step
 
 
 ALPHAS_CUMPROD = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
@@ -87,6 +87,23 @@ def test_loss_and_gradient_are_pefts(targets, load_unet, batch):
     loss, gradient = loss_and_gradient(unet, flat, batch)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     assert (gradient - expected_gradient).norm() < 1e-12 * expected_gradient.norm()
+
+
+def test_losses_and_gradient_norms_of_a_training_are_pefts(load_unet, batch):
+    def train(fuse):
+        unet, flat, _ = load_unet(fuse)
+        optimizer = optim.make_optimizer(flat, "adamw", False, 1e-3, (0.9, 0.999), 1e-2, 1e-8)
+        found = []
+        for number in range(12):
+            noise = torch.randn(batch["noise"].shape, generator=torch.Generator().manual_seed(number)).double()
+            losses, gradient = loss_and_gradient(unet, flat, batch | {"noise": noise})
+            optimizer.step()
+            found.append([losses.mean(), gradient.norm()])
+        return torch.tensor(found)
+
+    expected = train(fuse=False)
+    assert expected[:, 0].std() > 1e-3  # it is no standstill
+    torch.testing.assert_close(train(fuse=True), expected, rtol=1e-9, atol=0)
 
 
 def test_a_size_that_halves_to_odd_ones_is_upsampled_back_to_it(load_unet, batch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from rasengan import UserError, lora
+from rasengan import UserError, lora, optim
 
 
 # The configuration of stabilityai/stable-diffusion-xl-base-1.0's UNet.
@@ -134,7 +134,7 @@ def test_flat_adamw_trains_as_one_adamw_over_every_tensor_does(unet):
     reference = copy.deepcopy(adapted(unet))
     per_tensor = torch.optim.AdamW(lora.trainable_parameters(reference).values(), **options)
     flat = lora.flatten_parameters(list(lora.trainable_parameters(unet).values()))
-    optimizer = torch.optim.AdamW([flat], **options)
+    optimizer = optim.make_optimizer(flat, "adamw", False, 1e-2, (0.9, 0.999), 0.1, 1e-8)
     for seed in range(3):
         before = flat.detach().clone()
         loss_of(reference, seed).backward()
