@@ -46,11 +46,11 @@ from diffusers.optimization import SchedulerType
 
 from rasengan import (
     UserError,
-    cache,
     checkpoint,
     checkpoint_writer,
     component_checks,
     components,
+    conditioning,
     data,
     diagnosis,
     export,
@@ -338,31 +338,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         resuming.check_resumable(resume_from, settings, args.resume_with_changes)
 
     # --- the conditioning cache: encode once, then free the encoders; a plan needs no more than its shapes ---
-    vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
-    negative = components.negative_prompt(None, folders)
+    column, how = dataset[args.image_column], (device, processes.machine_share(os.environ))
+    make_bar, negative = partial(progress_bar, accelerator), components.negative_prompt(None, folders)
     texts = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
-    cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
-    if args.cache_conditioning and args.center_crop and args.plan_only:
-        latents = cache.blank_latents(pictures, sizes, args.random_flip)
-    elif args.cache_conditioning and args.center_crop:
-        sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
-        batch_size = args.encode_batch_size or cache.pictures_at_once(args.resolution)
-        column, bar = dataset[args.image_column], partial(progress_bar, accelerator, "Encoding pictures")
-        how = (folders["vae"], args.variant, device, share, bar, batch_size, args.vram_budget_gib)
-        latents = cache.cached_latents(cache_dir, column, pictures, *how, **sized)
-    else:
-        logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
-        vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
-    groups = [caption for several in captions for caption in several], texts
-    if args.cache_conditioning and not args.train_text_encoder and args.plan_only:
-        prompts, validation_prompts = cache.blank_prompts(groups, folders, weight_dtype)
-    elif args.cache_conditioning and not args.train_text_encoder:
-        bar = partial(progress_bar, accelerator, "Encoding captions")
-        how = (folders, args.variant, device, weight_dtype, share, bar)
-        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *how, budget_gib=args.vram_budget_gib)
-    else:
-        logger.info("The text encoders run in the loop: they are trained, or --no-cache_conditioning was given")
-        tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, weight_dtype)
+    latents = conditioning.prepare_latents(vars(args), column, pictures, sizes, folders["vae"], *how, make_bar)
+    prompts = conditioning.prepare_prompts(vars(args), captions, texts, folders, weight_dtype, *how, make_bar)
+    tokenizers, text_encoders = prompts.tokenizers, prompts.text_encoders
 
     # --- the LoRA ---
     set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
@@ -442,11 +423,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     # --- data ---
     make_samples = partial(
         samples.TrainingSamples,
-        dataset[args.image_column],
+        column,
         pictures,
         captions,
-        latents,
-        prompts,
+        latents.rows,
+        prompts.captions,
         seed=args.seed,
         sizes=sizes,
         interpolation=args.image_interpolation_mode,
@@ -460,7 +441,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     encode = partial(
         samples.encode_in_loop,
         device=device,
-        vae=vae,
+        vae=latents.vae,
         tokenizers=tokenizers,
         text_encoders=text_encoders,
         trains_text=args.train_text_encoder,
@@ -490,8 +471,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         remembered = resumed.get("memory_plan") if can_keep_plan else None
         plan = processes.as_on_main(partial(planner.plan, remembered), UserError)
         if is_main:
-            cached_bytes = cache.disk_bytes(latents, prompts, validation_prompts)
-            print(planner.describe(plan, unet, [vae, *text_encoders], cached_bytes), flush=True)
+            cached_bytes = conditioning.disk_bytes(latents.rows, prompts.captions, prompts.validation)
+            print(planner.describe(plan, unet, [latents.vae, *text_encoders], cached_bytes), flush=True)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:
@@ -525,12 +506,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         pictures_shown = ValidationPictures(
             accelerator,
             unet,
-            vae or components.load("vae", folders["vae"], variant=args.variant),
+            latents.vae or components.load("vae", folders["vae"], variant=args.variant),
             scheduler,
             partial(
                 prompt_embeds,
                 accelerator=accelerator,
-                cached=validation_prompts,
+                cached=prompts.validation,
                 tokenizers=tokenizers,
                 text_encoders=text_encoders,
             ),
