@@ -5,7 +5,6 @@ import json
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from rasengan import UserError, components, imaging, locks, memory, sdxl
+from rasengan import UserError, components, imaging, sdxl
 from rasengan.files import read_json_or_empty, write_atomically
-from rasengan.processes import gather, is_first, wait_for_everyone
-from rasengan.sharded_cache import ShardedCache, digest_of
+from rasengan.sharded_cache import ShardedCache, digest_of, fill
 
 
 FORMAT = 2
@@ -85,47 +83,9 @@ def together(caches: list[ShardedCache]) -> Mapping[str, dict[str, torch.Tensor]
     return caches[0] if len(caches) == 1 else ChainMap(*caches)
 
 
-def blank_latents(
-    pictures: list[imaging.Picture], sizes: list[imaging.Size], random_flip: bool
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Return rows of zeros, of the shapes and dtype of `cached_latents`, to plan with: what a step takes is alike."""
-    rows = {}
-    for height, width in sizes:
-        moments = torch.zeros(1 + random_flip, 4, height // 8, width // 8)
-        rows[height, width] = {"mean": moments, "std": moments}
-    return {
-        picture.digest: rows[imaging.crop_size(picture.height_px, picture.width_px, sizes)] for picture in pictures
-    }
-
-
-def blank_prompts(
-    groups: Iterable[Iterable[str]], folders: dict[str, Path], dtype: torch.dtype
-) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Return rows of zeros, of the shapes and dtype of `cached_prompts`, as `blank_latents` does."""
-    configs = [components.read_config(name, folders[name]) for name in components.TEXT_ENCODERS]
-    width, pooled_width = sum(config["hidden_size"] for config in configs), configs[1]["projection_dim"]
-    row = {
-        "prompt_embeds": torch.zeros(components.MOST_TOKENS, width, dtype=dtype),
-        "pooled_prompt_embeds": torch.zeros(pooled_width, dtype=dtype),
-    }
-    return [dict.fromkeys(texts, row) for texts in groups]
-
-
 def is_one(place: object) -> bool:
     """Say whether a place, as a stranger's file may name it, is a folder in which a cache was built."""
     return isinstance(place, str) and any(os.path.isdir(os.path.join(place, part)) for part in ("latents", "prompts"))
-
-
-def disk_bytes(*groups: Mapping | None) -> int:
-    """Return what caches, as `cached_latents` and `cached_prompts` return them, take on the disk; None is none.
-
-    Of blank rows, what they will take once they are encoded, but for the headers of the files: 1 part in a thousand.
-    """
-    given = [rows for rows in groups if rows is not None]
-    blank = [row for rows in given if isinstance(rows, dict) for row in rows.values()]
-    caches = [part for rows in given if not isinstance(rows, dict) for part in getattr(rows, "maps", [rows])]
-    to_come = sum(tensor.numel() * tensor.element_size() for row in blank for tensor in row.values())
-    return to_come + sum(path.stat().st_size for path in {path for part in caches for path in part.paths()})
 
 
 def prompt_cache(
@@ -236,7 +196,7 @@ def cached_latents(
         folder: of the VAE.
         variant: of its weight files.
         device: to encode on.
-        share: as `fill` takes it.
+        share: as `sharded_cache.fill` takes it.
         make_bar: likewise.
         batch_size: pictures encoded together.
         budget_gib: likewise.
@@ -278,7 +238,7 @@ def cached_prompts(
         variant: of their weight files.
         device: to encode on.
         dtype: of the text encoders.
-        share: as `fill` takes it.
+        share: as `sharded_cache.fill` takes it.
         make_bar: likewise.
         batch_size: texts encoded together.
         budget_gib: likewise.
@@ -301,52 +261,3 @@ def load_caption_encoder(folders: dict[str, Path], variant: str | None, device: 
     """Load the tokenizers and text encoders, and return the function that encodes a batch of captions with them."""
     tokenizers, text_encoders = components.load_text_encoders(folders, variant, device, dtype)
     return partial(encode_captions, tokenizers=tokenizers, text_encoders=text_encoders)
-
-
-def fill(
-    share: tuple[int, int],
-    caches: list[ShardedCache],
-    batch_size: int,
-    load_encoder: Callable[[], Callable],
-    make_bar: Callable[[int], tqdm],
-    what: str,
-    budget_gib: float | None = None,
-    smaller: str | None = None,
-) -> None:
-    """Build what is missing or damaged, each process on a machine its share; the encoder is loaded only if needed.
-
-    Another run that builds in the same folder is waited for. Machines do not share the work: their disks may be their
-    own. The encoder leaves memory at the end.
-
-    Args:
-        share: this process's number on its machine, and how many there are on it.
-        caches: that one encoder fills.
-        batch_size: items that are encoded together.
-        load_encoder: returns the function that encodes a batch.
-        make_bar: returns a progress bar for a number of items.
-        what: the items are, for errors.
-        budget_gib: what --vram_budget_gib was given, to which PyTorch keeps already; None for nothing.
-        smaller: how the user makes a batch take less memory; None for no way.
-
-    Raises:
-        UserError: the card's memory does not suffice.
-    """
-    number, processes = share
-    if not any(gather([any(shards.missing() for shards in caches)])):
-        return
-    # Held by one process alone, since machines of a run may share a folder.
-    with locks.only_builder(caches[0].directory) if is_first() else nullcontext():
-        wait_for_everyone()  # the others come once it is held
-        shares = [shards.missing()[number::processes] for shards in caches]
-        wait_for_everyone()  # all have seen what is missing before anyone builds
-        if any(shares):
-            with memory.must_suffice(f"loading what encodes {what}", budget_gib):
-                encode = load_encoder()
-            total = sum(len(shards.items_in(share)) for shards, share in zip(caches, shares, strict=True))
-            doing = f"encoding {what}, {batch_size} at once"
-            with memory.must_suffice(doing, budget_gib, smaller), make_bar(total) as bar:
-                for shards, share in zip(caches, shares, strict=True):
-                    shards.build(share, encode, batch_size, bar.update)
-            del encode
-            memory.give_back()
-        wait_for_everyone()

@@ -1,6 +1,7 @@
 """Publish an adapter on the Hugging Face hub, with a model card."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -15,6 +16,7 @@ from rasengan.files import write_atomically
 logger = logging.getLogger(__name__)
 
 TITLE = "# A LoRA for "
+GRID_FILE = "validation.png"
 RECIPE = (
     *("rank", "lora_alpha", "lora_target_modules", "train_text_encoder", "resolution", "optimizer_steps"),
     *(
@@ -64,7 +66,7 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
     Raises:
         UserError: the hub cannot be reached, or refuses; the files stay where they are.
     """
-    patterns = [DIFFUSERS_FILE, "peft/*", "README.md", "validation.png"]
+    patterns = [DIFFUSERS_FILE, "peft/*", "README.md", GRID_FILE]
     try:
         HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=patterns)
     except (HTTPError, OSError, *NO_HUB) as error:
@@ -74,34 +76,26 @@ def upload(repo_id: str, token: str | None, directory: Path) -> None:
         ) from error
 
 
-def write_model_card(
-    directory: Path,
-    base: str | None,
-    dataset: str,
-    prompts: list[str],
-    grid_file: str | None,
-    settings: dict[str, object],
-) -> None:
+def write_model_card(directory: Path, settings: Mapping[str, object]) -> None:
     """Write `README.md` with the card of `model_card`; one that is not of this kind stays as it is.
 
     Args:
-        directory: the adapter's.
-        base: hub id or folder of the base model, if it is one thing.
-        dataset: as for `model_card`, and so are the others.
-        prompts: of the grid.
-        grid_file: the grid's name, or None.
-        settings: of the run, by name.
+        directory: the adapter's, and the grid's where the run has drawn one.
+        settings: of the run, by name, and its `optimizer_steps`.
     """
     file = directory / "README.md"
     if file.is_file() and f"\n{TITLE}" not in file.read_text(encoding="utf-8", errors="replace"):
         logger.warning("%s is no model card of this program: it stays, and no card is written", file)
         return
+    base, prompts = settings["pretrained_model_name_or_path"], settings["validation_prompt"] or []
     base_model = None if base is None or Path(base).exists() else base
+    dataset = settings["dataset_name"] or Path(settings["train_data_dir"]).resolve().name
+    grid_file = GRID_FILE if prompts and (directory / GRID_FILE).is_file() else None
     write_atomically(file, model_card(base_model, dataset, prompts, grid_file, settings).encode())
 
 
 def model_card(
-    base_model: str | None, dataset: str, prompts: list[str], grid_file: str | None, settings: dict[str, object]
+    base_model: str | None, dataset: str, prompts: list[str], grid_file: str | None, settings: Mapping[str, object]
 ) -> str:
     """Return the README of a trained adapter: what it is, the grid, how to load it, and the recipe.
 

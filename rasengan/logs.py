@@ -1,11 +1,13 @@
 """What a run says: in the terminal, and to accelerate's trackers, of which TensorBoard is one."""
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
@@ -51,6 +53,23 @@ def begin_trackers(accelerator: Accelerator, settings: Mapping[str, object], dir
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_text("arguments", f"| argument | value |\n|---|---|\n{rows}")
+
+
+def log_each_loss(
+    accelerator: Accelerator, names: list[str], losses: torch.Tensor, folder: str | None, global_step: int
+) -> None:
+    """Show the loss of each sample in the trackers.
+
+    Args:
+        accelerator: that has them.
+        names: files of the samples.
+        losses: theirs, (B,).
+        folder: beside which the files are named; None takes the working directory.
+        global_step: which one they are of, counted from 1.
+    """
+    shown = [os.path.relpath(name, folder or ".") for name in names]
+    named = zip(shown, losses.tolist(), strict=True)
+    accelerator.log({f"loss_for_{name}": loss for name, loss in named}, step=global_step)
 
 
 def log_image(trackers: list[GeneralTracker], name: str, image: Image.Image, global_step: int) -> None:

@@ -1,15 +1,19 @@
 """What a run's steps did: read from the card for several of them together, since each reading waits for it."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 
 from rasengan import memory
 from rasengan.diagnosis import SKIPPED
 
+
+logger = logging.getLogger(__name__)
 
 # One step without a finite loss may be its samples' fault; so many in a row are not.
 STUCK = 3
@@ -19,14 +23,16 @@ class Progress:
     """The losses, gradient norms and speed of the steps since the last reading."""
 
     def __init__(
-        self, first_step: int, global_batch: int, device: torch.device, skipped: dict[str, int] | None = None
+        self, first_step: int, global_batch: int, device: torch.device, kept: Mapping[str, int] | None = None
     ):
-        """Begin after `first_step` optimizer steps of `global_batch` samples; `skipped` as a checkpoint kept it."""
+        """Begin after `first_step` optimizer steps of `global_batch` samples; `kept` as a checkpoint has it."""
         self.first_step = self.step = first_step
         self.global_batch, self.device = global_batch, device
         self.unread, self.started_s = [], time.perf_counter()
         self.train_loss, self.images_per_second = math.nan, 0.0
-        self.skipped_steps, self.skipped_in_a_row = ((skipped or {}).get(name, 0) for name in SKIPPED)
+        kept = kept or {}
+        self.first_sample = kept.get("samples_seen", 0)
+        self.skipped_steps, self.skipped_in_a_row = (kept.get(name, 0) for name in SKIPPED)
 
     def add(self, step_loss: torch.Tensor, grad_norm: torch.Tensor) -> int:
         """Take what a step did, without waiting for it; return how many wait.
@@ -60,9 +66,30 @@ class Progress:
         }
         return found
 
-    def skipped(self) -> dict[str, int]:
-        """Return how many steps had no finite gradient, in all and of the last ones, up to the last reading."""
-        return {name: getattr(self, name) for name in SKIPPED}
+    def log(self, accelerator: Accelerator) -> None:
+        """Give what `read` returns to the trackers."""
+        for step, values in self.read().items():
+            accelerator.log(values, step=step)
+
+    def steps(self) -> int:
+        """Return how many optimizer steps are done, those that are not read yet included."""
+        return self.step + len(self.unread)
+
+    def kept(self) -> dict[str, int]:
+        """Return what a checkpoint keeps: the samples seen, and the steps without a finite gradient.
+
+        The latter are counted in all and of the last ones, up to the last reading.
+        """
+        samples_seen = self.first_sample + (self.steps() - self.first_step) * self.global_batch
+        return {"samples_seen": samples_seen} | {name: getattr(self, name) for name in SKIPPED}
+
+    def warn_of_skipped(self) -> None:
+        """Say how many steps changed nothing: a few are how the gradient scaler finds its scale, many a bad run."""
+        if self.skipped_steps:
+            last = f", of which {self.skipped_in_a_row} are the last: compare checkpoints" * self.is_doubtful()
+            logger.warning(
+                "%d steps were skipped, because their gradients were not finite%s", self.skipped_steps, last
+            )
 
     def is_doubtful(self) -> bool:
         """Say whether the last step changed nothing: whether the weights are any good is not known before one does."""

@@ -41,7 +41,7 @@ def encode_once(
         device: to encode on.
         dtype: of the encoders.
         directory: of the cache, which training shares.
-        share: as `cache.fill` takes it.
+        share: as `sharded_cache.fill` takes it.
         make_bar: likewise.
         budget_gib: likewise.
     """

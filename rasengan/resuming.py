@@ -1,7 +1,7 @@
 """Which settings a resume may change: none of those that its weights hang on, and others if that is meant."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rasengan import UserError
@@ -86,6 +86,21 @@ def check_resumable(path: Path, settings: dict, allow_changes: bool = False, idl
     if length and settings.get("lr_scheduler", "constant") not in CONSTANT_SCHEDULES:
         listed = "; ".join(_change(name, state, settings) for name in length)
         logger.warning("%s: --lr_scheduler %s goes on over the new length", listed, settings["lr_scheduler"])
+
+
+def say_resumed(path: Path, state: Mapping, total_steps: int) -> None:
+    """Say from which checkpoint a run goes on, and warn where its weights may be bad, or nothing is left to train.
+
+    Args:
+        path: the checkpoint.
+        state: of it.
+        total_steps: after which the run ends.
+    """
+    logger.info("Resuming from %s", path)
+    if skipped := state.get("skipped_in_a_row"):
+        logger.warning("The %d steps before it had no finite gradient: its weights may be ruined", skipped)
+    if state["global_step"] >= total_steps:
+        logger.warning("It has %d steps of %d already: nothing is left to train", state["global_step"], total_steps)
 
 
 def check_samples_at_once(path: Path, micro_batch_size: int) -> None:

@@ -10,14 +10,17 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from tqdm.auto import tqdm
 
-from rasengan import first_line, imaging
+from rasengan import first_line, imaging, locks, memory
 from rasengan.files import write_atomically, writing
+from rasengan.processes import gather, is_first, wait_for_everyone
 from rasengan.row_file import RowFile
 
 
@@ -94,6 +97,55 @@ class ShardedCache:
     def __getstate__(self) -> dict:
         # A data worker that is started afresh opens the files itself.
         return self.__dict__ | {"_open": {}}
+
+
+def fill(
+    share: tuple[int, int],
+    caches: list[ShardedCache],
+    batch_size: int,
+    load_encoder: Callable[[], Callable],
+    make_bar: Callable[[int], tqdm],
+    what: str,
+    budget_gib: float | None = None,
+    smaller: str | None = None,
+) -> None:
+    """Build what is missing or damaged, each process on a machine its share; the encoder is loaded only if needed.
+
+    Another run that builds in the same folder is waited for. Machines do not share the work: their disks may be their
+    own. The encoder leaves memory at the end.
+
+    Args:
+        share: this process's number on its machine, and how many there are on it.
+        caches: that one encoder fills.
+        batch_size: items that are encoded together.
+        load_encoder: returns the function that encodes a batch.
+        make_bar: returns a progress bar for a number of items.
+        what: the items are, for errors.
+        budget_gib: what --vram_budget_gib was given, to which PyTorch keeps already; None for nothing.
+        smaller: how the user makes a batch take less memory; None for no way.
+
+    Raises:
+        UserError: the card's memory does not suffice.
+    """
+    number, processes = share
+    if not any(gather([any(shards.missing() for shards in caches)])):
+        return
+    # Held by one process alone, since machines of a run may share a folder.
+    with locks.only_builder(caches[0].directory) if is_first() else nullcontext():
+        wait_for_everyone()  # the others come once it is held
+        shares = [shards.missing()[number::processes] for shards in caches]
+        wait_for_everyone()  # all have seen what is missing before anyone builds
+        if any(shares):
+            with memory.must_suffice(f"loading what encodes {what}", budget_gib):
+                encode = load_encoder()
+            total = sum(len(shards.items_in(share)) for shards, share in zip(caches, shares, strict=True))
+            doing = f"encoding {what}, {batch_size} at once"
+            with memory.must_suffice(doing, budget_gib, smaller), make_bar(total) as bar:
+                for shards, share in zip(caches, shares, strict=True):
+                    shards.build(share, encode, batch_size, bar.update)
+            del encode
+            memory.give_back()
+        wait_for_everyone()
 
 
 def digest_of(content: object) -> str:

@@ -3,11 +3,14 @@
 import logging
 import traceback
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from rasengan import graphs, memory, objective
+from rasengan import fused, graphs, memory, nvrtc, objective
+from rasengan.memory_plan import recompute_whole
 from rasengan.samples import derive_seed
 
 
@@ -59,6 +62,37 @@ def compute_losses(
     if snr_gamma is not None:
         losses = losses * objective.snr_weights(timesteps, alphas_cumprod, snr_gamma, prediction_type, losses.dtype)
     return losses
+
+
+class UNetRun(NamedTuple):
+    """How a UNet runs in a step."""
+
+    is_fused: bool
+    blocks: int  # that its backward pass can recompute
+    recompute_blocks: Callable[[int], object]  # sets how many it does
+
+
+def prepare_unet(
+    unet: torch.nn.Module, flat: torch.nn.Parameter, lora_scale: float, weight_dtype: torch.dtype, deterministic: bool
+) -> UNetRun:
+    """Let a UNet run as the project's fused kernels where it can, or else as PEFT wrote it, which is warned of.
+
+    Args:
+        unet: with its LoRA, on its device, in training mode.
+        flat: the parameter that holds the LoRA.
+        lora_scale: alpha / rank.
+        weight_dtype: of the frozen UNet.
+        deterministic: equal runs are to give equal bits.
+    """
+    slow_because = fused.why_not(unet)
+    if slow_because is None:
+        nvrtc.prepare(weight_dtype, flat.device)
+        fused_unet = fused.FusedUNet(unet, flat, lora_scale)
+        return UNetRun(True, len(fused_unet.units()), fused_unet.recompute)
+    logger.warning("The UNet runs as PEFT wrote it, more slowly: %s", slow_because)
+    if deterministic:
+        fused.upsample_deterministically(unet)
+    return UNetRun(False, 1, partial(recompute_whole, unet))
 
 
 class TrainingStep:

@@ -82,7 +82,7 @@ class Stopper:
 
         The first of them asks for an end, a Ctrl-C after it ends the process at once. Times are of the monotonic
         clock, which nothing sets forth or back.
-        `tell` says to the user that a signal came, from inside the signal's handler.
+        `tell` says to the user that a signal came, from inside the signal's handler, and how the run ended.
         """
         self.tell = tell
         self.deadline_s = None if minutes is None else began_s + 60 * minutes
@@ -117,6 +117,12 @@ class Stopper:
     def exit_code(self) -> int:
         """Return what the process should end with: 0 after a deadline, as a shell counts signals otherwise."""
         return 0 if self.signal_number is None else 128 + self.signal_number
+
+    def say_ended(self, when: str, resume_command: str, did_nothing: bool = False) -> None:
+        """Say when the run ended, why, and how to go on; after a deadline also if it was before the first step."""
+        too_short = ". The time was over before the first step: give it more" if did_nothing else ""
+        why = f"{self.reason()}{too_short * (self.exit_code() == 0)}"
+        self.tell(f"Ended {when}, since {why}. Go on with:\n  {resume_command}")
 
     def release(self) -> None:
         """Give the signals back to who had them before."""

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from diffusers.optimization import SchedulerType
 
 from rasengan import UserError, checkpoint, data, export, first_line, optim, processes
 from rasengan.files import check_kinds, check_writable, write_atomically
+from rasengan.memory_plan import Planner
 from rasengan.resuming import BASE_PLACES, PLACES
 
 
@@ -191,11 +192,53 @@ def _check_places(settings: Mapping) -> None:
 # --- what is made of them ---
 
 
+def choose_kernels(settings: Mapping, device: torch.device, environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch use the kernels that were asked for: those that repeat a run to the bit, those of TF32."""
+    if settings["deterministic"]:
+        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    # Not with warnings alone: attention's backward pass takes those for a no.
+    torch.use_deterministic_algorithms(settings["deterministic"])
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    torch.backends.cuda.matmul.allow_tf32 = settings["allow_tf32"] and has_tf32
+    if settings["allow_tf32"] and not has_tf32:
+        logger.info("--allow_tf32 has no effect: this device has no TF32")
+
+
 def schedule_of(settings: Mapping, learning_rate: float, num_training_steps: int) -> Callable[[int], float]:
     """Return the learning rate's factor as a function of the optimizer steps done."""
     counts = (settings["lr_warmup_steps"], num_training_steps, settings["lr_num_cycles"])
     shape = (settings["lr_power"], settings["lr_step_rules"])
     return optim.learning_rate_schedule(settings["lr_scheduler"], learning_rate, *counts, *shape)
+
+
+def make_planner(
+    settings: Mapping,
+    run: Callable[[int], object],
+    recompute_blocks: Callable[[int], object],
+    flat: torch.nn.Parameter,
+    optimizer: torch.optim.Optimizer,
+    *,
+    samples: int,
+    blocks: int,
+    sharing: int,
+) -> Planner:
+    """Return the planner of the run's steps; the others are as `Planner` takes them."""
+    kind = (settings["optimizer"], settings["use_8bit_adam"], settings["use_ema"])
+    return Planner(
+        run,
+        recompute_blocks,
+        flat,
+        optimizer,
+        samples=samples,
+        batch_size=settings["train_batch_size"],
+        blocks=blocks,
+        recompute=settings["gradient_checkpointing"],
+        budget_gib=settings["vram_budget_gib"],
+        sharing=sharing,
+        update_bytes=optim.expected_update_bytes(flat.numel(), *kind),
+        can_quantize=settings["base_quantization"] != "nf4",
+    )
 
 
 def make_optimizer(settings: Mapping, flat: torch.nn.Parameter, learning_rate: float) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ import logging
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from rasengan import memory
 from rasengan.adapters import DIFFUSERS_FILE
 from rasengan.checkpoint import BEST_FILE, BEST_FOLDER, is_loss
 from rasengan.files import read_json_or_empty
+from rasengan.imaging import PictureChanged
 from rasengan.processes import add_up
 from rasengan.samples import TrainingSamples, collate, generator_for, prefetched
 from rasengan.stopping import Interrupted
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 # A loss hangs on the timestep far more than on the picture: without bands the draw would decide the mean.
 BANDS = 4
 LOSS = "validation_loss"
+NOT_MEASURED = "The validation loss after the last step was not measured"
 # Settings that a resume may change, and after which another loss is measured, the base's too.
 COMPARABLE = ("validation_split", "base_digest", "base_quantization", "center_crop", "image_interpolation_mode")
 
@@ -191,6 +194,22 @@ class ValidationLoss:
                     ) from error
                 size, made_room = (max(1, min(size, total) // 2) if made_room else size), True
             self.make_room()
+
+    @contextmanager
+    def after_last_step(self) -> Iterator[None]:
+        """Measure inside of this once the training is over: where that cannot be, warn, and let the run end well.
+
+        Raises:
+            UserError: a picture was changed, or does not fit, and other processes wait for this one.
+        """
+        try:
+            yield
+        except Interrupted:
+            logger.warning("%s, since the run was to end", NOT_MEASURED)
+        except (PictureChanged, memory.DoesNotFit) as error:
+            if self.share[1] > 1:
+                raise
+            logger.warning("%s: %s", NOT_MEASURED, error)
 
     # --- what is said of it ---
 

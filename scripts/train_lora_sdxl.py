@@ -20,7 +20,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -40,21 +39,19 @@ if __name__ == "__main__":
 gc.disable()
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType
 
 from rasengan import (
     UserError,
-    cache,
     checkpoint,
     checkpoint_writer,
     component_checks,
     components,
+    conditioning,
     data,
     diagnosis,
     export,
-    fused,
     held_out,
     hub,
     locks,
@@ -84,6 +81,7 @@ from rasengan.command_line import (
 from rasengan.endings import in_one_line, say_ended
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
+from rasengan.rescue import Rescue
 from rasengan.validation_loss import ValidationLoss, resumed_record
 from rasengan.validation_pictures import ValidationPictures, prompt_embeds
 
@@ -169,12 +167,8 @@ def make_parser() -> Parser:
     add("--validation_prompt", nargs="+", help="one or several prompts to draw [none]")
     add("--num_validation_images", type=count, default=4, help="for each prompt [%(default)s]")
     add("--validation_epochs", type=count, default=1, help="after epoch 1, and then every so many [%(default)s]")
-    add(
-        "--validation_inference_steps",
-        type=number_type(1, most=1000),
-        default=25,
-        help="denoising steps [%(default)s]",
-    )
+    draw_steps = number_type(1, most=1000)
+    add("--validation_inference_steps", type=draw_steps, default=25, help="denoising steps [%(default)s]")
 
     add = parser.add_argument_group("validation loss", "of pictures that are held out of training").add_argument
     share = "hold out a share, such as 0.05, or a number, such as 40 [none]"
@@ -218,51 +212,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- side stories, before the story ---
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Return the accelerator, with the precision and the processes that were asked for."""
-    folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    log_with = None if args.report_to == "none" else args.report_to
-    return processes.make_accelerator(os.environ, args.mixed_precision, log_with=log_with, project_config=folders)
-
-
-def choose_kernels(args: argparse.Namespace, device: torch.device) -> None:
-    """Let PyTorch use the kernels that were asked for: those that repeat a run to the bit, those of TF32."""
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    # Not with warnings alone: attention's backward pass takes those for a no.
-    torch.use_deterministic_algorithms(args.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32 and has_tf32
-    if args.allow_tf32 and not has_tf32:
-        logger.info("--allow_tf32 has no effect: this device has no TF32")
-
-
-def find_pictures(args: argparse.Namespace, accelerator: Accelerator):
-    """Return the dataset, what is known of each picture, and each one's captions, without the broken pictures."""
-    with processes.one_goes_first(accelerator.is_local_main_process):
-        _, dataset, pictures = data.find_pictures(vars(args), partial(progress_bar, accelerator))
-    dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
-    return dataset, pictures, read_captions(dataset, args.caption_column, pictures)
-
-
-def note_validation_loss(args, accelerator, validation_loss, writer, global_step: int) -> None:
-    """Measure the loss of the held-out pictures, show it in the trackers, and keep the adapter if it is the best."""
-    accelerator.log(validation_loss.measure_tuned(global_step), step=global_step)
-    if args.save_best and accelerator.is_main_process and validation_loss.is_best(global_step):
-        writer.save_best(global_step, validation_loss.record["best"])
-
-
-def write_model_card(args: argparse.Namespace, output_dir: Path, global_step: int, grid_file: str | None) -> None:
-    """Write the README.md of the adapter."""
-    base, dataset = args.pretrained_model_name_or_path, args.dataset_name or Path(args.train_data_dir).resolve().name
-    settings = training_settings.public(vars(args)) | {"optimizer_steps": global_step}
-    hub.write_model_card(output_dir, base, dataset, args.validation_prompt or [], grid_file, settings)
-
-
 # --- the story ---
 
 
@@ -279,7 +228,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     resume_from = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
 
     # --- processes, precision, seed ---
-    accelerator = make_accelerator(args)
+    trackers = {"log_with": None if args.report_to == "none" else args.report_to}
+    trackers["project_config"] = ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir))
+    accelerator = processes.make_accelerator(os.environ, args.mixed_precision, **trackers)
     is_main = accelerator.is_main_process
     remedy = "Give every machine a copy of it, or an --output_dir that all share."
     processes.check_same("checkpoint in --output_dir", resume_from.name if resume_from else "none", remedy)
@@ -300,12 +251,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             args.base_quantization = checkpoint.read_state(resume_from).get("base_quantization", "none")
         idle = training_settings.idle_settings(vars(args))
         resuming.check_resumable(resume_from, training_settings.public(vars(args)), args.resume_with_changes, idle)
-    choose_kernels(args, device)
+    training_settings.choose_kernels(vars(args), device, os.environ)
     if args.vram_budget_gib and device.type == "cuda":  # what encodes the pictures keeps to it too
         memory.limit(args.vram_budget_gib, device, processes.sharing_a_gpu(os.environ))
 
     # --- pictures, captions, components: everything that can be wrong, before anything is loaded ---
-    dataset, pictures, captions = find_pictures(args, accelerator)
+    make_bar = partial(progress_bar, accelerator)
+    with processes.one_goes_first(accelerator.is_local_main_process):
+        _, dataset, pictures = data.find_pictures(vars(args), make_bar)
+    dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
+    captions = read_captions(dataset, args.caption_column, pictures)
     args.data_digest = data.data_digest(pictures, captions)
     remedy = "Give every machine the same data."
     processes.check_same("pictures and captions", f"those of digest {args.data_digest[:8]}", remedy)
@@ -338,31 +293,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         resuming.check_resumable(resume_from, settings, args.resume_with_changes)
 
     # --- the conditioning cache: encode once, then free the encoders; a plan needs no more than its shapes ---
-    vae, tokenizers, text_encoders, latents, prompts, validation_prompts = None, [], [], None, None, None
     negative = components.negative_prompt(None, folders)
     texts = [*args.validation_prompt, *({negative} - {None})] if args.validation_prompt else []
-    cache_dir, share = Path(args.conditioning_cache_dir), processes.machine_share(os.environ)
-    if args.cache_conditioning and args.center_crop and args.plan_only:
-        latents = cache.blank_latents(pictures, sizes, args.random_flip)
-    elif args.cache_conditioning and args.center_crop:
-        sized = {"sizes": sizes, "interpolation": args.image_interpolation_mode, "random_flip": args.random_flip}
-        batch_size = args.encode_batch_size or cache.pictures_at_once(args.resolution)
-        column, bar = dataset[args.image_column], partial(progress_bar, accelerator, "Encoding pictures")
-        how = (folders["vae"], args.variant, device, share, bar, batch_size, args.vram_budget_gib)
-        latents = cache.cached_latents(cache_dir, column, pictures, *how, **sized)
-    else:
-        logger.info("The VAE runs in the loop: random crops, or --no-cache_conditioning, cannot be cached")
-        vae = components.load("vae", folders["vae"], variant=args.variant).to(device)
-    groups = [caption for several in captions for caption in several], texts
-    if args.cache_conditioning and not args.train_text_encoder and args.plan_only:
-        prompts, validation_prompts = cache.blank_prompts(groups, folders, weight_dtype)
-    elif args.cache_conditioning and not args.train_text_encoder:
-        bar = partial(progress_bar, accelerator, "Encoding captions")
-        how = (folders, args.variant, device, weight_dtype, share, bar)
-        prompts, validation_prompts = cache.cached_prompts(cache_dir, groups, *how, budget_gib=args.vram_budget_gib)
-    else:
-        logger.info("The text encoders run in the loop: they are trained, or --no-cache_conditioning was given")
-        tokenizers, text_encoders = components.load_text_encoders(folders, args.variant, device, weight_dtype)
+    column, how = dataset[args.image_column], (device, processes.machine_share(os.environ), make_bar)
+    latents = conditioning.prepare_latents(vars(args), column, pictures, sizes, folders["vae"], *how)
+    prompts = conditioning.prepare_prompts(vars(args), captions, texts, folders, weight_dtype, *how)
+    text_encoding = {"tokenizers": prompts.tokenizers, "text_encoders": prompts.text_encoders}  # in the loop
 
     # --- the LoRA ---
     set_seed(args.seed)  # lora_A is drawn from the global generator, equally in every process
@@ -377,8 +313,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
     models = {"unet": unet}
     if args.train_text_encoder:
-        models |= dict(zip(components.TEXT_ENCODERS, text_encoders, strict=True))
-        for text_encoder in text_encoders:
+        models |= dict(zip(components.TEXT_ENCODERS, prompts.text_encoders, strict=True))
+        for text_encoder in prompts.text_encoders:
             lora.add_lora(text_encoder, make_config(target_modules=lora.TEXT_ENCODER_TARGETS))
             if args.gradient_checkpointing is not False:
                 text_encoder.gradient_checkpointing_enable()
@@ -389,31 +325,16 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     flat = lora.flatten_parameters(lora.flat_order(*models.values()))
 
     # --- the step: forward and backward ---
-    slow_because = fused.why_not(unet)
-    if slow_because is None:
-        nvrtc.prepare(weight_dtype, device)
-        fused_unet = fused.FusedUNet(unet, flat, args.lora_alpha / args.rank)
-        blocks, recompute_blocks = len(fused_unet.units()), fused_unet.recompute
-    else:
-        logger.warning("The UNet runs as PEFT wrote it, more slowly: %s", slow_because)
-        if args.deterministic:
-            fused.upsample_deterministically(unet)
-        blocks, recompute_blocks = 1, partial(memory_plan.recompute_whole, unet)
-    as_graph = args.cuda_graph and device.type == "cuda" and slow_because is None and not args.train_text_encoder
+    unet_run = step.prepare_unet(unet, flat, args.lora_alpha / args.rank, weight_dtype, args.deterministic)
+    as_graph = args.cuda_graph and device.type == "cuda" and unet_run.is_fused and not args.train_text_encoder
     if args.train_text_encoder and args.cuda_graph and device.type == "cuda":
         logger.info("Steps run without a CUDA graph, since the text encoders are trained")
-    compute_losses = partial(
-        step.compute_losses,
-        unet,
-        alphas_cumprod=alphas_cumprod,
-        prediction_type=prediction_type,
-        snr_gamma=args.snr_gamma,
-        weight_dtype=weight_dtype,
-        autocast=slow_because is not None and weight_dtype != torch.float32,
-    )
-    # In evaluation mode the modules run as PEFT wrote them, which needs autocast.
+    objective = {"alphas_cumprod": alphas_cumprod, "prediction_type": prediction_type, "snr_gamma": args.snr_gamma}
+    compute_losses = partial(step.compute_losses, unet, **objective, weight_dtype=weight_dtype)
+    # The modules need autocast as PEFT wrote them, and so they run in evaluation mode.
     evaluate_losses = partial(compute_losses, autocast=weight_dtype != torch.float32)
-    train_step = step.TrainingStep(compute_losses, accelerator.backward, flat, as_graph)
+    trained_losses = compute_losses if unet_run.is_fused else evaluate_losses
+    train_step = step.TrainingStep(trained_losses, accelerator.backward, flat, as_graph)
 
     # --- the optimizer and its schedule, both over optimizer steps ---
     learning_rate = args.learning_rate * (args.global_batch if args.scale_lr else 1)
@@ -431,22 +352,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         check_state = partial(optim.check_state, optimizer.optimizer, make_like, may_lack)
         checkpoint.load_checkpoint(accelerator, optimizer, resume_from, models, flat, ema, check_state)
         global_step, samples_seen = resumed["global_step"], resumed["samples_seen"]
-        logger.info("Resuming from %s", resume_from)
-        if skipped := resumed.get("skipped_in_a_row"):
-            logger.warning("The %d steps before it had no finite gradient: its weights may be ruined", skipped)
-        if global_step >= max_train_steps:
-            logger.warning("It has %d steps of %d already: nothing is left to train", global_step, max_train_steps)
+        resuming.say_resumed(resume_from, resumed, max_train_steps)
     elif args.resume_from_checkpoint:
         logger.info("There is no checkpoint in %s: starting afresh", output_dir)
 
     # --- data ---
     make_samples = partial(
         samples.TrainingSamples,
-        dataset[args.image_column],
-        pictures,
-        captions,
-        latents,
-        prompts,
+        *(column, pictures, captions, latents.rows, prompts.captions),
         seed=args.seed,
         sizes=sizes,
         interpolation=args.image_interpolation_mode,
@@ -457,48 +370,38 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         num_train_timesteps=len(alphas_cumprod),
     )
     training_set = make_samples(rows=rows.trained)
-    encode = partial(
-        samples.encode_in_loop,
-        device=device,
-        vae=vae,
-        tokenizers=tokenizers,
-        text_encoders=text_encoders,
-        trains_text=args.train_text_encoder,
-        autocast_dtype=weight_dtype,
-    )
+    encoding = text_encoding | {"vae": latents.vae, "trains_text": args.train_text_encoder}
+    encode = partial(samples.encode_in_loop, device=device, **encoding, autocast_dtype=weight_dtype)
 
     # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
     samples_per_process = args.global_batch // accelerator.num_processes
-    plan = memory_plan.Plan(args.train_batch_size, blocks if args.gradient_checkpointing else 0)
+    plan = memory_plan.Plan(args.train_batch_size, unet_run.blocks if args.gradient_checkpointing else 0)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else None  # a plan holds for one kind
+    planner = None
     if device.type == "cuda":
-        planner = memory_plan.Planner(
+        planner = training_settings.make_planner(
+            vars(args),
             lambda size: train_step.run(next(encode([samples.first_batch(training_set, size)]))),
-            recompute_blocks,
+            unet_run.recompute_blocks,
             flat,
             optimizer.optimizer,
             samples=samples_per_process,
-            batch_size=args.train_batch_size,
-            blocks=blocks,
-            recompute=args.gradient_checkpointing,
-            budget_gib=args.vram_budget_gib,
+            blocks=unet_run.blocks,
             sharing=processes.sharing_a_gpu(os.environ),
-            update_bytes=optim.expected_update_bytes(flat.numel(), args.optimizer, args.use_8bit_adam, args.use_ema),
-            can_quantize=args.base_quantization != "nf4",
         )
         can_keep_plan = resumed.get("card") == card and not args.resume_with_changes
         remembered = resumed.get("memory_plan") if can_keep_plan else None
         plan = processes.as_on_main(partial(planner.plan, remembered), UserError)
         if is_main:
-            cached_bytes = cache.disk_bytes(latents, prompts, validation_prompts)
-            print(planner.describe(plan, unet, [vae, *text_encoders], cached_bytes), flush=True)
+            cached_bytes = conditioning.disk_bytes(latents.rows, prompts.captions, prompts.validation)
+            print(planner.describe(plan, unet, [latents.vae, *prompts.text_encoders], cached_bytes), flush=True)
     if args.base_quantization == "auto":
         args.base_quantization = "none"  # it fits
     if args.plan_only:
         return 0
     if resume_from and args.lora_dropout and not args.resume_with_changes:
         resuming.check_samples_at_once(resume_from, plan.micro_batch_size)
-    recompute_blocks(plan.recomputed_blocks)
+    unet_run.recompute_blocks(plan.recomputed_blocks)
     train_step.samples, train_step.micro_batch_size = samples_per_process, plan.micro_batch_size
 
     accumulation_steps = samples_per_process // plan.micro_batch_size
@@ -525,15 +428,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         pictures_shown = ValidationPictures(
             accelerator,
             unet,
-            vae or components.load("vae", folders["vae"], variant=args.variant),
+            latents.vae or components.load("vae", folders["vae"], variant=args.variant),
             scheduler,
-            partial(
-                prompt_embeds,
-                accelerator=accelerator,
-                cached=validation_prompts,
-                tokenizers=tokenizers,
-                text_encoders=text_encoders,
-            ),
+            partial(prompt_embeds, accelerator=accelerator, cached=prompts.validation, **text_encoding),
             prompts=args.validation_prompt,
             negative=negative,
             seeds=[args.seed + number for number in range(args.num_validation_images)],
@@ -553,7 +450,13 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         should_stop=stopper.due,
         record=resumed_record(resumed, vars(args), output_dir if args.save_best else None),
     )
-    note_loss = partial(note_validation_loss, args, accelerator, validation_loss, writer)
+
+    def note_loss() -> None:
+        """Measure the loss of the held-out pictures, show it, and keep the adapter if it is the best so far."""
+        accelerator.log(validation_loss.measure_tuned(global_step), step=global_step)
+        if args.save_best and is_main and validation_loss.is_best(global_step):
+            writer.save_best(global_step, validation_loss.record["best"])
+
     try:
         with lora.evaluating(adapted), lora.adapters_disabled(adapted):
             if args.validation_prompt:
@@ -574,74 +477,38 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     memory.reset_peak(device)
     at_end.callback(samples.end_workers)
     progress = Progress(global_step, args.global_batch, device, resumed)
-    bar = progress_bar(accelerator, "Steps", max_train_steps, global_step)
+    bar = make_bar("Steps", max_train_steps, global_step)
     first_step, saved_s = global_step, time.monotonic()
-
-    def log_losses() -> None:
-        for at_step, values in progress.read().items():
-            accelerator.log(values, step=at_step)
-
-    def state_now() -> dict:
-        return state | {"samples_seen": samples_seen} | progress.skipped()
-
-    def save_before_end(**changes) -> str:
-        """Save what was done, and return the name of the last checkpoint; empty for none."""
-        if progress.unread:
-            log_losses()
-        if is_main and not progress.is_stuck():
-            writer.save(global_step, state_now() | changes, keep_all=True)
-            writer.wait()
-        return checkpoint.last_name(output_dir)
-
-    @contextlib.contextmanager
-    def saving_before_errors() -> Iterator[None]:
-        """Keep the steps that were done where what is computed or read here fails, and say how to go on."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold what the step computed
-            train_step.release()
-            saved = save_before_end(memory_plan=None)
-            is_alone = accelerator.num_processes == 1  # others may be computing on the card, or waiting for this one
-            raise UserError(planner.out_of_memory(plan, global_step, saved, can_measure=is_alone)) from error
-        except samples.WorkerDied as error:
-            raise UserError(samples.worker_died(error, global_step, save_before_end())) from error
-        except imaging.PictureChanged as error:
-            raise UserError(samples.picture_changed(error, save_before_end())) from error
-        except UserError as error:
-            saved = checkpoint.last_name(output_dir) if processes.holds_up_the_card(error) else save_before_end()
-            raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error
+    rescue = Rescue(accelerator, writer, progress, state, train_step.release, planner, plan)
 
     @contextlib.contextmanager
     def aside() -> Iterator[None]:
         """Measure or draw between two steps, with the weights that are saved; a run that is to end leaves off."""
         nonlocal is_stopping
         try:
-            with saving_before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
+            with rescue.before_errors(), progress.paused(), lora.evaluating(adapted), averaged():
                 yield
         except stopping.Interrupted:
-            save_before_end()
+            rescue.save()
             is_stopping = True
 
     while global_step < max_train_steps and not is_stopping:
         # After the checkpoint of the step: a run that ends in between measures when it is resumed.
         if validation_loss.due(global_step):
             with aside():
-                note_loss(global_step)
+                note_loss()
             if is_stopping:
                 break
         step.seed_step(args.seed, global_step, accelerator.process_index)
         step_loss, names = torch.zeros((), device=device), []
-        with saving_before_errors():
+        with rescue.before_errors():
             while len(names) < samples_per_process:
                 batch = next(batches)
                 names += batch["name"]
                 losses = train_step(batch)
                 step_loss += losses.sum() / samples_per_process
                 if args.debug_loss:
-                    names_here = [os.path.relpath(name, args.train_data_dir or ".") for name in batch["name"]]
-                    named = zip(names_here, losses.tolist(), strict=True)
-                    accelerator.log({f"loss_for_{name}": value for name, value in named}, step=global_step + 1)
+                    logs.log_each_loss(accelerator, batch["name"], losses, args.train_data_dir, global_step + 1)
             processes.average(flat.grad, step_loss)
         grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
         for group in optimizer.param_groups:
@@ -650,7 +517,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         flat.grad.zero_()  # in place: the parameters' gradients are views of it
         if ema is not None:
             ema.step([flat])
-        global_step, samples_seen = global_step + 1, samples_seen + args.global_batch
+        global_step += 1
         unread = progress.add(step_loss, grad_norm)
         bar.update()
         writer.check()
@@ -658,12 +525,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         # Reading a loss waits for the card, so several are read together.
         is_last, minutes = global_step == max_train_steps, (time.monotonic() - saved_s) / 60
         is_late = args.checkpointing_minutes is not None and minutes >= args.checkpointing_minutes
-        with saving_before_errors():
+        with rescue.before_errors():
             is_stopping, is_late = ballot.any(stopper.due(), is_main and is_late)
         saves = global_step % args.checkpointing_steps == 0 or is_late or is_stopping or is_last
         if unread >= args.logging_steps or saves:
             is_first_reading = progress.step == first_step
-            log_losses()
+            progress.log(accelerator)
             accelerator.log({"lr": group["lr"] * group.get("d", 1.0)}, step=global_step)  # d is Prodigy's
             shown = {"loss": f"{progress.train_loss:.4f}", "images_per_s": f"{progress.images_per_second:.2f}"}
             bar.set_postfix(shown | validation_loss.shown())
@@ -679,7 +546,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             logger.warning("No checkpoint of step %d: the last steps had no finite loss", global_step)
         elif saves and is_main:
             with progress.paused():
-                path = writer.save(global_step, state_now(), keep_all=progress.is_doubtful())
+                path = writer.save(global_step, state | progress.kept(), keep_all=progress.is_doubtful())
             logger.info("Saving %s", path)
             saved_s = time.monotonic()
         epoch, rest = divmod(global_step, steps_per_epoch)
@@ -691,18 +558,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     bar.close()
     train_step.release()
     writer.wait()
-    if progress.skipped_steps:
-        # A few are how the gradient scaler finds its scale; many are a run that did not learn.
-        last = f", of which {progress.skipped_in_a_row} are the last: compare checkpoints" * progress.is_doubtful()
-        logger.warning(
-            "%d steps were skipped, because their gradients were not finite%s", progress.skipped_steps, last
-        )
+    progress.warn_of_skipped()
     if global_step < max_train_steps:
         accelerator.end_training()
         if is_main:
-            ended = f"Ended after {global_step} of {max_train_steps} steps, since {stopper.reason()}"
-            too_short = ". The time was over before the first step: give it more" * (global_step == first_step)
-            stopping.tell(f"{ended}{too_short * (stopper.exit_code() == 0)}. Go on with:\n  {resume_command}")
+            steps = f"after {global_step} of {max_train_steps} steps"
+            stopper.say_ended(steps, resume_command, did_nothing=global_step == first_step)
         return stopper.exit_code()
 
     def first_loss() -> torch.Tensor:
@@ -711,17 +572,11 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     with lora.evaluating(adapted), averaged():  # before an older checkpoint is removed
         diagnosis.check_not_ruined(first_loss, partial(lora.adapters_disabled, adapted), output_dir)
     if rows.held_out:
-        try:
+        with validation_loss.after_last_step():
             with lora.evaluating(adapted), averaged():
-                note_loss(global_step)
+                note_loss()
             logger.info(validation_loss.summary())
             diagnosis.refuse_ruined(validation_loss.record["last"], validation_loss.record["base"], output_dir)
-        except stopping.Interrupted:
-            logger.warning("The validation loss after the last step was not measured, since the run was to end")
-        except (imaging.PictureChanged, memory.DoesNotFit) as error:
-            if accelerator.num_processes > 1:  # the others wait for this one
-                raise
-            logger.warning("The validation loss after the last step was not measured: %s", error)
     if is_main and not progress.is_doubtful():
         writer.finish()
 
@@ -738,16 +593,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         with lora.evaluating(adapted), averaged():
             pictures_shown.show(global_step)
     if is_main:
-        grid = "validation.png" if args.validation_prompt and (output_dir / "validation.png").is_file() else None
-        write_model_card(args, output_dir, global_step, grid)
+        hub.write_model_card(output_dir, settings | {"optimizer_steps": global_step})
         if args.push_to_hub and was_asked:
             logger.warning("Not uploaded, since a signal came: resume from 'latest' with --push_to_hub")
         elif args.push_to_hub:
             hub.upload(hub_model_id, args.hub_token, output_dir)
     accelerator.end_training()
     if is_main and was_asked:
-        ended = f"Ended before all was measured and shown, since {stopper.reason()}"
-        stopping.tell(f"{ended}. Go on with:\n  {resume_command}")
+        stopper.say_ended("before all was measured and shown", resume_command)
     return stopper.exit_code()
 
 

@@ -317,11 +317,3 @@ def test_a_launchers_wish_that_would_not_come_true_is_refused(train, refused, mo
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("FSDP", train)
-
-
-def test_the_model_card_names_the_folder_that_was_given_as_a_dot(train_script, tmp_path, monkeypatch):
-    (tmp_path / "naruto").mkdir()
-    monkeypatch.chdir(tmp_path / "naruto")
-    args = train_script.parse_args(["--train_data_dir", ".", "--pretrained_model_name_or_path", "base"])
-    train_script.write_model_card(args, tmp_path, 1, None)
-    assert "trained on naruto" in (tmp_path / "README.md").read_text()

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from rasengan import UserError, cache, components, data, endings, imaging, memory, row_file, samples, sharded_cache
-from rasengan.safetensors_header import read_header
+from rasengan import UserError, cache, components, endings, imaging, memory, row_file, sharded_cache
 
 
 CPU = torch.device("cpu")
@@ -52,13 +51,6 @@ def test_every_item_finds_its_own_row(tmp_path):
         assert torch.equal(shards[item]["row"], encode([item])["row"][0])
     with pytest.raises(KeyError):
         shards["another item"]
-
-
-def test_what_caches_take_on_the_disk_is_counted_once(tmp_path):
-    one, other = built(tmp_path / "one"), built(tmp_path / "other", ITEMS[:70])
-    whole = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-    assert cache.disk_bytes(cache.together([one, other]), None, one) == whole > 0
-    assert cache.disk_bytes(None) == 0
 
 
 @pytest.mark.parametrize("was_read", [True, False])
@@ -237,17 +229,6 @@ def test_a_cache_travels_to_another_process(tmp_path):
 # --- what is encoded ---
 
 
-@pytest.fixture(scope="module")
-def column(picture_set, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("datasets")
-    return data.load_pictures(None, None, str(picture_set), "image", "text", str(folder))["image"]
-
-
-@pytest.fixture(scope="module")
-def pictures(column, tmp_path_factory):
-    return imaging.inspect_pictures(column, tmp_path_factory.mktemp("memory"))
-
-
 @pytest.mark.parametrize("random_flip", [False, True])
 @torch.no_grad()
 def test_cached_latents_are_the_vaes_for_the_same_batch(tiny_base, column, pictures, tmp_path, random_flip):
@@ -320,51 +301,6 @@ def test_cached_prompts_are_the_encoders_states(tiny_base, tmp_path, dtype):
     assert rows[0]["prompt_embeds"].dtype == rows[0]["pooled_prompt_embeds"].dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("bucket_step_px", "random_flip", "dtype"),
-    [(None, False, torch.float32), (16, True, torch.bfloat16), (24, False, torch.float16)],
-)
-def test_blank_rows_give_a_batch_of_the_shapes_of_cached_ones(
-    bucket_step_px, random_flip, dtype, tiny_base, column, pictures, tmp_path
-):
-    sizes = imaging.crop_sizes(96, bucket_step_px)
-    some, column = [*pictures[:9], pictures[0], *pictures[9:12]], [*column[:9], column[0], *column[9:12]]
-    captions = [[f"a star {number}", "a star"] for number in range(len(some))]
-    texts = [[text for several in captions for text in several], ["a heart", ""]]
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
-    how, bar = (None, CPU), lambda total: tqdm(total=total, disable=True)
-    options = {"sizes": sizes, "interpolation": "lanczos", "random_flip": random_flip}
-    real = cache.cached_latents(tmp_path, column, some, folders["vae"], *how, (0, 1), bar, 4, **options)
-    real_prompts = cache.cached_prompts(tmp_path, texts, folders, *how, dtype, (0, 1), bar)
-    blank, blank_prompts = cache.blank_latents(some, sizes, random_flip), cache.blank_prompts(texts, folders, dtype)
-
-    def shapes(rows):
-        return {name: (row.shape, row.dtype) for name, row in rows.items()}
-
-    assert all(shapes(blank[picture.digest]) == shapes(real[picture.digest]) for picture in some)
-    for rows, expected, group in zip(blank_prompts, real_prompts, texts, strict=True):
-        assert all(shapes(rows[text]) == shapes(expected[text]) for text in group)
-    options |= {"seed": 0, "center_crop": True, "scaling_factor": 0.5, "noise_offset": 0.0}
-    batches = [
-        samples.first_batch(
-            samples.TrainingSamples(column, some, captions, *caches, num_train_timesteps=1000, **options), 3
-        )
-        for caches in ((blank, blank_prompts[0]), (real, real_prompts[0]))
-    ]
-    names = [batch.pop("name") for batch in batches]
-    assert names[0] == names[1]
-    assert shapes(batches[0]) == shapes(batches[1])
-    # What they will take on the disk, but for the headers of the files.
-    written, headers = sorted(tmp_path.rglob("*.safetensors")), 0
-    for path in written:
-        with open(path, "rb") as file:
-            headers += 8 + read_header(file)[1]
-    took = sum(path.stat().st_size for path in written)
-    assert cache.disk_bytes(blank, *blank_prompts) == took - headers
-    assert cache.disk_bytes(real, *real_prompts) == took
-    assert headers < 0.01 * took
-
-
 def test_latents_that_are_not_finite_name_their_picture(tiny_base, column, pictures):
     options = {"sizes": [(48, 48)], "interpolation": "box", "random_flip": False, "column": column}
     options["positions"] = {picture.digest: position for position, picture in enumerate(pictures)}
@@ -393,16 +329,16 @@ def test_the_encoder_is_loaded_only_where_something_is_missing(tmp_path):
 
     caches = [built(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "b", ["one", "two"])]
     caches[0]._paths[2].unlink()
-    cache.fill((0, 1), caches, 10, lambda: encode, bar, "items")
+    sharded_cache.fill((0, 1), caches, 10, lambda: encode, bar, "items")
     assert totals == [22 + 150 + 2]
     assert [shards.missing() for shards in caches] == [[], [], []]
-    cache.fill((0, 1), caches, 10, lambda: pytest.fail("nothing is missing"), bar, "items")
+    sharded_cache.fill((0, 1), caches, 10, lambda: pytest.fail("nothing is missing"), bar, "items")
     # Of two processes on a machine, each takes every other shard.
     shutil.rmtree(tmp_path / "a")
-    cache.fill((0, 2), caches, 10, lambda: encode, bar, "items")
+    sharded_cache.fill((0, 2), caches, 10, lambda: encode, bar, "items")
     assert caches[0].missing() == [1]
     shutil.rmtree(tmp_path / "a")
-    cache.fill((1, 2), caches, 10, lambda: encode, bar, "items")
+    sharded_cache.fill((1, 2), caches, 10, lambda: encode, bar, "items")
     assert caches[0].missing() == [0, 2]
 
 
@@ -454,7 +390,7 @@ def test_memory_that_does_not_suffice_to_encode_is_told_with_what_helps(
 def test_memory_that_does_not_suffice_to_encode_asks_for_no_quantized_base(tmp_path):
     bar = lambda total: tqdm(total=total, disable=True)  # noqa: E731
     with pytest.raises(UserError) as caught:
-        cache.fill((0, 1), [make(tmp_path)], 8, Full, bar, "pictures")
+        sharded_cache.fill((0, 1), [make(tmp_path)], 8, Full, bar, "pictures")
     assert not isinstance(caught.value, memory.DoesNotFit)  # at which a training of `auto` would quantize the UNet
     assert make(tmp_path).missing() == [0, 1, 2]
 

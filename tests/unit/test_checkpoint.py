@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from rasengan import UserError, adapter_writer, checkpoint, checkpoint_writer, lora, manifest, optim, resuming
+from rasengan import UserError, adapter_writer, checkpoint, checkpoint_writer, manifest, optim, resuming
 
 
 STATE = {"global_step": 2, "samples_seen": 4, "seed": 0, "rank": 16, "lora_target_modules": ["to_q", "to_k"]}
@@ -313,20 +312,22 @@ def test_a_setting_that_nobody_classed_needs_the_flag(saved):
         resuming.check_resumable(saved / "checkpoint-2", STATE | {"new": 2})
 
 
+@pytest.mark.parametrize(
+    ("skipped", "total_steps", "said"),
+    [
+        (0, 3, []),
+        (4, 3, ["The 4 steps before it had no finite gradient: its weights may be ruined"]),
+        (0, 2, ["It has 2 steps of 2 already: nothing is left to train"]),
+    ],
+)
+def test_a_run_that_goes_on_says_from_where_and_what_may_be_wrong(skipped, total_steps, said, caplog):
+    caplog.set_level(logging.INFO, "rasengan")
+    state = {"global_step": 2, "skipped_in_a_row": skipped}
+    resuming.say_resumed(Path("here/checkpoint-2"), state, total_steps)
+    assert caplog.messages == ["Resuming from here/checkpoint-2", *said]
+
+
 # --- writing ---
-
-
-@pytest.fixture
-def run(tmp_path):
-    """What a run gives to be saved, by the names of the arguments."""
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=["0"]), model)
-    model.peft_config = {"default": LoraConfig(r=2, lora_alpha=4, target_modules=["0"])}
-    flat = lora.flatten_parameters([p for p in model.parameters() if p.requires_grad])
-    optimizer = torch.optim.AdamW([flat])
-    flat.grad.fill_(1.0)
-    optimizer.step()
-    return {"optimizer": optimizer, "scaler": None, "models": {"unet": model}, "flat": flat, "ema": None}
 
 
 def test_an_old_checkpoint_that_lies_elsewhere_loses_its_link_alone(run, tmp_path):

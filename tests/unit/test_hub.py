@@ -69,3 +69,51 @@ def test_what_others_say_of_an_error_holds_no_token(text):
         assert shown.startswith(text[:7])
     for place in ("/data/hf_models/a", "/data/hf_sdxl_lora_training_pictures"):
         assert first_line(RuntimeError(f"{place} is not there")) == f"{place} is not there"
+
+
+# --- the model card ---
+
+SETTINGS = dict.fromkeys(hub.RECIPE, 7) | {"dataset_name": None, "train_data_dir": ".", "validation_prompt": None}
+SETTINGS |= {"pretrained_model_name_or_path": "me/base", "optimizer_steps": 123}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Folder of an adapter; the working directory is another, of pictures."""
+    (tmp_path / "naruto").mkdir()
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "naruto")
+    return tmp_path / "run"
+
+
+def card_of(folder, **settings):
+    hub.write_model_card(folder, SETTINGS | settings)
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_names_the_base_and_the_data_and_what_was_trained(folder):
+    card = card_of(folder)
+    assert "base_model: me/base\n" in card
+    assert "# A LoRA for me/base, trained on naruto\n" in card  # the folder that was given as a dot
+    assert "| `optimizer_steps` | 123 |" in card
+    assert "trained on you/pictures\n" in card_of(folder, dataset_name="you/pictures", train_data_dir=None)
+
+
+def test_a_base_in_a_folder_is_not_named(folder):
+    card = card_of(folder, pretrained_model_name_or_path=str(folder))
+    assert "base_model" not in card
+    assert str(folder) not in card
+    assert "# A LoRA for Stable Diffusion XL 1.0, trained on" in card_of(folder, pretrained_model_name_or_path=None)
+
+
+def test_the_grid_is_shown_where_this_run_has_drawn_it(folder):
+    assert "validation.png" not in card_of(folder, validation_prompt=["a star"])  # it ended before
+    (folder / "validation.png").write_bytes(b"")
+    assert "(validation.png)\n\n- a star\n- a heart\n" in card_of(folder, validation_prompt=["a star", "a heart"])
+    assert "validation.png" not in card_of(folder)  # of an earlier run
+
+
+def test_a_readme_of_the_users_own_stays(folder, caplog):
+    (folder / "README.md").write_text("mine")
+    assert card_of(folder) == "mine"
+    assert "README.md is no model card of this program: it stays" in caplog.text

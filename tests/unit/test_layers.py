@@ -30,7 +30,7 @@ FLOORS = [
     | {"kernels", "locks", "logs", "memory", "miniature", "norms", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
     {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization"}
-    | {"sharded_cache", "sheets"},
+    | {"sheets"},
     {
         "conversion",
         "data",
@@ -44,11 +44,22 @@ FLOORS = [
         "run_folders",
     }
     | {"scores"},
+    {"sharded_cache"},
     {"cache", "checkpoint", "data_survey", "drawing", "hub", "merging", "progress", "projections", "samples"},
     {"fused"},
-    {"checkpoint_writer", "data_report", "held_out", "pipeline", "prompts", "resuming", "step", "whole_model"}
+    {
+        "checkpoint_writer",
+        "conditioning",
+        "data_report",
+        "held_out",
+        "pipeline",
+        "prompts",
+        "resuming",
+        "step",
+        "whole_model",
+    }
     | {"validation_loss", "validation_pictures"},
-    {"data_page", "evaluation", "pairs", "training_settings"},
+    {"data_page", "evaluation", "pairs", "rescue", "training_settings"},
     {"evaluation_page"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -9,7 +9,7 @@ import pytest
 
 SURVIVE = """
 import os, signal, sys, time
-from rasengan import cache, processes
+from rasengan import processes, sharded_cache
 
 rank, killed, calls = os.environ["RANK"], sys.argv[1], sys.argv[2:]
 processes.make_accelerator(os.environ, "no")
@@ -21,7 +21,7 @@ meet = {
     "wait": processes.wait_for_everyone,
     "same": lambda: processes.check_same("data", "a", "Give the same."),
     "on main": lambda: processes.as_on_main(lambda: 1, ValueError),
-    "fill": lambda: cache.fill((int(rank), 2), [], 1, None, None, "items"),
+    "fill": lambda: sharded_cache.fill((int(rank), 2), [], 1, None, None, "items"),
 }
 for name in calls:
     try:

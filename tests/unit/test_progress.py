@@ -42,7 +42,7 @@ def test_what_a_checkpoint_kept_is_counted_on():
     before = Progress(0, 1, torch.device("cpu"))
     read(before, [(1.0, math.inf), (1.0, 1.0), (1.0, math.inf), (1.0, math.inf)])
     assert before.is_doubtful()
-    after = Progress(4, 1, torch.device("cpu"), before.skipped())
+    after = Progress(4, 1, torch.device("cpu"), before.kept())
     assert read(after, [(1.0, math.inf)])[5]["skipped_steps"] == 4
     assert after.skipped_in_a_row == 3
     read(after, [(1.0, 1.0)])
@@ -76,3 +76,34 @@ def test_a_pause_does_not_count_for_the_speed(monkeypatch):
         now[0] = 101.0
     now[0] = 102.0
     assert read(progress, [(1.0, 1.0)])[1]["images_per_second"] == pytest.approx(2.0)
+
+
+def test_the_steps_that_are_done_count_read_or_not():
+    progress = Progress(10, 4, torch.device("cpu"), {"samples_seen": 70})  # of which some were with another batch
+    assert (progress.steps(), progress.kept()["samples_seen"]) == (10, 70)
+    progress.add(torch.tensor(1.0), torch.tensor(1.0))
+    assert (progress.steps(), progress.kept()["samples_seen"]) == (11, 74)
+    read(progress, [(1.0, 1.0), (1.0, math.inf)])
+    assert progress.steps() == 13
+    assert progress.kept() == {"samples_seen": 82, "skipped_steps": 1, "skipped_in_a_row": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(1.0, 1.0)], []),
+        ([(1.0, math.inf), (1.0, 1.0)], ["1 steps were skipped, because their gradients were not finite"]),
+        (
+            [(1.0, math.inf), (1.0, 1.0), (1.0, math.inf)],
+            [
+                "2 steps were skipped, because their gradients were not finite, of which 1 are the last: compare "
+                "checkpoints"
+            ],
+        ),
+    ],
+)
+def test_skipped_steps_are_warned_of(rows, said, caplog):
+    progress = Progress(0, 1, torch.device("cpu"))
+    read(progress, rows)
+    progress.warn_of_skipped()
+    assert [record.getMessage() for record in caplog.records] == said

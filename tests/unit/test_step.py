@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 
 from rasengan import graphs, lora, processes, step
@@ -241,3 +242,39 @@ def test_the_only_shape_must_fit(tiny_base, monkeypatch):
     made.as_graph = True
     with pytest.raises(torch.OutOfMemoryError):
         made(make_batch(torch.float32))
+
+
+# --- how the UNet runs ---
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_unet_runs_fused_where_it_can_and_its_blocks_are_recomputed_either_way(dropout, tiny_base, caplog):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
+    lora.stack_weights(unet, torch.device("cpu"))
+    lora.add_lora(unet, lora.lora_config(RANK, LORA_ALPHA, TARGETS, dropout=dropout))
+    unet.train()
+    flat = lora.flatten_parameters(lora.flat_order(unet))
+    found = step.prepare_unet(unet, flat, LORA_ALPHA / RANK, torch.float32, deterministic=False)
+    assert found.is_fused == (dropout == 0)
+    assert (len(caplog.messages), found.blocks == 1) == ((0, False) if found.is_fused else (1, True))
+    assert all("The UNet runs as PEFT wrote it, more slowly: " in message for message in caplog.messages)
+
+    def kept_bytes(recomputed):
+        found.recompute_blocks(recomputed)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            step.compute_losses(unet, make_batch(torch.float32), ALPHAS_CUMPROD, "epsilon", None, torch.float32)
+        return sum(sizes)
+
+    assert kept_bytes(found.blocks) < 0.7 * kept_bytes(0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_unet_that_is_not_fused_upsamples_deterministically_where_that_is_asked_for(deterministic, tiny_base):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
+    lora.add_lora(unet, lora.lora_config(RANK, LORA_ALPHA, TARGETS, dropout=0.5))
+    flat = lora.flatten_parameters(lora.flat_order(unet))
+    step.prepare_unet(unet, flat, LORA_ALPHA / RANK, torch.float32, deterministic)
+    upsamplers = [module for module in unet.modules() if isinstance(module, Upsample2D)]
+    assert upsamplers
+    assert all(("forward" in vars(module)) == deterministic for module in upsamplers)

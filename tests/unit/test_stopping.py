@@ -180,6 +180,38 @@ def test_a_deadline_is_counted_from_the_start_and_is_a_clean_end():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize(
+    ("minutes", "did_nothing", "said"),
+    [
+        (0, False, "Ended after 3 of 4 steps, since --max_train_minutes is over. Go on with:\n  go on"),
+        (
+            0,
+            True,
+            "Ended after 3 of 4 steps, since --max_train_minutes is over. The time was over before the first step: "
+            "give it more. Go on with:\n  go on",
+        ),
+        (None, False, "Ended after 3 of 4 steps, since another process was asked to end. Go on with:\n  go on"),
+    ],
+)
+def test_an_end_is_told_with_its_reason_and_how_to_go_on(minutes, did_nothing, said):
+    told = []
+    stopper = stopping.Stopper(minutes, time.monotonic(), told.append)
+    stopper.release()
+    stopper.say_ended("after 3 of 4 steps", "go on", did_nothing)
+    assert told == [said]
+
+
+def test_a_signal_before_the_first_step_is_no_time_that_was_too_short():
+    told = []
+    stopper = stopping.Stopper(0, time.monotonic(), told.append)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        stopper.release()
+    stopper.say_ended("after 0 of 4 steps", "go on", did_nothing=True)
+    assert told[1:] == ["Ended after 0 of 4 steps, since SIGTERM was received. Go on with:\n  go on"]
+
+
 LOOK = "import os; from rasengan import stopping; stopping.end_with_launcher(os.environ)"
 
 

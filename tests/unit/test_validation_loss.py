@@ -1,10 +1,11 @@
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from rasengan import UserError, validation_loss
+from rasengan import UserError, imaging, memory, stopping, validation_loss
 from rasengan.imaging import Picture, crop_size
 from rasengan.samples import TrainingSamples
 
@@ -154,6 +155,28 @@ def test_a_sample_that_does_not_fit_alone_is_an_error_with_the_remedy():
 
     with pytest.raises(UserError, match="one picture does not fit.*Lower --resolution, or train without"):
         measurer([4], 8, compute).measure()
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (stopping.Interrupted(), ", since the run was to end"),
+        (imaging.PictureChanged("a.png was changed."), ": a.png was changed."),
+        (memory.DoesNotFit("It does not fit."), ": It does not fit."),
+    ],
+)
+def test_what_cannot_be_measured_after_the_last_step_is_warned_of(error, why, caplog):
+    with measurer([4]).after_last_step():
+        raise error
+    assert caplog.messages == [f"The validation loss after the last step was not measured{why}"]
+    is_of_all = isinstance(error, stopping.Interrupted)  # else the others wait for this one
+    with nullcontext() if is_of_all else pytest.raises(type(error)), measurer([4], share=(0, 2)).after_last_step():
+        raise error
+
+
+def test_a_ruined_adapter_is_an_error_after_the_last_step_too():
+    with pytest.raises(UserError, match="ruined"), measurer([4]).after_last_step():
+        raise UserError("The adapter is ruined.")
 
 
 def test_measuring_keeps_no_gradient_and_draws_from_no_global_generator():

@@ -1,0 +1,80 @@
+"""A run that ends between two checkpoints: the steps that it has done are saved first, and how to go on is said."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from rasengan import UserError, processes, samples
+from rasengan.checkpoint import last_name
+from rasengan.checkpoint_writer import CheckpointWriter
+from rasengan.imaging import PictureChanged
+from rasengan.memory_plan import Plan, Planner
+from rasengan.progress import Progress
+
+
+class Rescue:
+    """Saves the steps that are done where a run is to end, or where an error ends it."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        writer: CheckpointWriter,
+        progress: Progress,
+        state: dict,
+        release: Callable[[], object],
+        planner: Planner | None,
+        plan: Plan,
+    ):
+        """Take what is saved, and how.
+
+        Args:
+            accelerator: whose main process saves, and whose trackers are given the steps that were not read yet.
+            writer: of the checkpoints.
+            progress: of the steps.
+            state: what every checkpoint says of the run, as JSON values.
+            release: gives the memory back that a step keeps.
+            planner: of the run's steps; None on a CPU, of whose memory PyTorch says nothing.
+            plan: theirs.
+        """
+        self.accelerator, self.writer, self.progress, self.state = accelerator, writer, progress, state
+        self.release, self.planner, self.plan = release, planner, plan
+
+    def save(self, **changes) -> str:
+        """Save the steps that are done, and return the name of the last checkpoint; empty for none.
+
+        Args:
+            changes: of what the checkpoint says of the run.
+        """
+        if self.progress.unread:
+            self.progress.log(self.accelerator)
+        if self.accelerator.is_main_process and not self.progress.is_stuck():
+            self.writer.save(self.progress.steps(), self.state | self.progress.kept() | changes, keep_all=True)
+            self.writer.wait()
+        return last_name(self.writer.output_dir)
+
+    @contextmanager
+    def before_errors(self) -> Iterator[None]:
+        """Keep the steps that are done where what is computed or read inside of this fails.
+
+        Raises:
+            UserError: it failed; the message says how to go on.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the step computed
+            self.release()
+            facts = (self.plan, self.progress.steps(), self.save(memory_plan=None))
+            is_alone = self.accelerator.num_processes == 1  # others may be computing on the card, or wait for this one
+            raise UserError(self.planner.out_of_memory(*facts, can_measure=is_alone)) from error
+        except samples.WorkerDied as error:
+            raise UserError(samples.worker_died(error, self.progress.steps(), self.save())) from error
+        except PictureChanged as error:
+            raise UserError(samples.picture_changed(error, self.save())) from error
+        except UserError as error:
+            is_held_up = processes.holds_up_the_card(error)
+            saved = last_name(self.writer.output_dir) if is_held_up else self.save()
+            raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error
