@@ -56,8 +56,11 @@ class Rescue:
         return last_name(self.writer.output_dir)
 
     @contextmanager
-    def before_errors(self) -> Iterator[None]:
+    def before_errors(self, is_whole: bool = True) -> Iterator[None]:
         """Keep the steps that are done where what is computed or read inside of this fails.
+
+        Args:
+            is_whole: nothing inside changes what a checkpoint holds. Of an update that ends half way none is saved.
 
         Raises:
             UserError: it failed; the message says how to go on.
@@ -67,14 +70,17 @@ class Rescue:
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             self.release()
-            facts = (self.plan, self.progress.steps(), self.save(memory_plan=None))
+            saved = self.save(memory_plan=None) if is_whole else last_name(self.writer.output_dir)
+            if self.planner is None:
+                raise UserError(f"Out of memory; {saved or 'the start'} is where to resume.") from error
             is_alone = self.accelerator.num_processes == 1  # others may be computing on the card, or wait for this one
+            facts = (self.plan, self.progress.steps(), saved)
             raise UserError(self.planner.out_of_memory(*facts, can_measure=is_alone)) from error
         except samples.WorkerDied as error:
             raise UserError(samples.worker_died(error, self.progress.steps(), self.save())) from error
         except PictureChanged as error:
             raise UserError(samples.picture_changed(error, self.save())) from error
         except UserError as error:
-            is_held_up = processes.holds_up_the_card(error)
-            saved = last_name(self.writer.output_dir) if is_held_up else self.save()
+            can_save = is_whole and not processes.holds_up_the_card(error)
+            saved = self.save() if can_save else last_name(self.writer.output_dir)
             raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error

@@ -95,6 +95,15 @@ def prepare_unet(
     return UNetRun(False, 1, partial(recompute_whole, unet))
 
 
+def why_eager(device: torch.device, unet_run: UNetRun, trains_text: bool) -> str | None:
+    """Say what keeps steps from being captured as CUDA graphs; None where nothing does."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if trains_text:
+        return "the text encoders are trained"
+    return None if unet_run.is_fused else "the UNet runs as PEFT wrote it"
+
+
 class TrainingStep:
     """Forward and backward of a micro-batch; the gradient is added to the flat parameter's.
 

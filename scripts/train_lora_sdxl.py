@@ -326,9 +326,10 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the step: forward and backward ---
     unet_run = step.prepare_unet(unet, flat, args.lora_alpha / args.rank, weight_dtype, args.deterministic)
-    as_graph = args.cuda_graph and device.type == "cuda" and unet_run.is_fused and not args.train_text_encoder
-    if args.train_text_encoder and args.cuda_graph and device.type == "cuda":
-        logger.info("Steps run without a CUDA graph, since the text encoders are trained")
+    eager_because = step.why_eager(device, unet_run, args.train_text_encoder)
+    as_graph = args.cuda_graph and eager_because is None
+    if args.cuda_graph and not as_graph:
+        logger.info("Steps run without a CUDA graph: %s", eager_because)
     objective = {"alphas_cumprod": alphas_cumprod, "prediction_type": prediction_type, "snr_gamma": args.snr_gamma}
     compute_losses = partial(step.compute_losses, unet, **objective, weight_dtype=weight_dtype)
     # The modules need autocast as PEFT wrote them, and so they run in evaluation mode.
@@ -389,7 +390,8 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             blocks=unet_run.blocks,
             sharing=processes.sharing_a_gpu(os.environ),
         )
-        can_keep_plan = resumed.get("card") == card and not args.resume_with_changes
+        is_same_budget = args.vram_budget_gib in (None, resumed.get("vram_budget_gib"))
+        can_keep_plan = resumed.get("card") == card and is_same_budget and not args.resume_with_changes
         remembered = resumed.get("memory_plan") if can_keep_plan else None
         plan = processes.as_on_main(partial(planner.plan, remembered), UserError)
         if is_main:
@@ -510,13 +512,14 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
                 if args.debug_loss:
                     logs.log_each_loss(accelerator, batch["name"], losses, args.train_data_dir, global_step + 1)
             processes.average(flat.grad, step_loss)
-        grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(global_step)
-        optim.step_if_finite(optimizer, grad_norm, accelerator.scaler)
-        flat.grad.zero_()  # in place: the parameters' gradients are views of it
-        if ema is not None:
-            ema.step([flat])
+        with rescue.before_errors(is_whole=False):
+            grad_norm = accelerator.clip_grad_norm_([flat], args.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(global_step)
+            optim.step_if_finite(optimizer, grad_norm, accelerator.scaler)
+            flat.grad.zero_()  # in place: the parameters' gradients are views of it
+            if ema is not None:
+                ema.step([flat])
         global_step += 1
         unread = progress.add(step_loss, grad_norm)
         bar.update()

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rasengan import UserError, checkpoint, demo, drawing, manifest, validation_loss
+from rasengan.adamw_8bit import AdamW8bit
 from rasengan.locks import LOCK_FILE
 
 
@@ -252,6 +254,28 @@ def test_a_signal_while_a_run_validates_is_answered_at_once_and_loses_nothing(
     assert bits(tmp_path) == bits(whole)
     names = ["train_loss", "grad_norm"] + ["validation_loss"] * (what == "loss")
     assert all(read_scalars(tmp_path, name) == read_scalars(whole, name) for name in names)
+
+
+def test_an_update_for_which_the_memory_does_not_suffice_is_no_part_of_what_is_resumed(
+    train, monkeypatch, read_scalars, tmp_path
+):
+    whole, update, updates = train(), AdamW8bit.step, []
+
+    def update_in_part(self, *arguments):
+        updates.append(1)
+        if len(updates) == 4:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][:100] += 1
+            raise torch.OutOfMemoryError
+        return update(self, *arguments)
+
+    monkeypatch.setattr(AdamW8bit, "step", update_in_part)
+    with pytest.raises(UserError, match=r"^Out of memory; checkpoint-2 is where to resume\.$"):
+        train(output_dir=tmp_path)
+    monkeypatch.setattr(AdamW8bit, "step", update)
+    train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert bits(tmp_path) == bits(whole)
+    assert read_scalars(tmp_path, "train_loss") == read_scalars(whole, "train_loss")
 
 
 def test_two_processes_that_validate_end_together_when_they_are_asked(start, tmp_path):

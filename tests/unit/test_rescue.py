@@ -130,6 +130,24 @@ def test_out_of_memory_makes_room_saves_and_says_what_fits(make, tmp_path):
     assert state_of(path)["memory_plan"] is None  # so that a resume plans anew
 
 
+def test_out_of_memory_in_an_update_saves_nothing_of_it(make, notes, tmp_path):
+    full = make([0.5])
+    full.save()
+    full.progress.add(torch.tensor(0.25), torch.tensor(0.25))
+    said = "Out of memory in step 6, with .*; checkpoint-4 is where to resume"
+    with pytest.raises(UserError, match=said), full.before_errors(is_whole=False):
+        raise torch.OutOfMemoryError
+    assert full.room == [1]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_out_of_memory_without_a_card_is_said_too(make):
+    full = make([0.5])
+    full.planner = None
+    with pytest.raises(UserError, match="^Out of memory; checkpoint-4 is where to resume.$"), full.before_errors():
+        raise torch.OutOfMemoryError
+
+
 def test_out_of_memory_beside_other_processes_measures_nothing(make, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     full = make([0.5])

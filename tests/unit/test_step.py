@@ -278,3 +278,18 @@ def test_a_unet_that_is_not_fused_upsamples_deterministically_where_that_is_aske
     upsamplers = [module for module in unet.modules() if isinstance(module, Upsample2D)]
     assert upsamplers
     assert all(("forward" in vars(module)) == deterministic for module in upsamplers)
+
+
+@pytest.mark.parametrize(
+    ("device", "is_fused", "trains_text", "why"),
+    [
+        ("cuda", True, False, None),
+        ("cuda", True, True, "the text encoders are trained"),
+        ("cuda", False, False, "the UNet runs as PEFT wrote it"),
+        ("mps", True, False, "the device is mps"),
+        ("cpu", True, True, "the device is cpu"),
+    ],
+)
+def test_why_steps_are_no_graphs(device, is_fused, trains_text, why):
+    run = step.UNetRun(is_fused, 1, lambda count: None)
+    assert step.why_eager(torch.device(device), run, trains_text) == why
