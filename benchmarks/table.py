@@ -39,7 +39,7 @@ def wall_ms(run: dict) -> float | None:
 
 
 def inside_ms(run: dict) -> float | None:
-    """Return the median step of the longest run that has one."""
+    """Return the median step of the longest of an invocation's runs that has one."""
     medians = [run.get(name, {}).get("step_ms_median") for name in ("long", "short", "profile")]
     return next((median for median in medians if median is not None), None)
 
@@ -71,7 +71,8 @@ def step_table(runs: list[dict], invocations: list[dict]) -> str:
     for (case, program, variant), group in groups.items():
         ours = [] if program == "ours" else [r for key, g in groups.items() if key[:2] == (case, "ours") for r in g]
         walled, busied = newest(group, wall_ms), newest(group, busy_ms)
-        timed = newest(group, lambda run: inside_ms(run) is not None)
+        timed = newest(group, lambda run: "step_ms_median" in run.get("long", {}))
+        timed = timed or newest(group, lambda run: inside_ms(run) is not None)
         parts = [part for part in timed.values() if isinstance(part, dict)]
         reserved_gib = max((part["peak_reserved_gib"] for part in parts if "peak_reserved_gib" in part), default=None)
         errors = [part["error"] for part in group[-1].values() if isinstance(part, dict) and "error" in part]

@@ -47,6 +47,8 @@ def prepare_latents(
 ) -> Latents:
     """Return the latents, encoded now where they are not cached yet, or the VAE where they cannot be, or must not.
 
+    Of a run that only plans, which needs no more than their shapes, rows of zeros.
+
     Args:
         settings: of the run.
         column: the undecoded pictures.
@@ -91,6 +93,8 @@ def prepare_prompts(
     make_bar: Callable[[str, int], tqdm],
 ) -> Prompts:
     """Return the embeddings, encoded now where they are not cached yet, or the text encoders where they are not to be.
+
+    Of a run that only plans, rows of zeros.
 
     Args:
         settings: of the run.

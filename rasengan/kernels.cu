@@ -113,7 +113,7 @@ __device__ float warp_sum(float x) {
 }
 
 // A lane's share of a row: up to PACKS packs, LANES apart, kept as they are stored: 16 bits as floats would take twice the
-// registers, and so leave room for half the warps. A pass fetches rows together before it writes any: what is read after a
+// registers, and so leave room for half the warps. A pass fetches what it sums before it writes any: what is read after a
 // write waits for it, since they might overlap.
 template <int PACKS>
 struct Row {

@@ -65,22 +65,28 @@ class Rescue:
         Raises:
             UserError: it failed; the message says how to go on.
         """
+        save = self.save if is_whole else self._without_saving
         try:
             yield
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             self.release()
-            saved = self.save(memory_plan=None) if is_whole else last_name(self.writer.output_dir)
+            saved = save(memory_plan=None)
             if self.planner is None:
-                raise UserError(f"Out of memory; {saved or 'the start'} is where to resume.") from error
+                go_on = f"{saved or 'the start'} is where to resume, with --resume_from_checkpoint latest"
+                raise UserError(f"Out of memory; {go_on}.") from error
             is_alone = self.accelerator.num_processes == 1  # others may be computing on the card, or wait for this one
             facts = (self.plan, self.progress.steps(), saved)
             raise UserError(self.planner.out_of_memory(*facts, can_measure=is_alone)) from error
         except samples.WorkerDied as error:
-            raise UserError(samples.worker_died(error, self.progress.steps(), self.save())) from error
+            raise UserError(samples.worker_died(error, self.progress.steps(), save())) from error
         except PictureChanged as error:
-            raise UserError(samples.picture_changed(error, self.save())) from error
+            raise UserError(samples.picture_changed(error, save())) from error
         except UserError as error:
-            can_save = is_whole and not processes.holds_up_the_card(error)
-            saved = self.save() if can_save else last_name(self.writer.output_dir)
+            saved = self._without_saving() if processes.holds_up_the_card(error) else save()
             raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error
+
+    def _without_saving(self, **_) -> str:
+        """Return what `save` does, but save nothing; a checkpoint that is being written is waited for."""
+        self.writer.close()
+        return last_name(self.writer.output_dir)

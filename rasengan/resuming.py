@@ -103,6 +103,17 @@ def say_resumed(path: Path, state: Mapping, total_steps: int) -> None:
         logger.warning("It has %d steps of %d already: nothing is left to train", state["global_step"], total_steps)
 
 
+def plan_to_keep(state: Mapping, settings: Mapping, card: str) -> list[int] | None:
+    """Return the memory plan of a checkpoint's state, or None where steps are to be planned anew.
+
+    That is on another kind of card, with --resume_with_changes, and with a --vram_budget_gib that was not the run's
+    before: who gives more room wants it used.
+    """
+    is_same_budget = settings["vram_budget_gib"] in (None, state.get("vram_budget_gib"))
+    can_keep = state.get("card") == card and is_same_budget and not settings["resume_with_changes"]
+    return state.get("memory_plan") if can_keep else None
+
+
 def check_samples_at_once(path: Path, micro_batch_size: int) -> None:
     """Check that a run with dropout takes as many samples at once as the one that wrote the checkpoint.
 

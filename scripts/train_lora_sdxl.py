@@ -390,9 +390,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
             blocks=unet_run.blocks,
             sharing=processes.sharing_a_gpu(os.environ),
         )
-        is_same_budget = args.vram_budget_gib in (None, resumed.get("vram_budget_gib"))
-        can_keep_plan = resumed.get("card") == card and is_same_budget and not args.resume_with_changes
-        remembered = resumed.get("memory_plan") if can_keep_plan else None
+        remembered = resuming.plan_to_keep(resumed, vars(args), card)
         plan = processes.as_on_main(partial(planner.plan, remembered), UserError)
         if is_main:
             cached_bytes = conditioning.disk_bytes(latents.rows, prompts.captions, prompts.validation)

@@ -165,6 +165,7 @@ def test_buckets_are_split_into_parts_of_one_shape_and_cached_as_in_the_loop(tra
     plain = ["--no-use_8bit_adam", "--adam_epsilon", "1e-4", "--report_to", "none", "--max_train_steps", 4]
     plain += ["--aspect_ratio_buckets", "--bucket_step_px", 8, "--max_train_samples", 11]
     whole = train(*plain, "--train_batch_size", 5)
+    assert caplog.text.count("Steps run without a CUDA graph: the device is cpu") == 1
     counts = re.search(r"by the size of their crop: (.*)", caplog.text).group(1)
     assert counts.count(" px ") > 3
     halved = train(*plain, "--train_batch_size", 1, "--gradient_accumulation_steps", 5)

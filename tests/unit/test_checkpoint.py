@@ -553,3 +553,26 @@ def test_a_file_for_which_there_is_no_room_says_so_at_its_end_and_not_inside_of_
     torch.save({"state": torch.zeros(10**6)}, file)
     with pytest.raises(OSError, match="No space left on device"):
         file.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_kept"),
+    [
+        ({}, True),
+        ({"vram_budget_gib": 6.0}, True),
+        ({"vram_budget_gib": 12.0}, False),
+        ({"vram_budget_gib": 4.0}, False),
+        ({"resume_with_changes": True}, False),
+        ({"card": "another"}, False),
+    ],
+)
+def test_which_plan_a_resume_keeps(changes, is_kept):
+    state = {"card": "a card", "vram_budget_gib": 6.0, "memory_plan": [2, 7, 5 * 2**30]}
+    settings = {"vram_budget_gib": None, "resume_with_changes": False} | changes
+    kept = resuming.plan_to_keep(state, settings, changes.get("card", "a card"))
+    assert kept == (state["memory_plan"] if is_kept else None)
+
+
+def test_a_budget_that_is_given_for_the_first_time_is_planned_for():
+    state = {"card": "a card", "vram_budget_gib": None, "memory_plan": [2, 7, 5 * 2**30]}
+    assert resuming.plan_to_keep(state, {"vram_budget_gib": 6.0, "resume_with_changes": False}, "a card") is None

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -130,21 +131,40 @@ def test_out_of_memory_makes_room_saves_and_says_what_fits(make, tmp_path):
     assert state_of(path)["memory_plan"] is None  # so that a resume plans anew
 
 
-def test_out_of_memory_in_an_update_saves_nothing_of_it(make, notes, tmp_path):
-    full = make([0.5])
-    full.save()
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError(), "Out of memory in step 6, with .*; checkpoint-4 is where to resume"),
+        (samples.WorkerDied("killed by signal 9"), "Resume from checkpoint-4, with"),
+        (imaging.PictureChanged("a.png was changed while the run used it."), "resume from checkpoint-4 with"),
+        (UserError("It is wrong."), r"It is wrong\. The last checkpoint is checkpoint-4\."),
+    ],
+    ids=["memory", "a worker", "a picture", "else"],
+)
+def test_an_error_in_an_update_saves_nothing_of_it_and_waits_for_the_checkpoint_before(
+    error, said, make, tmp_path, monkeypatch
+):
+    full, write = make([0.5]), checkpoint_writer.CheckpointWriter._write
+
+    def write_slowly(*arguments):
+        time.sleep(0.5)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_write", write_slowly)
+    full.writer.save(4, full.state | full.progress.kept())
     full.progress.add(torch.tensor(0.25), torch.tensor(0.25))
-    said = "Out of memory in step 6, with .*; checkpoint-4 is where to resume"
     with pytest.raises(UserError, match=said), full.before_errors(is_whole=False):
-        raise torch.OutOfMemoryError
-    assert full.room == [1]
+        raise error
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
 def test_out_of_memory_without_a_card_is_said_too(make):
     full = make([0.5])
     full.planner = None
-    with pytest.raises(UserError, match="^Out of memory; checkpoint-4 is where to resume.$"), full.before_errors():
+    with (
+        pytest.raises(UserError, match="^Out of memory; checkpoint-4 is where to resume, with "),
+        full.before_errors(),
+    ):
         raise torch.OutOfMemoryError
 
 

@@ -72,9 +72,10 @@ def test_a_second_sigterm_ends_nothing_more():
 
 
 TOGETHER = """
-import os, sys, time
+import os, signal, sys, time
 import torch
 from rasengan import stopping
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as the script: a job in the background ignores it
 stopping.raise_on_sigterm()
 stopping.end_while_waiting(lambda number: print(f"ended by {number}", file=sys.stderr, flush=True))
 if "fork" in sys.argv:
