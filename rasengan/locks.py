@@ -97,13 +97,13 @@ class RunLock:
             **{"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()},
             **{"started": _process_start(os.getpid()), "token": uuid.uuid4().hex},
         }
+        self.ended = threading.Event()
         try:
             self._take()
-        except BaseException:
-            self._remove_made()
+            threading.Thread(target=self._renew, daemon=True, name="run lock").start()
+        except BaseException:  # a signal among them
+            self.release()
             raise
-        self.ended = threading.Event()
-        threading.Thread(target=self._renew, daemon=True, name="run lock").start()
 
     def _take(self) -> None:
         for _ in range(3):
@@ -207,9 +207,10 @@ class RunLock:
 @contextmanager
 def only_run(output_dir: Path, is_first: bool) -> Iterator[None]:
     """Hold the lock of a run's output folder, and clear it of what killed runs left; only the first process does."""
-    lock = RunLock(output_dir) if is_first else None
+    lock = None
     try:
         if is_first:
+            lock = RunLock(output_dir)
             remove_left_behind(output_dir, ".export-*", ".saving-*", ".removing-*")
         yield
     finally:

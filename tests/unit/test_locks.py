@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rasengan import UserError, locks
+from rasengan import UserError, locks, stopping
 
 
 def lock_file(folder):
@@ -279,3 +279,13 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 
     pytest.raises(RuntimeError, fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_lock_is_taken_leaves_none(tmp_path, monkeypatch):
+    def start(thread):
+        raise stopping.Terminated
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(stopping.Terminated), locks.only_run(tmp_path / "run", is_first=True):
+        pytest.fail("it is not taken")
+    assert not (tmp_path / "run").exists()
