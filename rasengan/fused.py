@@ -70,10 +70,7 @@ def upsample_deterministically(unet: nn.Module) -> None:
 
 
 class FusedUNet:
-    """Gives a UNet its forward, and holds what the steps share.
-
-    The LoRA's gradient arrives in `flat.grad`, and so in that of PEFT's parameters, which are views of it.
-    """
+    """Gives a UNet its forward, and holds what the steps share; its `Projections` have the LoRA and its gradient."""
 
     def __init__(self, unet: nn.Module, flat: nn.Parameter | None = None, scale: float = 1.0):
         """Take over the forward of a UNet for which `why_not` has nothing to say.
