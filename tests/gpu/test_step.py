@@ -225,9 +225,10 @@ def test_a_capture_that_fails_in_the_backward_pass_leaves_the_steps_to_go_on_wit
         return train_step.as_graph, flat.grad.clone()
 
     def add_or_fail(*inputs):
-        captured.extend([1] * torch.cuda.is_current_stream_capturing())
-        if len(captured) == fail_at:
-            raise torch.OutOfMemoryError("no room for a second graph")
+        if torch.cuda.is_current_stream_capturing():
+            captured.append(1)
+            if len(captured) == fail_at:
+                raise torch.OutOfMemoryError("no room for a second graph")
         add(*inputs)
 
     add, captured, fail_at = kernels.add_lora_gradients, [], None
