@@ -30,7 +30,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rasengan import lora, nodes
+from rasengan import lora, nodes, text_attention
 from rasengan.projections import Projections, linear_layers, stack_time_projections
 
 
@@ -153,7 +153,7 @@ class FusedUNet:
         for block in lora.transformer_blocks(self.unet):
             for layer in (block.attn2.to_k, block.attn2.to_v):
                 rows = layer(encoder_hidden_states)
-                hold(id(layer), rows.view(pictures, tokens, block.attn2.heads, -1).transpose(1, 2))
+                hold(id(layer), rows.view(pictures, tokens, block.attn2.heads, -1))
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
         hold("embedding", type(self.unet).get_aug_embed(self.unet, text_embeds, encoder_hidden_states, added))
 
@@ -195,7 +195,7 @@ class FusedUNet:
                     layers = self.projections.beside(layer)
                     parts = self.projections(layer, rows).view(pictures, tokens, len(layers), attn.heads, -1).unbind(2)
                     projected |= {id(of): part for of, part in zip(layers, parts, strict=True)}
-            self.text[id(block)] = tuple(projected[id(layer)].transpose(1, 2) for layer in (attn.to_k, attn.to_v))
+            self.text[id(block)] = projected[id(attn.to_k)], projected[id(attn.to_v)]
 
     def _transformer(self, module, hidden_states, encoder_hidden_states=None, return_dict=True, **_):
         pictures = len(hidden_states)
@@ -218,8 +218,9 @@ class FusedUNet:
         q, k, v = self._self_attention_inputs(block.attn1, y, pictures)
         delta = self.projections(block.attn1.to_out[0], _attend(q, k, v))
         x, y = _add_layer_norm(x, delta, block.norm2)
-        q = self.projections(block.attn2.to_q, y).view(pictures, -1, block.attn2.heads, q.shape[-1]).transpose(1, 2)
-        delta = self.projections(block.attn2.to_out[0], _attend(q, text_keys, text_values))
+        q = self.projections(block.attn2.to_q, y).view(pictures, -1, *text_keys.shape[2:])
+        y = text_attention.attend(q, text_keys, text_values)
+        delta = self.projections(block.attn2.to_out[0], y.flatten(2).flatten(0, 1))
         x, y = _add_layer_norm(x, delta, block.norm3)
         y = nodes.Geglu.apply(self.projections(block.ff.net[0].proj, y))
         return x, self.projections(block.ff.net[2], y)

@@ -71,6 +71,19 @@ struct Place {
   }
 };
 
+// Says whether this block is the last of those with its blockIdx.y that comes here: it sees what all of them wrote.
+__device__ bool is_last_block(unsigned* counters) {
+  bool is_first_thread = threadIdx.x == 0 && threadIdx.y == 0;
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (is_first_thread) is_last = atomicAdd(&counters[blockIdx.y], 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (is_last && is_first_thread) counters[blockIdx.y] = 0;  // ready for the next launch
+  __threadfence();
+  return is_last;
+}
+
 // --- GEGLU: y = value * gelu(gate), where h holds (value, gate) side by side, each `width` wide ---
 
 extern "C" __global__ void geglu_forward(const word* h, word* y, unsigned packs, int width) {
@@ -326,14 +339,7 @@ __device__ bool sum_over_groups(const float (&a)[8], const float (&b)[8], float*
     mine[group * 2] = sum_a;
     mine[group * 2 + 1] = sum_b;
   }
-  __threadfence();
-  __syncthreads();
-  __shared__ bool is_last;
-  if (thread == 0) is_last = atomicAdd(&counters[blockIdx.y], 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!is_last) return false;
-  if (thread == 0) counters[blockIdx.y] = 0;  // ready for the next launch
-  __threadfence();
+  if (!is_last_block(counters)) return false;
   totals = shared;
   const volatile float* all = partial + (long long)blockIdx.y * gridDim.x * groups * 2;
   for (int number = thread; number < groups * 2; number += threads) {
@@ -542,147 +548,3 @@ extern "C" __global__ void upsample_backward(const word* grad_y, word* grad_x, u
   for (int k = 0; k < 8; ++k) out.at[k] = narrow(sums[k]);
   store(grad_x + (long long)from.place.pack * 8, out);
 }
-
-// --- gradients of the LoRA's matrices: grad_A += grad_h^T x and grad_B += scale * grad_y^T h ---
-//
-// x (rows, width), grad_y (rows, out_width), h and grad_h (rows, rank); grad_A (rank, width) and grad_B (out_width, rank)
-// are fp32. Each is the product of a narrow and a wide matrix over the rows, split into TILES of 16 ranks and strips of
-// STRIP columns of the wide one. First every block finds the sums of a strip over `rows_per_block` rows, then they are
-// added up. On tensor cores, by the largest product that a T4's have: 16 x 8 x 8.
-
-#if (defined(FP16) && __CUDA_ARCH__ >= 750) || (defined(BF16) && __CUDA_ARCH__ >= 800)
-
-#define STRIP 128
-#define STAGE_ROWS 64
-
-#if defined(FP16)
-#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
-#else
-#define MMA "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
-#endif
-
-__device__ void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
-  asm volatile(MMA " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a0), "r"(a1), "r"(b));
-}
-
-// Loads four 8 x 8 matrices, transposed; lanes 8 k to 8 k + 7 point at the rows of the k-th.
-__device__ void load_transposed(unsigned (&to)[4], const word* from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"((unsigned)__cvta_generic_to_shared(from)));
-}
-
-// Which strip of which product blockIdx.x is: those of grad_A first, then those of grad_B.
-struct Strip {
-  bool is_A;
-  int first, columns;
-  __device__ Strip(int width, int out_width) {
-    int strips_A = (width + STRIP - 1) / STRIP, of_B = blockIdx.x - strips_A;
-    is_A = of_B < 0;
-    first = (is_A ? blockIdx.x : of_B) * STRIP;
-    columns = is_A ? width : out_width;
-  }
-};
-
-// partial (strips, gridDim.y, TILES * 16, STRIP)
-template <int TILES>
-__device__ void lora_gradient_sums(const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial,
-                                   int rows, int width, int out_width, int rank, int rows_per_block) {
-  // 8 words more in each row, so that the rows of a matrix lie in different banks.
-  __shared__ alignas(16) word wide[STAGE_ROWS][STRIP + 8];
-  __shared__ alignas(16) word small[STAGE_ROWS][TILES * 16 + 8];
-  int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  Strip strip(width, out_width);
-  const word* from_wide = strip.is_A ? x : grad_y;
-  const word* from_small = strip.is_A ? grad_h : h;
-  int start = blockIdx.y * rows_per_block, end = min(rows, start + rows_per_block);
-
-  Pack next_wide[8], next_small[TILES];
-  auto fetch = [&](int row) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int at = row + i * 8 + thread / 16, column = strip.first + thread % 16 * 8;
-      bool there = at < end && column < strip.columns;
-      next_wide[i] = there ? load(from_wide + (long long)at * strip.columns + column) : Pack{};
-    }
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      int pack = i * 128 + thread, at = row + pack / (2 * TILES), column = pack % (2 * TILES) * 8;
-      next_small[i] = at < end && column < rank ? load(from_small + (long long)at * rank + column) : Pack{};
-    }
-  };
-
-  float sums[TILES][4][4] = {};  // of 16 ranks and 8 columns each; a warp has 32 columns
-  fetch(start);
-  for (int row = start; row < end; row += STAGE_ROWS) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 8; ++i) store(&wide[i * 8 + thread / 16][thread % 16 * 8], next_wide[i]);
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      int pack = i * 128 + thread;
-      store(&small[pack / (2 * TILES)][pack % (2 * TILES) * 8], next_small[i]);
-    }
-    __syncthreads();
-    if (row + STAGE_ROWS < end) fetch(row + STAGE_ROWS);
-#pragma unroll
-    for (int k = 0; k < STAGE_ROWS; k += 16) {
-      unsigned b[2][4];  // for 16 columns each: rows 0 to 7 and 8 to 15 of the first 8 columns, then of the others
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        load_transposed(b[half], &wide[k + lane % 16][warp * 32 + half * 16 + lane / 16 * 8]);
-#pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        unsigned a[4];  // ranks 0 to 7 and 8 to 15 of rows 0 to 7, then of the others
-        load_transposed(a, &small[k + lane / 16 * 8 + lane % 8][tile * 16 + lane / 8 % 2 * 8]);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          multiply_add(sums[tile][n], a[0], a[1], b[n / 2][n % 2 * 2]);
-          multiply_add(sums[tile][n], a[2], a[3], b[n / 2][n % 2 * 2 + 1]);
-        }
-      }
-    }
-  }
-  float* to = partial + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * TILES * 16 * STRIP;
-#pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        int r = tile * 16 + lane / 4 + i * 4, column = warp * 32 + n * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(to + r * STRIP + column) = make_float2(sums[tile][n][i], sums[tile][n][i + 1]);
-      }
-}
-
-#define LORA_GRADIENT_SUMS(TILES)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(128) lora_gradient_sums_##TILES(                                        \
-      const word* x, const word* grad_h, const word* grad_y, const word* h, float* partial, int rows, int width,       \
-      int out_width, int rank, int rows_per_block) {                                                                   \
-    lora_gradient_sums<TILES>(x, grad_h, grad_y, h, partial, rows, width, out_width, rank, rows_per_block);            \
-  }
-
-LORA_GRADIENT_SUMS(1)
-LORA_GRADIENT_SUMS(2)
-LORA_GRADIENT_SUMS(3)
-LORA_GRADIENT_SUMS(4)
-
-// A block is the STRIP columns of the rank blockIdx.y; partial is (strips, blocks, most_ranks, STRIP).
-extern "C" __global__ void add_lora_gradients(const float* partial, float* grad_A, float* grad_B, int blocks,
-                                              int most_ranks, int width, int out_width, int rank, float scale) {
-  Strip strip(width, out_width);
-  int r = blockIdx.y, column = strip.first + threadIdx.x;
-  if (r >= rank || column >= strip.columns) return;
-  const float* from = partial + ((long long)blockIdx.x * blocks * most_ranks + r) * STRIP + threadIdx.x;
-  float total = 0.f;
-#pragma unroll 8
-  for (int block = 0; block < blocks; ++block) total += from[(long long)block * most_ranks * STRIP];
-  if (strip.is_A)
-    grad_A[(long long)r * width + column] += total;
-  else
-    grad_B[(long long)column * rank + r] += scale * total;
-}
-
-#endif

@@ -146,7 +146,7 @@ def add_lora_gradients(
     fits = (
         layers == 1 and rank % 8 == 0 and rank <= MOST_RANKS and out_width % 8 == 0 and grad_A.dtype == torch.float32
     )
-    if kernels is None or not kernels.has_lora_gradients or not fits:
+    if kernels is None or not kernels.has_tensor_cores or not fits:
         grad_A += grad_h.t() @ x
         grad_B.add_(torch.bmm(by_layer(grad_y, layers).transpose(1, 2), by_layer(h, layers)), alpha=scale)
         return

@@ -3,7 +3,6 @@
 Shapes: `rows` are (T, D); pictures are (N, C, H, W) in channels_last. All of fp16, bf16 or fp32; statistics are fp32.
 """
 
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +66,6 @@ def layer_norm_backward(
 # --- GroupNorm and SiLU ---
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _slices(x: torch.Tensor, channels: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
     """Return grid and block of a pass over pictures, the pixels that a block takes, and its shared memory in bytes.
 
@@ -80,7 +74,7 @@ def _slices(x: torch.Tensor, channels: int, blocks: int) -> tuple[tuple[int, int
     """
     pictures, _, height, width = x.shape
     pixels, rows = height * width, max(1, 512 // (channels // 8))
-    of_a_picture = max(1, blocks * _multiprocessors(x.device) // pictures)
+    of_a_picture = max(1, blocks * nvrtc.multiprocessors(x.device) // pictures)
     each = max(LEAST_ROUNDS * rows, -(-pixels // of_a_picture))
     return (-(-pixels // each), pictures), (channels // 8, rows), each, 2 * rows * channels * 4
 

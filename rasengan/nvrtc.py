@@ -1,4 +1,4 @@
-"""The CUDA kernels of `kernels.cu`: compiled at run time, loaded, and launched on PyTorch's stream.
+"""The CUDA kernels of the .cu files here: compiled at run time, loaded, and launched on PyTorch's stream.
 
 By NVRTC, which PyTorch brings along: no compiler, toolkit or Triton is needed (Triton has no tensor cores on a T4).
 """
@@ -16,10 +16,11 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+SOURCES = ("kernels.cu", "tensor_cores.cu")
 MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 MOST_PICTURES = 4096  # of a norm
-# Compute capability from which the tensor cores have the product that `lora_gradient_sums` is made of.
-LORA_GRADIENTS_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+# Compute capability from which `tensor_cores.cu` has what it is made of.
+TENSOR_CORES_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 
 
 def _check(code: int, what: str) -> None:
@@ -41,17 +42,18 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
 
 
 def compile_kernels(dtype: torch.dtype, capability: tuple[int, int], nvrtc: ctypes.CDLL) -> bytes:
-    """Return `kernels.cu` as machine code for tensors of a dtype on cards of a compute capability."""
-    source = resources.files("rasengan").joinpath("kernels.cu").read_bytes()
+    """Return the sources as machine code for tensors of a dtype on cards of a compute capability."""
+    texts = [(name, resources.files("rasengan").joinpath(name).read_text()) for name in SOURCES]
+    source = "".join(f'#line 1 "{name}"\n{text}' for name, text in texts).encode()
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", f"-D{MACROS[dtype]}", "--std=c++17"]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None), "nvrtcCreateProgram")
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels", 0, None, None), "nvrtcCreateProgram")
     words = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     if nvrtc.nvrtcCompileProgram(program, len(options), words) != 0:
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"kernels.cu does not compile: {log.value.decode()}")
+        raise RuntimeError(f"the kernels do not compile: {log.value.decode()}")
     _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
     code = ctypes.create_string_buffer(size.value)
     _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
@@ -83,7 +85,7 @@ class Kernels:
         self.driver = _libraries()[1]
         capability = torch.cuda.get_device_capability(device)
         code = _compiling(dtype, capability).result()
-        self.has_lora_gradients = dtype in LORA_GRADIENTS_SINCE and capability >= LORA_GRADIENTS_SINCE[dtype]
+        self.has_tensor_cores = dtype in TENSOR_CORES_SINCE and capability >= TENSOR_CORES_SINCE[dtype]
         self.context = ctypes.c_void_p()
         _check(
             self.driver.cuDevicePrimaryCtxRetain(ctypes.byref(self.context), device.index), "cuDevicePrimaryCtxRetain"
@@ -139,6 +141,12 @@ def load(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     except (OSError, RuntimeError, AttributeError) as error:
         logger.warning("The UNet runs by PyTorch's operators, slower: NVRTC cannot be used (%s)", error)
         return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a card has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def kernels_for(x: torch.Tensor, width: int, widest: int) -> Kernels | None:

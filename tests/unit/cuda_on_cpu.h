@@ -1,16 +1,23 @@
-// Enough of CUDA for kernels.cu to run on a CPU, in fp32: the threads of a block take turns, from one __syncthreads() to
-// the next, and blocks run one after the other. Included before kernels.cu; RUN(name) exports a kernel.
+// Enough of CUDA for the kernels to run on a CPU, in fp32, or in bf16 where that is defined: the threads of a block take
+// turns, and blocks run one after the other. Included before kernels.cu; RUN(name)
+// exports a kernel.
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#define ON_CPU
+#if defined(BF16)
+#define __CUDA_ARCH__ 900
+#else
 #define FP32
+#endif
 #define __global__
 #define __device__
 #define __shared__ thread_local  // as static, but it may stand behind extern; there is one thread of the system
@@ -20,7 +27,13 @@ using std::min;
 
 struct Index { unsigned x, y, z; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
 static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+static unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 static Index blockIdx, threadIdx, blockDim, gridDim;
 thread_local float shared[1 << 16];  // what a launch asks for as shared memory
@@ -31,11 +44,14 @@ struct Thread {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
   Index index;
-  bool is_done = false;
+  bool is_done = false, is_waiting = false;  // for the others, at a __syncthreads()
 };
 
 static std::vector<Thread> threads;
+struct Operands { unsigned a[4], b[2]; };
 static std::vector<float> exchanged;  // by the lanes of warps
+static std::vector<Operands> operands;  // of the lanes' product
+static std::vector<const unsigned short*> rows;  // of matrices, which the lanes point at
 static ucontext_t scheduler;
 static int current;
 static std::function<void()> kernel;
@@ -49,7 +65,7 @@ static void yield() { swapcontext(&threads[current].context, &scheduler); }
 
 static void run_block() {
   for (Thread& thread : threads) {
-    thread.is_done = false;
+    thread.is_done = thread.is_waiting = false;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
@@ -57,6 +73,8 @@ static void run_block() {
     makecontext(&thread.context, enter, 0);
   }
   for (bool is_any_left = true; is_any_left;) {
+    if (std::all_of(threads.begin(), threads.end(), [](Thread& thread) { return thread.is_done || thread.is_waiting; }))
+      for (Thread& thread : threads) thread.is_waiting = false;
     is_any_left = false;
     for (current = 0; current < (int)threads.size(); ++current) {
       if (threads[current].is_done) continue;
@@ -73,6 +91,8 @@ void launch(void (*function)(Arguments...), const int* grid, const int* block, v
   blockDim = {block[0], block[1], 1};
   threads = std::vector<Thread>(block[0] * block[1]);
   exchanged.assign(threads.size(), 0.f);
+  operands.assign(threads.size(), {});
+  rows.assign(threads.size(), nullptr);
   for (int i = 0; i < (int)threads.size(); ++i) threads[i].index = {i % block[0], i / block[0], 0};
   kernel = [&] {
     [&]<size_t... I>(std::index_sequence<I...>) {
@@ -88,7 +108,10 @@ void launch(void (*function)(Arguments...), const int* grid, const int* block, v
 
 }  // namespace cuda_on_cpu
 
-static void __syncthreads() { cuda_on_cpu::yield(); }
+static void __syncthreads() {
+  bool& is_waiting = cuda_on_cpu::threads[cuda_on_cpu::current].is_waiting;
+  for (is_waiting = true; is_waiting;) cuda_on_cpu::yield();
+}
 static void __threadfence() {}
 
 static float __shfl_xor_sync(unsigned, float x, int offset) {
@@ -98,6 +121,44 @@ static float __shfl_xor_sync(unsigned, float x, int offset) {
   cuda_on_cpu::yield();  // before another value takes its place
   return found;
 }
+
+// What the lanes' fragments are, tensor_cores.cu says.
+static void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  using cuda_on_cpu::operands;
+  auto word = [](unsigned pair, int at) { return __uint_as_float(at % 2 ? pair & 0xffff0000u : pair << 16); };
+  int warp = cuda_on_cpu::current / 32 * 32, lane = cuda_on_cpu::current % 32;
+  operands[warp + lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  cuda_on_cpu::yield();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) {
+      const auto& of_row = operands[warp + lane / 4 * 4 + k % 8 / 2];
+      const auto& of_column = operands[warp + (lane % 4 * 2 + i % 2) * 4 + k % 8 / 2];
+      sum[i] += word(of_row.a[i / 2 + k / 8 * 2], k) * word(of_column.b[k / 8], k);
+    }
+  cuda_on_cpu::yield();
+}
+
+static unsigned pair(float first, float second) {
+  auto bits = [](float x) -> unsigned {  // to nearest, ties to even
+    unsigned of = __float_as_uint(x);
+    return x != x ? 0x7fff : (of + 0x7fff + (of >> 16 & 1)) >> 16;
+  };
+  return bits(first) | bits(second) << 16;
+}
+
+static void load(unsigned (&to)[4], const void* from, bool transposed) {
+  int warp = cuda_on_cpu::current / 32 * 32, lane = cuda_on_cpu::current % 32;
+  cuda_on_cpu::rows[warp + lane] = static_cast<const unsigned short*>(from);
+  cuda_on_cpu::yield();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    auto at = [&](int row, int column) -> unsigned { return cuda_on_cpu::rows[warp + matrix * 8 + row][column]; };
+    int one = lane / 4, two = lane % 4 * 2;
+    to[matrix] = transposed ? at(two, one) | at(two + 1, one) << 16 : at(one, two) | at(one, two + 1) << 16;
+  }
+  cuda_on_cpu::yield();
+}
+static void load_matrices(unsigned (&to)[4], const void* from) { load(to, from, false); }
+static void load_transposed(unsigned (&to)[4], const void* from) { load(to, from, true); }
 
 static unsigned atomicAdd(unsigned* number, unsigned more) { return std::exchange(*number, *number + more); }
 static float rsqrtf(float x) { return 1.f / std::sqrt(x); }

@@ -1,6 +1,7 @@
-"""kernels.cu itself, compiled for the CPU in fp32 (cuda_on_cpu.h), against PyTorch's operators in float64.
+"""The kernels themselves, compiled for the CPU (cuda_on_cpu.h), against PyTorch's operators in float64.
 
-What is left out needs tensor cores: the gradients of the LoRA. tests/gpu/test_kernels.py has all, on a card.
+kernels.cu in fp32, and tensor_cores.cu in bf16, which is all that a CPU needs no instruction of a card for.
+tests/gpu/test_kernels.py has all, on a card.
 """
 
 import ctypes
@@ -14,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rasengan import kernels, norms, nvrtc
+from rasengan import kernels, norms, nvrtc, text_attention
 
 
 HERE = Path(__file__).parent
-SOURCE = Path(kernels.__file__).with_name("kernels.cu")
+SOURCES = Path(kernels.__file__).parent
 
 
 class Launcher:
@@ -26,6 +27,7 @@ class Launcher:
 
     def __init__(self, library):
         self.library, self.counters = library, torch.zeros(4096, dtype=torch.int32)
+        self.has_tensor_cores = library is not None and hasattr(library, "run_add_lora_gradients")
         self.launched = []
 
     def launch(self, name, grid, block, *arguments, shared_bytes=0):
@@ -39,15 +41,26 @@ class Launcher:
 
 @pytest.fixture(scope="module", params=["", "-DAS_16_BITS"], ids=["fp32", "as 16 bits"])
 def library(request, tmp_path_factory):
+    made = [f"{name}_{packs}" for name in ("add_layer_norm", "layer_norm_backward") for packs in (3, 5, 8)]
+    return compile_for_cpu(tmp_path_factory.mktemp("kernels"), ["kernels.cu"], made, request.param.split())
+
+
+@pytest.fixture(scope="module")
+def tensor_cores(tmp_path_factory):
+    made = [f"lora_gradient_sums_{tiles}" for tiles in (1, 2, 3, 4)]
+    folder = tmp_path_factory.mktemp("tensor_cores")
+    return compile_for_cpu(folder, ["kernels.cu", "tensor_cores.cu"], made, ["-DBF16"])
+
+
+def compile_for_cpu(folder, sources, made, options):
+    """Return the kernels of the last source; `made` are those that macros make."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
-    folder = tmp_path_factory.mktemp("kernels")
-    text = SOURCE.read_text().split("// --- gradients of the LoRA's matrices")[0]
-    names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(512\) )?([a-z]\w+)\(', text)
-    names += [f"{name}_{packs}" for name in ("add_layer_norm", "layer_norm_backward") for packs in (3, 5, 8)]
-    runs = "\n".join(f"RUN({name})" for name in names)
-    (folder / "kernels.cpp").write_text(f'#include "{HERE}/cuda_on_cpu.h"\n#include "{SOURCE}"\n{runs}\n')
-    options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *request.param.split(), "-o", folder / "kernels.so"]
+    text = (SOURCES / sources[-1]).read_text()
+    names = [*re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?([a-z]\w+)\(', text), *made]
+    lines = [f'#include "{path}"' for path in (HERE / "cuda_on_cpu.h", *(SOURCES / source for source in sources))]
+    (folder / "kernels.cpp").write_text("\n".join([*lines, *(f"RUN({name})" for name in names), ""]))
+    options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, "-o", folder / "kernels.so"]
     version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
     if int(version.split(".")[0]) >= 12:
         options.append("-ftrivial-auto-var-init=pattern")  # what was not written is no zero
@@ -58,13 +71,23 @@ def library(request, tmp_path_factory):
 @pytest.fixture
 def launcher(library, monkeypatch):
     """The kernels, which take all fp32 tensors from here on, and PyTorch's operators those of float64."""
+    return launch_by(library, torch.float32, monkeypatch)
+
+
+@pytest.fixture
+def tensor_core_launcher(tensor_cores, monkeypatch):
+    """The same for bf16."""
+    return launch_by(tensor_cores, torch.bfloat16, monkeypatch)
+
+
+def launch_by(library, dtype, monkeypatch):
     launcher = Launcher(library)
 
     def kernels_for(x, width, widest):
-        return launcher if x.dtype == torch.float32 and width % 8 == 0 and width <= widest else None
+        return launcher if x.dtype == dtype and width % 8 == 0 and width <= widest else None
 
     monkeypatch.setattr(nvrtc, "kernels_for", kernels_for)
-    monkeypatch.setattr(norms, "_multiprocessors", lambda device: 40)  # as on a T4
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: 40)  # as on a T4
     return launcher
 
 
@@ -141,7 +164,7 @@ def test_add_layer_norm(launcher, rows, width, has_delta):
 def test_group_norm(
     launcher, count, channels, side, groups, split, silu, has_shift, multiprocessors, rounds, monkeypatch
 ):
-    monkeypatch.setattr(norms, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(norms, "LEAST_ROUNDS", rounds)
 
     def parts(tensor):
@@ -190,6 +213,56 @@ def test_upsample(launcher, shape):
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(kernels.upsample_backward(grad), kernels.upsample_backward(*exact(grad)))
     assert launcher.launched == ["upsample_forward", "upsample_backward"]
+
+
+def error_of(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("rows", "width", "out_width", "rank"), [(1, 8, 8, 8), (150, 136, 264, 16), (70, 40, 8, 56)])
+def test_lora_gradients_are_added(tensor_core_launcher, rows, width, out_width, rank):
+    sizes = (rows, width), (rows, rank), (rows, out_width), (rows, rank)
+    inputs = [random(*size, like=like).bfloat16() for size, like in zip(sizes, (1, 2, 0.5, 1), strict=True)]
+    grads = random(rank, width), random(1, out_width, rank)
+    expected = exact(*grads)
+    kernels.add_lora_gradients(*inputs, *grads, 1.5)
+    kernels.add_lora_gradients(*exact(*inputs), *expected, 1.5)
+    assert tensor_core_launcher.launched == [f"lora_gradient_sums_{-(-rank // 16)}", "add_lora_gradients"]
+    assert all(error_of(*pair) < 1e-6 for pair in zip(grads, expected, strict=True))
+
+
+def blocks_of(q):
+    """Return how many blocks share a head in the backward pass."""
+    numbers = text_attention.BACKWARD_QUERIES, text_attention.BACKWARD_BLOCKS, text_attention.MOST_SPLITS
+    return text_attention._blocks(q, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "tokens", "heads", "keys", "multiprocessors", "blocks"),
+    [(1, 1, 1, 1, 40, 1), (2, 200, 2, 77, 2, 1), (1, 200, 3, 77, 4, 2), (2, 150, 1, 80, 40, 5)],
+)
+@pytest.mark.parametrize("is_stacked", [True, False], ids=["stacked", "apart"])
+def test_attention_to_text(
+    tensor_core_launcher, pictures, tokens, heads, keys, multiprocessors, blocks, is_stacked, monkeypatch
+):
+    monkeypatch.setattr(nvrtc, "multiprocessors", lambda device: multiprocessors)
+    q = random(pictures, tokens, heads, 64, like=2).bfloat16().requires_grad_()
+    k, v = random(pictures, keys, 2, heads, 64, like=2).bfloat16().unbind(2)
+    k, v = (t.requires_grad_() if is_stacked else t.contiguous().requires_grad_() for t in (k, v))
+    y, grad_y = text_attention.attend(q, k, v), random(pictures, tokens, heads, 64).bfloat16()
+    grads = torch.autograd.grad(y, (q, k, v), grad_y)
+    inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = text_attention.attend(*inputs)
+    exact_grads = torch.autograd.grad(expected, inputs, grad_y.double())
+    assert tensor_core_launcher.launched == ["attend_to_text", "attend_to_text_backward"]
+    assert (y.dtype, y.shape, y.is_contiguous()) == (torch.bfloat16, q.shape, True)
+    assert blocks_of(q) == blocks
+    assert not tensor_core_launcher.counters.any()  # ready for the next launch
+    for name, found, exact_one in zip("yqkv", (y, *grads), (expected, *exact_grads), strict=True):
+        if keys > 1 or name in "yv":  # one key's weight is 1, whatever q and k are
+            assert error_of(found, exact_one) < 5e-3, name
+        else:
+            assert found.abs().max() < 1e-5
 
 
 def test_what_kernels_do_not_take_is_left_to_pytorch(monkeypatch):
