@@ -45,6 +45,8 @@ __device__ void load_transposed(unsigned (&to)[4], const void* from) {
                : "r"((unsigned)__cvta_generic_to_shared(from)));
 }
 
+__device__ float power_of_2(float x) { asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x)); return x; }
+
 // Two numbers as two words, the first in the lower one.
 __device__ unsigned pair(float first, float second) {
 #if __CUDA_ARCH__ < 800
@@ -57,6 +59,17 @@ __device__ unsigned pair(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(second), "f"(first));
 #endif
   return words;
+#endif
+}
+__device__ float2 unpair(unsigned words) {
+#if defined(FP16)
+  float2 numbers;
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(numbers.x), "=f"(numbers.y)
+      : "r"(words));
+  return numbers;
+#else
+  return make_float2(__uint_as_float(words << 16), __uint_as_float(words & 0xffff0000u));
 #endif
 }
 
@@ -184,34 +197,32 @@ extern "C" __global__ void add_lora_gradients(const float* partial, float* grad_
 // --- attention to a prompt: y = softmax(q k^T / sqrt(HEAD)) v, for each head ---
 //
 // q, y, grad_y and grad_q (pictures, tokens, heads, HEAD); k and v (pictures, keys, heads, HEAD), their tokens `stride`
-// words apart, grad_k and grad_v the same, but dense. log_sums (pictures, heads, tokens), fp32: the logarithm of a
-// softmax's denominator. A block has a head of a picture, with all its keys and values, which is what makes a softmax
+// words apart, grad_k and grad_v the same, but dense. log_sums (pictures, heads, tokens), fp32: the logarithm to base 2 of
+// a softmax's denominator. A block has a head of a picture, with all its keys and values, which is what makes a softmax
 // one pass and each gradient a sum within the block, and some queries of its tokens at a time.
 
 #define HEAD 64
 #define KEYS 80  // at most
 #define SCALE 0.125f  // 1 / sqrt(HEAD)
+#define LOG2_SCALE 0.180336880111f  // of the scores as exponents of 2: SCALE / log(2)
 #define FORWARD_QUERIES 64
 #define FORWARD_THREADS 128  // a warp for 16 queries
 #define BACKWARD_QUERIES 32
 #define BACKWARD_THREADS 160  // a warp for 16 keys
 
-// Rows in shared memory. Their packs are exchanged by the row's number, so that those of one column, which a matrix is
-// loaded from, lie in different banks.
+// Rows in shared memory, so long that eight of them, which a matrix is loaded from, lie in different banks.
 template <int ROWS>
 struct Tile {
-  Pack at[ROWS][HEAD / 8];
+  alignas(16) word at[ROWS][HEAD + 8];
 
-  __device__ Pack* pack(int row, int column) { return &at[row][column ^ row % 8]; }
-  __device__ const Pack* pack(int row, int column) const { return &at[row][column ^ row % 8]; }
-
-  // Where a lane points to load four matrices (8 x 8): rows `row` and `row` + 8 of packs `column`, then of the next.
-  __device__ const Pack* rows_first(int row, int column) const {
-    return pack(row + threadIdx.x % 16, column + threadIdx.x % 32 / 16);
+  // Where a lane points to load four matrices (8 x 8): rows `row` and `row` + 8 of the columns from `column`, then of
+  // the next eight.
+  __device__ const word* rows_first(int row, int column) const {
+    return &at[row + threadIdx.x % 16][column + threadIdx.x % 32 / 16 * 8];
   }
-  // Packs `column` and the next one of rows `row`, then of `row` + 8.
-  __device__ const Pack* columns_first(int row, int column) const {
-    return pack(row + threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8, column + threadIdx.x / 8 % 2);
+  // Both eights of columns of the rows from `row`, then of `row` + 8.
+  __device__ const word* columns_first(int row, int column) const {
+    return &at[row + threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8][column + threadIdx.x / 8 % 2 * 8];
   }
 };
 
@@ -220,18 +231,19 @@ struct Tile {
 template <int ROWS, int THREADS>
 struct Share {
   static constexpr int COUNT = (ROWS * 8 + THREADS - 1) / THREADS;
-  Pack at[COUNT];
+  struct alignas(16) Pairs { unsigned at[4]; } pairs[COUNT];
 
   static __device__ int row(int i) { return i * (THREADS / 8) + threadIdx.x / 8; }
-  __device__ void fetch(const word* from, long long stride, int rows) {
+  __device__ void fetch(const word* from, int stride, int rows) {
+    const word* mine = from + (threadIdx.x / 8 * stride + threadIdx.x % 8 * 8);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-      at[i] = row(i) < min(rows, ROWS) ? load(from + row(i) * stride + threadIdx.x % 8 * 8) : Pack{};
+      pairs[i] = row(i) < min(rows, ROWS) ? *reinterpret_cast<const Pairs*>(mine + i * (THREADS / 8) * stride) : Pairs{};
   }
   __device__ void put(Tile<ROWS>& to) const {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-      if (row(i) < ROWS) *to.pack(row(i), threadIdx.x % 8) = at[i];
+      if (row(i) < ROWS) *reinterpret_cast<Pairs*>(&to.at[row(i)][threadIdx.x % 8 * 8]) = pairs[i];
   }
 };
 
@@ -242,31 +254,32 @@ __device__ float over_lanes(float x, int first, int beyond, F f) {
   return x;
 }
 
-// Where the rows of a block's head are: blockIdx.y counts the heads of all pictures.
+// Where the rows of a block's head are: blockIdx.y counts the heads of all pictures. What launches this sees to it that
+// 32 bits count the words of a tensor.
 struct HeadPlace {
-  long long queries, keys, dense_keys, width;  // the first three in words, to the first row; width: of a dense row
+  int queries, keys, dense_keys, width;  // the first three in words, to the first row; width: of a dense row
   __device__ HeadPlace(int tokens, int heads, int keys, int stride) : width(heads * HEAD) {
-    long long picture = blockIdx.y / heads, column = blockIdx.y % heads * HEAD;
+    int picture = blockIdx.y / heads, column = blockIdx.y % heads * HEAD;
     queries = picture * tokens * width + column;
     dense_keys = picture * keys * width + column;
     this->keys = picture * keys * stride + column;
   }
 };
 
-// sums (16 x 8 COUNT) += a (16 x 16) times 16 rows of a tile, from the row `row` and the pack `column` on
+// sums (16 x 8 COUNT) += a (16 x 16) times 16 rows of a tile, from `row` and `column` on
 template <int COUNT, int ROWS>
 __device__ void add_product(float (&sums)[COUNT][4], const unsigned (&a)[4], const Tile<ROWS>& rows, int row,
                             int column) {
 #pragma unroll
   for (int n = 0; n < COUNT; n += 2) {
     unsigned b[4];
-    load_transposed(b, rows.rows_first(row, column + n));
+    load_transposed(b, rows.rows_first(row, column + n * 8));
     multiply_add(sums[n], a, b[0], b[1]);
     multiply_add(sums[n + 1], a, b[2], b[3]);
   }
 }
 
-// sums (16 x 8 COUNT) += a (16 x 16) times two packs of 8 COUNT rows of a tile, transposed
+// sums (16 x 8 COUNT) += a (16 x 16) times 16 columns of 8 COUNT rows of a tile, transposed
 template <int COUNT, int ROWS>
 __device__ void add_product_with_rows(float (&sums)[COUNT][4], const unsigned (&a)[4], const Tile<ROWS>& rows,
                                       int column) {
@@ -286,19 +299,19 @@ __device__ void as_first(unsigned (&a)[4], const float (&sums)[COUNT][4], int k)
   for (int i = 0; i < 4; ++i) a[i] = pair(sums[2 * k + i / 2][i % 2 * 2], sums[2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
-// Writes sums (16 x 8 COUNT), scaled, to the rows from `row` on that are below `rows`.
+// Writes sums (16 x 8 COUNT), scaled, to the rows from `row` on that are below `rows`: by `scale` the rows g, by `other`
+// the rows g + 8.
 template <int COUNT>
-__device__ void write(const float (&sums)[COUNT][4], float scale, word* to, long long stride, int row, int rows) {
-  int lane = threadIdx.x % 32;
+__device__ void write(const float (&sums)[COUNT][4], float scale, float other, word* to, int stride, int row, int rows) {
+  row += threadIdx.x % 32 / 4;
+  to += row * stride + threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int at = row + half * 8 + lane / 4;
-    if (at < rows)
+  for (int half = 0; half < 2; ++half)
+    if (row + half * 8 < rows)
 #pragma unroll
       for (int n = 0; n < COUNT; ++n)
-        *reinterpret_cast<unsigned*>(to + at * stride + n * 8 + lane % 4 * 2) =
-            pair(sums[n][half * 2] * scale, sums[n][half * 2 + 1] * scale);
-  }
+        *reinterpret_cast<unsigned*>(to + half * 8 * stride + n * 8) =
+            pair(sums[n][half * 2] * (half ? other : scale), sums[n][half * 2 + 1] * (half ? other : scale));
 }
 
 extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 5) attend_to_text(
@@ -309,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 5) attend_to_text(
   int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
   for (int first = blockIdx.x * FORWARD_QUERIES; first < tokens; first += gridDim.x * FORWARD_QUERIES) {
     Share<FORWARD_QUERIES, FORWARD_THREADS> queries;
-    queries.fetch(q + place.queries + first * place.width, place.width, tokens - first);
+    queries.fetch(q + (place.queries + first * place.width), place.width, tokens - first);
     if (first == blockIdx.x * FORWARD_QUERIES) {
       Share<KEYS, FORWARD_THREADS> share, other;
       share.fetch(k + place.keys, stride, keys);
@@ -321,32 +334,34 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 5) attend_to_text(
     __syncthreads();
     float weights[KEYS / 8][4] = {};
 #pragma unroll
-    for (int column = 0; column < HEAD / 8; column += 2) {
+    for (int column = 0; column < HEAD; column += 16) {
       unsigned a[4];
       load_matrices(a, query_tile.rows_first(row, column));
       add_product_with_rows(weights, a, key_tile, column);
     }
 #pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n)
+      if (n * 8 + 8 > keys)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n * 8 + lane % 4 * 2 + i % 2 >= keys) weights[n][i] = -3.4e38f;
+    float one_over_total[2];
+#pragma unroll
     for (int half = 0; half < 2; ++half) {  // rows g and g + 8, each of four lanes
-      float most = -3.4e38f, total = 0.f;
+      float most = weights[0][half * 2], total = 0.f;
+#pragma unroll
+      for (int i = 1; i < KEYS / 4; ++i) most = fmaxf(most, weights[i / 2][half * 2 + i % 2]);
+      most = over_lanes(most, 1, 4, [](float a, float b) { return fmaxf(a, b); }) * LOG2_SCALE;
 #pragma unroll
       for (int i = 0; i < KEYS / 4; ++i) {
         float& x = weights[i / 2][half * 2 + i % 2];
-        if (i / 2 * 8 + lane % 4 * 2 + i % 2 < keys) most = fmaxf(most, x);
-      }
-      most = over_lanes(most, 1, 4, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-      for (int i = 0; i < KEYS / 4; ++i) {
-        float& x = weights[i / 2][half * 2 + i % 2];
-        x = i / 2 * 8 + lane % 4 * 2 + i % 2 < keys ? exponential((x - most) * SCALE) : 0.f;
+        x = power_of_2(x * LOG2_SCALE - most);
         total += x;
       }
       total = over_lanes(total, 1, 4, [](float a, float b) { return a + b; });
-#pragma unroll
-      for (int i = 0; i < KEYS / 4; ++i) weights[i / 2][half * 2 + i % 2] *= 1.f / total;
+      one_over_total[half] = quotient(1.f, total);
       int token = first + row + half * 8 + lane / 4;
-      if (lane % 4 == 0 && token < tokens)
-        log_sums[(long long)blockIdx.y * tokens + token] = most * SCALE + logf(total);
+      if (lane % 4 == 0 && token < tokens) log_sums[blockIdx.y * tokens + token] = most + log2f(total);
     }
     float sums[HEAD / 8][4] = {};
 #pragma unroll
@@ -355,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 5) attend_to_text(
       as_first(a, weights, i);
       add_product(sums, a, value_tile, i * 16, 0);
     }
-    write(sums, 1.f, y + place.queries + first * place.width, place.width, row, tokens - first);
+    write(sums, one_over_total[0], one_over_total[1], y + (place.queries + first * place.width), place.width, row,
+          tokens - first);
     __syncthreads();
   }
 }
@@ -366,7 +382,7 @@ struct Queries {
   Share<BACKWARD_QUERIES, BACKWARD_THREADS> queries, grads, outputs;
   float log_sum;
 
-  __device__ void fetch(const word* q, const word* y, const word* grad_y, const float* log_sums, long long stride,
+  __device__ void fetch(const word* q, const word* y, const word* grad_y, const float* log_sums, int stride,
                         int rows) {
     queries.fetch(q, stride, rows);
     grads.fetch(grad_y, stride, rows);
@@ -380,7 +396,10 @@ struct Queries {
     for (int i = 0; i < queries.COUNT; ++i) {
       float mean = 0.f;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) mean += widen(grads.at[i].at[k]) * widen(outputs.at[i].at[k]);
+      for (int k = 0; k < 4; ++k) {
+        float2 grad = unpair(grads.pairs[i].at[k]), output = unpair(outputs.pairs[i].at[k]);
+        mean += grad.x * output.x + grad.y * output.y;
+      }
       mean = over_lanes(mean, 1, 8, [](float a, float b) { return a + b; });
       if (threadIdx.x % 8 == 0 && queries.row(i) < BACKWARD_QUERIES) of_rows[queries.row(i)].y = mean;
     }
@@ -402,8 +421,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16;  // row: the warp's first key
   Queries next;
   auto fetch = [&](int first) {
-    long long at = place.queries + first * place.width;
-    const float* from = log_sums + (long long)blockIdx.y * tokens + first;
+    int at = place.queries + first * place.width;
+    const float* from = log_sums + (blockIdx.y * tokens + first);
     next.fetch(q + at, y + at, grad_y + at, from, place.width, tokens - first);
   };
   unsigned values[HEAD / 16][4];
@@ -417,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
     next.put(query_tile, grad_tile, of_rows);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i) load_matrices(values[i], value_tile.rows_first(row, i * 2));
+    for (int i = 0; i < HEAD / 16; ++i) load_matrices(values[i], value_tile.rows_first(row, i * 16));
   }
   float grad_keys[HEAD / 8][4] = {}, grad_values[HEAD / 8][4] = {};
   for (int first = blockIdx.x * BACKWARD_QUERIES; first < tokens; first += gridDim.x * BACKWARD_QUERIES) {
@@ -426,19 +445,24 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
 #pragma unroll
     for (int i = 0; i < HEAD / 16; ++i) {
       unsigned a[4];
-      load_matrices(a, key_tile.rows_first(row, i * 2));
-      add_product_with_rows(weights, a, query_tile, i * 2);
-      add_product_with_rows(grads, values[i], grad_tile, i * 2);
+      load_matrices(a, key_tile.rows_first(row, i * 16));
+      add_product_with_rows(weights, a, query_tile, i * 16);
+      add_product_with_rows(grads, values[i], grad_tile, i * 16);
     }
 #pragma unroll
     for (int n = 0; n < BACKWARD_QUERIES / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float2 of_row = of_rows[n * 8 + lane % 4 * 2 + i % 2];
-        bool there = row + i / 2 * 8 + lane / 4 < keys;
-        weights[n][i] = there ? exponential(weights[n][i] * SCALE - of_row.x) : 0.f;
-        grads[n][i] = weights[n][i] * (grads[n][i] - of_row.y);  // of scores, but for the scale
+        weights[n][i] = power_of_2(weights[n][i] * LOG2_SCALE - of_row.x);
+        grads[n][i] -= of_row.y;
       }
+    if (row + 16 > keys)
+#pragma unroll
+      for (int i = 0; i < BACKWARD_QUERIES / 2; ++i)
+        if (row + i % 4 / 2 * 8 + lane / 4 >= keys) weights[i / 4][i % 4] = 0.f;
+#pragma unroll
+    for (int i = 0; i < BACKWARD_QUERIES / 2; ++i) grads[i / 4][i % 4] *= weights[i / 4][i % 4];  // now of scores
 #pragma unroll
     for (int i = 0; i < BACKWARD_QUERIES / 16; ++i) {
       unsigned a[4];
@@ -457,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
     fetch(first + gridDim.x * BACKWARD_QUERIES);
     __syncthreads();
     if (warp < 4) {  // which has 16 of the queries here, and half of their words
-      int query = warp % 2 * 16, column = warp / 2 * (HEAD / 16);
+      int query = warp % 2 * 16, column = warp / 2 * (HEAD / 2);
       float sums[HEAD / 16][4] = {};
 #pragma unroll
       for (int i = 0; i < KEYS; i += 16) {
@@ -465,14 +489,14 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
         load_transposed(a, &score_tile[i + lane / 16 * 8 + lane % 8][query + lane / 8 % 2 * 8]);
         add_product(sums, a, key_tile, i, column);
       }
-      word* to = grad_q + place.queries + first * place.width + column * 8;
-      write(sums, SCALE, to, place.width, query, tokens - first);
+      word* to = grad_q + (place.queries + first * place.width + column);
+      write(sums, SCALE, SCALE, to, place.width, query, tokens - first);
     }
     next.put(query_tile, grad_tile, of_rows);
   }
   auto write_gradients = [&] {
-    write(grad_keys, SCALE, grad_k + place.dense_keys, place.width, row, keys);
-    write(grad_values, 1.f, grad_v + place.dense_keys, place.width, row, keys);
+    write(grad_keys, SCALE, SCALE, grad_k + place.dense_keys, place.width, row, keys);
+    write(grad_values, 1.f, 1.f, grad_v + place.dense_keys, place.width, row, keys);
   };
   if (gridDim.x == 1) return write_gradients();
   // A thread adds up what lies in it, of all blocks.

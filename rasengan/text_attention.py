@@ -59,7 +59,8 @@ class _AttendToText(torch.autograd.Function):
 
 def _kernels_for(q: torch.Tensor, k: torch.Tensor) -> nvrtc.Kernels | None:
     fits = q.shape[-1] == HEAD and k.shape[1] <= MOST_KEYS and q.shape[0] * q.shape[2] < 2**16  # blocks of a grid's y
-    kernels = nvrtc.kernels_for(q, HEAD, HEAD) if fits else None
+    is_countable = max(q.numel(), k.shape[0] * k.stride(0)) < 2**31
+    kernels = nvrtc.kernels_for(q, HEAD, HEAD) if fits and is_countable else None
     return kernels if kernels is not None and kernels.has_tensor_cores else None
 
 

@@ -146,6 +146,9 @@ static unsigned pair(float first, float second) {
   return bits(first) | bits(second) << 16;
 }
 
+static float2 unpair(unsigned words) { return {__uint_as_float(words << 16), __uint_as_float(words & 0xffff0000u)}; }
+static float power_of_2(float x) { return std::exp2(x); }
+
 static void load(unsigned (&to)[4], const void* from, bool transposed) {
   int warp = cuda_on_cpu::current / 32 * 32, lane = cuda_on_cpu::current % 32;
   cuda_on_cpu::rows[warp + lane] = static_cast<const unsigned short*>(from);
