@@ -425,7 +425,6 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
     const float* from = log_sums + (blockIdx.y * tokens + first);
     next.fetch(q + at, y + at, grad_y + at, from, place.width, tokens - first);
   };
-  unsigned values[HEAD / 16][4];
   {
     Share<KEYS, BACKWARD_THREADS> share, other;
     share.fetch(k + place.keys, stride, keys);
@@ -434,20 +433,19 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
     share.put(key_tile);
     other.put(value_tile);
     next.put(query_tile, grad_tile, of_rows);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i) load_matrices(values[i], value_tile.rows_first(row, i * 16));
   }
   float grad_keys[HEAD / 8][4] = {}, grad_values[HEAD / 8][4] = {};
   for (int first = blockIdx.x * BACKWARD_QUERIES; first < tokens; first += gridDim.x * BACKWARD_QUERIES) {
     __syncthreads();
+    fetch(first + gridDim.x * BACKWARD_QUERIES);
     float weights[BACKWARD_QUERIES / 8][4] = {}, grads[BACKWARD_QUERIES / 8][4] = {};  // of the warp's 16 keys
 #pragma unroll
     for (int i = 0; i < HEAD / 16; ++i) {
       unsigned a[4];
       load_matrices(a, key_tile.rows_first(row, i * 16));
       add_product_with_rows(weights, a, query_tile, i * 16);
-      add_product_with_rows(grads, values[i], grad_tile, i * 16);
+      load_matrices(a, value_tile.rows_first(row, i * 16));
+      add_product_with_rows(grads, a, grad_tile, i * 16);
     }
 #pragma unroll
     for (int n = 0; n < BACKWARD_QUERIES / 8; ++n)
@@ -478,7 +476,6 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
         *reinterpret_cast<unsigned*>(&score_tile[row + of % 2 * 8 + lane / 4][i * 16 + of / 2 * 8 + lane % 4 * 2]) = a[of];
       add_product(grad_keys, a, query_tile, i * 16, 0);
     }
-    fetch(first + gridDim.x * BACKWARD_QUERIES);
     __syncthreads();
     if (warp < 4) {  // which has 16 of the queries here, and half of their words
       int query = warp % 2 * 16, column = warp / 2 * (HEAD / 2);
