@@ -93,6 +93,12 @@ def limit(budget_gib: float | None, device: torch.device, processes: int = 1) ->
     return budget_gib
 
 
+def lift_limit(device: torch.device) -> None:
+    """Let PyTorch reserve all that the card has, until `limit` says otherwise; on a CPU there is nothing to lift."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 def left_gib(device: torch.device, processes: int = 1) -> float:
     """Return what this process may have of the card's memory, with what it has; `processes` of the run share it."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -100,20 +106,29 @@ def left_gib(device: torch.device, processes: int = 1) -> float:
 
 
 @contextmanager
-def must_fit(unet: nn.Module, can_quantize: bool) -> Iterator[None]:
-    """Bring a UNet and its LoRA to the card inside of this; `can_quantize` says that a quantized base would help.
+def must_fit(unet: nn.Module, device: torch.device, is_quantized: bool) -> Iterator[None]:
+    """Bring a UNet and its LoRA to the card inside of this; a budget is lifted, until the memory plan sets it again.
+
+    So a budget that is less than the weights ends where every budget does that is too small: in the memory plan, which
+    measures how much is needed.
+
+    Args:
+        unet: on the host, not quantized yet.
+        device: where it goes.
+        is_quantized: it is quantized on the way.
 
     Raises:
-        DoesNotFit: they are more than the card has left.
+        DoesNotFit: the card does not have the room.
     """
     size_gib = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / GIB
+    lift_limit(device)
     try:
         yield
     except torch.OutOfMemoryError as error:
+        size = "quantized to nf4" if is_quantized else f"{size_gib:.2f} GiB before any quantization"
         raise DoesNotFit(
-            f"The UNet, {size_gib:.2f} GiB before any quantization, and its LoRA do not fit into what this card, or "
-            "--vram_budget_gib, leaves. Take a card with more memory, or raise a budget that was given"
-            f"{', or give --base_quantization nf4' * can_quantize}."
+            f"The UNet, {size}, and its LoRA do not fit into what this card has left. Take a card with more memory"
+            f"{', or give --base_quantization nf4' * (not is_quantized)}."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """The plan that keeps a step inside the memory: pictures at once, and blocks that the backward pass recomputes."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from rasengan import first_line
-from rasengan.memory import GIB, DoesNotFit, left_gib, limit, measure_peak, weight_bytes
+from rasengan.memory import GIB, DoesNotFit, left_gib, lift_limit, limit, measure_peak, weight_bytes
 from rasengan.optim import state_bytes
 
 
@@ -95,7 +96,7 @@ class Planner:
             self.flat.grad.zero_()
             return None if taken is None else taken + to_come
 
-        lift = partial(torch.cuda.set_per_process_memory_fraction, 1.0, self.flat.device)
+        lift = partial(lift_limit, self.flat.device)
         step = (self.samples, self.batch_size, self.blocks, self.recompute)
         return choose_plan(*step, measure, lift, budget_bytes, **self.remedies)
 
@@ -154,7 +155,7 @@ def choose_plan(
         can_raise: the budget was given, and is not all that the card has left.
 
     Raises:
-        DoesNotFit: the smallest plan does not fit; the message says what it takes.
+        DoesNotFit: the smallest plan does not fit; the message says what it needs.
     """
     most = max(batch_size, LARGEST_JOINED)
     sizes = [size for size in range(min(samples, most), 0, -1) if samples % size == 0]
@@ -169,13 +170,15 @@ def choose_plan(
     smallest = Plan(1, 0 if recompute is False else blocks)
     lift()
     taken = measure(smallest)
-    takes = "more than this card has" if taken is None else f"{taken / GIB:.2f} GiB"
-    remedies = ["raise --vram_budget_gib" if can_raise else "take a card with more memory", "lower --resolution"]
+    # Rounded up, so that a budget of this figure suffices.
+    needs = "more than this card has" if taken is None else f"at least {math.ceil(100 * taken / GIB) / 100:.2f} GiB"
+    more = "raise --vram_budget_gib" if can_raise and taken is not None else "take a card with more memory"
+    remedies = [more, "lower --resolution"]
     remedies += ["drop --no-gradient_checkpointing"] * (recompute is False)
     remedies += ["give --base_quantization nf4"] * can_quantize
     raise DoesNotFit(
         f"The smallest plan, one picture at once with {smallest.recomputed_blocks} of {blocks} blocks recomputed, "
-        f"takes {takes}, but the budget is {budget_bytes / GIB:.2f} GiB. To make it fit: {', or '.join(remedies)}."
+        f"needs {needs}, but the budget is {budget_bytes / GIB:.2f} GiB. To make it fit: {', or '.join(remedies)}."
     )
 
 

@@ -305,7 +305,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     nvrtc.begin_to_compile(weight_dtype, device)
     unet = components.load("unet", folders["unet"], weight_dtype, args.variant)
     make_config = partial(lora.lora_config, args.rank, args.lora_alpha, dropout=args.lora_dropout, init=args.lora_init)
-    with memory.must_fit(unet, can_quantize=args.base_quantization != "nf4"):
+    with memory.must_fit(unet, device, is_quantized=args.base_quantization == "nf4"):
         if args.base_quantization == "nf4":
             quantization.quantize_base(unet, device, weight_dtype)
         lora.stack_weights(unet, device)

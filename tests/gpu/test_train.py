@@ -136,6 +136,27 @@ def test_a_budget_that_the_card_does_not_have_is_an_error(run_script, train_argu
     assert "--vram_budget_gib is 500" in finished.stderr
 
 
+@pytest.mark.parametrize("quantization", ["none", "auto", "nf4"])
+def test_a_budget_below_the_weights_is_an_error_with_a_figure_that_suffices(
+    quantization, run_script, train_arguments, tmp_path
+):
+    # Of this rank the LoRA alone, fp32, is more than the least budget that can be given.
+    targets = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    arguments = [*train_arguments, "--mixed_precision", "fp16", "--rank", 4096, "--lora_target_modules", *targets]
+    arguments += ["--base_quantization", quantization, "--output_dir", tmp_path, "--plan_only", "--vram_budget_gib"]
+    finished = run_script("train_lora_sdxl", *arguments, 0.5)
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    (said,) = re.findall("^error: .*", finished.stderr, re.MULTILINE)
+    needed_gib = float(re.search("The smallest plan, .* needs at least (.*) GiB, but the budget is 0.50", said)[1])
+    assert needed_gib > 1  # the LoRA and its gradient
+    assert ("give --base_quantization nf4" in said) == (quantization == "none")
+    assert ("the base is quantized to nf4 now" in finished.stderr) == (quantization == "auto")
+    finished = run_script("train_lora_sdxl", *arguments, needed_gib + 0.05)  # pages of what came before lie otherwise
+    assert finished.returncode == 0, finished.stderr
+    assert "Memory plan: " in finished.stdout
+
+
 # Runs a script, and after some optimizer steps leaves the card no more than what is in use.
 FILL_THE_CARD = """
 import runpy, sys, torch
@@ -173,7 +194,7 @@ def test_a_card_that_fills_up_ends_with_a_checkpoint_that_can_be_resumed(how, ru
     )
     assert finished.returncode == 2, finished.stderr
     assert "error: Out of memory in step" in finished.stderr
-    assert re.search("as measured, .* blocks recomputed take|The smallest plan, one picture .* takes", finished.stderr)
+    assert re.search("as measured, .* blocks recomputed take|The smallest plan, one picture .* needs", finished.stderr)
     assert "Traceback" not in finished.stderr
     (saved,) = output_dir.glob("checkpoint-*")
     assert f"{saved.name} is where to resume" in finished.stderr
@@ -195,15 +216,15 @@ def test_options_of_the_update_work_beside_a_graph(flags, run_script, train_argu
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora.up" in name)
 
 
-def test_a_base_that_does_not_fit_is_quantized_where_that_is_allowed(train_arguments, tmp_path):
-    # The tiny base needs no quantization: weights are kept from the card until they are quantized.
+def test_a_base_that_the_card_has_no_room_for_is_quantized_where_that_is_allowed(train_arguments, tmp_path):
+    # The tiny base fits: weights are kept from the card, until they are quantized or always.
     filler = tmp_path / "refuse.py"
     filler.write_text(
         "import runpy, sys, torch\n"
-        "from rasengan import lora, memory\n"
+        "from rasengan import lora\n"
         "stack = lora.stack_weights\n"
         "def refuse(unet, device):\n"
-        "    if not getattr(unet, 'is_loaded_in_4bit', False):\n"
+        "    if sys.argv[-1] == 'nf4' or not getattr(unet, 'is_loaded_in_4bit', False):\n"
         "        raise torch.OutOfMemoryError\n"
         "    stack(unet, device)\n"
         "lora.stack_weights = refuse\n"
@@ -211,12 +232,16 @@ def test_a_base_that_does_not_fit_is_quantized_where_that_is_allowed(train_argum
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     script = Path(__file__).parents[2] / "scripts" / "train_lora_sdxl.py"
-    arguments = [*map(str, train_arguments), "--mixed_precision", "fp16", "--base_quantization"]
-    for allowed, code in (("none", 2), ("auto", 0)):
+    arguments = [*map(str, train_arguments), "--mixed_precision", "fp16", "--vram_budget_gib", "2"]
+    for allowed, code, size in (
+        ("none", 2, "GiB before any quantization"),
+        ("auto", 0, "GiB before any quantization"),
+        ("nf4", 2, "nf4"),
+    ):
         output = ["--output_dir", str(tmp_path / allowed)]
-        command = [sys.executable, filler, script, *arguments, allowed, *output]
+        command = [sys.executable, filler, script, *arguments, *output, "--base_quantization", allowed]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert finished.returncode == code, finished.stderr
         assert "Traceback" not in finished.stderr
-        assert "do not fit into what this card, or --vram_budget_gib, leaves" in finished.stderr
+        assert re.search(f"The UNet, .*{size}, and its LoRA do not fit into what this card has left", finished.stderr)
     assert json.loads((tmp_path / "auto" / "args.json").read_text())["base_quantization"] == "nf4"

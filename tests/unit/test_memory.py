@@ -7,6 +7,7 @@ from rasengan.memory_plan import Plan, Planner
 
 
 BLOCKS = 20
+CPU = torch.device("cpu")
 
 
 class Card:
@@ -22,6 +23,25 @@ class Card:
 
     def lift(self):
         self.limited = False
+
+
+def make_planner(run, *, samples=1, recompute=None, budget_gib, can_quantize=True):
+    flat = torch.nn.Parameter(torch.zeros(2))
+    flat.grad = torch.ones(2)
+    return Planner(
+        run,
+        lambda count: None,
+        flat,
+        torch.optim.AdamW([flat]),
+        samples=samples,
+        batch_size=1,
+        blocks=BLOCKS,
+        recompute=recompute,
+        budget_gib=budget_gib,
+        sharing=1,
+        update_bytes=GIB // 2,
+        can_quantize=can_quantize,
+    )
 
 
 def choose(budget_gib, samples, batch_size, recompute=None):
@@ -73,12 +93,23 @@ def test_a_plan_recomputes_all_or_nothing_where_that_was_asked_for():
     ("recompute", "needs"), [(None, "5.10 GiB"), (True, "5.10 GiB"), (False, "6.00 GiB, .* drop --no-gradient_check")]
 )
 def test_a_budget_that_is_too_small_is_an_error_with_the_smallest_figure(recompute, needs):
-    with pytest.raises(UserError, match=f"takes {needs}") as error:
+    with pytest.raises(UserError, match=f"needs at least {needs}") as error:
         choose(5.05, 4, 4, recompute)
     assert isinstance(error.value, memory.DoesNotFit)
     assert "the budget is 5.05 GiB" in str(error.value)
     assert "--vram_budget_gib" in str(error.value)
     assert "nf4" in str(error.value)
+
+
+@pytest.mark.parametrize("taken", [5.104, 5.106, 5.11])
+def test_the_smallest_figure_is_a_budget_that_suffices(taken):
+    def measure(plan):
+        return int(taken * GIB)
+
+    with pytest.raises(memory.DoesNotFit) as error:
+        memory_plan.choose_plan(1, 1, BLOCKS, None, measure, lambda: None, 5 * GIB)
+    assert "needs at least 5.11 GiB" in str(error.value)
+    assert memory_plan.choose_plan(1, 1, BLOCKS, None, measure, lambda: None, 5.11 * GIB)
 
 
 def test_a_quantized_base_is_not_offered_to_one_who_has_it():
@@ -93,17 +124,59 @@ def test_a_budget_that_nobody_gave_is_not_to_be_raised():
     assert "--vram_budget_gib" not in str(error.value)
 
 
-def test_weights_that_do_not_fit_are_an_error_with_their_size():
-    with (
-        pytest.raises(memory.DoesNotFit, match="The UNet, 2.00 GiB before.*--base_quantization nf4"),
-        memory.must_fit(torch.nn.Linear(2**15, 2**14, device="meta").requires_grad_(False), True),
-    ):
+@pytest.mark.parametrize(
+    ("is_quantized", "what", "remedy"),
+    [
+        (
+            False,
+            "The UNet, 2.00 GiB before any quantization, and its LoRA do",
+            "more memory, or give --base_quantization nf4.",
+        ),
+        (True, "The UNet, quantized to nf4, and its LoRA do", "more memory."),
+    ],
+)
+def test_weights_that_the_card_has_no_room_for_are_an_error(is_quantized, what, remedy):
+    unet = torch.nn.Linear(2**15, 2**14, device="meta").requires_grad_(False)
+    with pytest.raises(memory.DoesNotFit) as error, memory.must_fit(unet, CPU, is_quantized):
         raise torch.OutOfMemoryError
+    assert str(error.value).startswith(what)
+    assert str(error.value).endswith(remedy)
+    assert "--vram_budget_gib" not in str(error.value)  # to which loading does not keep
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_budget_below_the_weights_is_an_error_with_what_the_smallest_plan_takes(is_quantized, monkeypatch):
+    caps = [2.0]  # GiB that may be reserved, as the training sets them one after the other
+
+    def reserve(size_gib):
+        if size_gib > caps[-1]:
+            raise torch.OutOfMemoryError
+        return size_gib * GIB
+
+    def measure_peak(run, device):
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            return None
+
+    for module in (memory, memory_plan):
+        monkeypatch.setattr(module, "lift_limit", lambda device: caps.append(16.0))
+    monkeypatch.setattr(memory_plan, "limit", lambda budget_gib, *_: caps.append(budget_gib) or budget_gib)
+    monkeypatch.setattr(memory_plan, "measure_peak", measure_peak)
+    with memory.must_fit(torch.nn.Linear(1, 1), CPU, is_quantized):
+        reserve(3.0)
+    planner = make_planner(lambda size: reserve(3.0 + size), budget_gib=2.0, can_quantize=not is_quantized)
+    assert caps == [2.0, 16.0, 2.0]
+    said = "needs at least 4.50 GiB, but the budget is 2.00 GiB. To make it fit: raise --vram_budget_gib, or lower"
+    with pytest.raises(memory.DoesNotFit, match=said) as error:
+        planner.plan()
+    assert ("give --base_quantization nf4" in str(error.value)) != is_quantized
 
 
 def test_a_card_that_is_too_small_by_itself_is_an_error_too():
-    with pytest.raises(UserError, match="takes more than this card has"):
+    with pytest.raises(UserError, match="needs more than this card has.* take a card with more memory") as error:
         memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, budget_bytes=GIB)
+    assert "--vram_budget_gib" not in str(error.value)  # which was given, but can no more be raised
 
 
 @pytest.mark.parametrize(
@@ -118,28 +191,13 @@ def test_a_card_that_is_too_small_by_itself_is_an_error_too():
 )
 def test_a_checkpoints_plan_is_used_where_it_still_holds(recompute, samples, budget_gib, kept, monkeypatch):
     monkeypatch.setattr(memory_plan, "measure_peak", lambda run, device: 8 * GIB)
-    flat = torch.nn.Parameter(torch.zeros(2))
-    flat.grad = torch.ones(2)
     monkeypatch.setattr(memory_plan, "limit", lambda budget_gib, *_: budget_gib)
-    planner = Planner(
-        lambda size: None,
-        lambda count: None,
-        flat,
-        torch.optim.AdamW([flat]),
-        samples=samples,
-        batch_size=1,
-        blocks=BLOCKS,
-        recompute=recompute,
-        budget_gib=budget_gib,
-        sharing=1,
-        update_bytes=GIB // 2,
-        can_quantize=True,
-    )
+    planner = make_planner(lambda size: None, samples=samples, recompute=recompute, budget_gib=budget_gib)
     plan = planner.plan([2, 3, 10 * GIB])
     assert (plan == Plan(2, 3, 10 * GIB)) == kept
     if not kept:
         assert plan == Plan(samples, BLOCKS if recompute else 0, 8 * GIB + GIB // 2)
-        assert torch.equal(flat.grad, torch.zeros(2))
+        assert torch.equal(planner.flat.grad, torch.zeros(2))
 
 
 def test_the_table_adds_up():
