@@ -3,7 +3,6 @@
 Shapes: `rows` are (T, D); pictures are (N, C, H, W) in channels_last. All of fp16, bf16 or fp32; statistics are fp32.
 """
 
-
 import torch
 import torch.nn.functional as F
 

@@ -49,7 +49,9 @@ class _AttendToText(torch.autograd.Function):
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         # Blocks of one head are counted where the norms count theirs.
         heads_of_all = pictures * heads
-        blocks = _blocks(q, BACKWARD_QUERIES, BACKWARD_BLOCKS, MOST_SPLITS) if heads_of_all <= nvrtc.MOST_PICTURES else 1
+        blocks = (
+            _blocks(q, BACKWARD_QUERIES, BACKWARD_BLOCKS, MOST_SPLITS) if heads_of_all <= nvrtc.MOST_PICTURES else 1
+        )
         partial = q.new_empty(blocks, heads_of_all, 2, MOST_KEYS, HEAD, dtype=torch.float32) if blocks > 1 else None
         inputs, sizes = (q, k, v, y, log_sums, grad_y.contiguous()), (tokens, heads, k.shape[1], k.stride(1))
         arguments = *inputs, *grads, partial, kernels.counters, *sizes
@@ -68,8 +70,11 @@ def _of_one_stride(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     """Return keys and values that lie alike, each row of heads dense: views of projections side by side do."""
     _, tokens, heads, width = k.shape
     is_ready = (
-        k.stride() == v.stride() and k.stride()[2:] == (width, 1) and k.stride(0) == tokens * k.stride(1)
-        and k.stride(1) % 8 == 0 and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+        k.stride() == v.stride()
+        and k.stride()[2:] == (width, 1)
+        and k.stride(0) == tokens * k.stride(1)
+        and k.stride(1) % 8 == 0
+        and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
     )
     return (k, v) if is_ready else (k.contiguous(), v.contiguous())
 

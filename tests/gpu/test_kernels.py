@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rasengan import kernels, norms, nvrtc
+from rasengan import kernels, norms, nvrtc, text_attention
 
 
 DTYPES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
@@ -169,6 +169,48 @@ def test_lora_gradients_are_the_same_bits_every_time(dtype):
         kernels.add_lora_gradients(x, h, grad_y, grad_h, *grads, 2.0)
         results.append(torch.cat([grad.flatten() for grad in grads]))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def attended(q, k, v, grad_y):
+    """Return what attends, and the gradients of all three."""
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = text_attention.attend(*inputs)
+    return y, *torch.autograd.grad(y, inputs, grad_y)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "tokens", "heads", "keys"), [(1, 1, 1, 1), (2, 988, 3, 77), (1, 4096, 10, 77), (8, 256, 20, 80)]
+)
+@pytest.mark.parametrize("is_stacked", [True, False], ids=["stacked", "apart"])
+def test_attention_to_text(dtype, pictures, tokens, heads, keys, is_stacked):
+    q, grad_y = (random(pictures, tokens, heads, 64, dtype=dtype, like=like) for like in (2, 1))
+    k, v = random(pictures, keys, 2, heads, 64, dtype=dtype, like=2).unbind(2)
+    expected = attended(*exact(q, k, v, grad_y))
+    on_card = q.to(DEVICE), *torch.stack([k, v], 2).to(DEVICE).unbind(2), grad_y.to(DEVICE)
+    found = attended(*on_card if is_stacked else (t.contiguous() for t in on_card))
+    for name, one, other in zip("yqkv", found, expected, strict=True):
+        if keys > 1 or name in "yv":
+            assert_close(one, other, dtype)
+        else:  # one key's weight is 1, whatever q and k are
+            assert one.abs().max() < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("shape", [(8, 256, 20), (1, 1024, 10)])  # one block has a head, and several share it
+def test_attention_to_text_is_the_same_bits_every_time(dtype, shape):
+    q, grad_y = (random(*shape, 64, dtype=dtype, like=like).to(DEVICE) for like in (2, 1))
+    k, v = random(shape[0], 77, 2, shape[2], 64, dtype=dtype).to(DEVICE).unbind(2)
+    first = attended(q, k, v, grad_y)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, attended(q, k, v, grad_y), strict=True))
+
+
+def test_an_overflow_in_attention_to_text_is_not_lost(dtype):
+    q, k, v = (torch.ones(1, 64, 2, 64, dtype=dtype, device=DEVICE) for _ in range(3))
+    q[0, 3, 1], k[0, 5, 0] = torch.inf, torch.nan
+    y = text_attention.attend(q, k[:, :33], v[:, :33])
+    assert y[0, 3, 1].isnan().all()
+    assert y[0, :, 0].isnan().all()
+    assert y[0, 4:, 1].isfinite().all()
 
 
 def test_a_thread_without_a_context_can_launch(dtype):
