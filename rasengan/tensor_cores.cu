@@ -437,7 +437,6 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
   float grad_keys[HEAD / 8][4] = {}, grad_values[HEAD / 8][4] = {};
   for (int first = blockIdx.x * BACKWARD_QUERIES; first < tokens; first += gridDim.x * BACKWARD_QUERIES) {
     __syncthreads();
-    fetch(first + gridDim.x * BACKWARD_QUERIES);
     float weights[BACKWARD_QUERIES / 8][4] = {}, grads[BACKWARD_QUERIES / 8][4] = {};  // of the warp's 16 keys
 #pragma unroll
     for (int i = 0; i < HEAD / 16; ++i) {
@@ -455,6 +454,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 2) attend_to_text
         weights[n][i] = power_of_2(weights[n][i] * LOG2_SCALE - of_row.x);
         grads[n][i] -= of_row.y;
       }
+    fetch(first + gridDim.x * BACKWARD_QUERIES);
     if (row + 16 > keys)
 #pragma unroll
       for (int i = 0; i < BACKWARD_QUERIES / 2; ++i)

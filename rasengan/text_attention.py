@@ -1,7 +1,7 @@
 """Attention to a prompt, whose keys are few: `tensor_cores.cu` on CUDA, PyTorch's operator elsewhere.
 
-PyTorch's is made for many keys: its backward pass takes three kernels, of which one adds the queries' gradient up in
-fp32 and one converts it, and on a T4 it has no flash attention at all.
+PyTorch's is made for many keys: its backward pass on a card takes three kernels, one of which adds the queries'
+gradient up in fp32, and one converts it.
 
 Shapes: q and y (N, tokens, heads, width of a head), k and v (N, keys, heads, width of a head), of one dtype.
 """
@@ -15,76 +15,77 @@ from rasengan import nvrtc
 
 # What the kernels take: words of a head, keys at most, and queries at a time.
 HEAD, MOST_KEYS, FORWARD_QUERIES, BACKWARD_QUERIES = 64, 80, 64, 32
-# Blocks that a multiprocessor takes at once, and the most that share the queries of a head in the backward pass: the
-# last of them reads the sums of all.
-FORWARD_BLOCKS, BACKWARD_BLOCKS, MOST_SPLITS = 5, 2, 8
+FORWARD_THREADS, BACKWARD_THREADS = 128, 160
+# Blocks that a multiprocessor takes at once.
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 2
+# The last of the blocks that share a head in the backward pass reads the sums of all: so many share it at most, and
+# each takes queries two times at least.
+MOST_SPLITS, LEAST_ROUNDS = 8, 2
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(width of a head)) v of each head; differentiable."""
-    if _kernels_for(q, k) is None:
+    kernels = _kernels_for(q, k)
+    if kernels is None:
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-    return _AttendToText.apply(q, k, v)
+    return _AttendToText.apply(q, k, v, kernels)
 
 
 class _AttendToText(torch.autograd.Function):
     """`attend` by the kernels; keeps what it takes and returns, of which the projections keep most anyway."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, kernels):
         q, (k, v) = q.contiguous(), _of_one_stride(k, v)
         pictures, tokens, heads, _ = q.shape
         y, log_sums = torch.empty_like(q), q.new_empty(pictures, heads, tokens, dtype=torch.float32)
-        grid = _blocks(q, FORWARD_QUERIES, FORWARD_BLOCKS, tokens), pictures * heads
-        sizes = tokens, heads, k.shape[1], k.stride(1)
-        _kernels_for(q, k).launch("attend_to_text", grid, (128, 1), q, k, v, y, log_sums, *sizes)
+        grid = _blocks(q, -(-tokens // FORWARD_QUERIES), FORWARD_BLOCKS), pictures * heads
+        arguments = q, k, v, y, log_sums, tokens, heads, k.shape[1], k.stride(1)
+        kernels.launch("attend_to_text", grid, (FORWARD_THREADS, 1), *arguments)
         ctx.save_for_backward(q, k, v, y, log_sums)
+        ctx.kernels = kernels
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         q, k, v, y, log_sums = ctx.saved_tensors
-        kernels, (pictures, tokens, heads, _) = _kernels_for(q, k), q.shape
+        pictures, tokens, heads, _ = q.shape
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-        # Blocks of one head are counted where the norms count theirs.
-        heads_of_all = pictures * heads
-        blocks = (
-            _blocks(q, BACKWARD_QUERIES, BACKWARD_BLOCKS, MOST_SPLITS) if heads_of_all <= nvrtc.MOST_PICTURES else 1
-        )
-        partial = q.new_empty(blocks, heads_of_all, 2, MOST_KEYS, HEAD, dtype=torch.float32) if blocks > 1 else None
-        inputs, sizes = (q, k, v, y, log_sums, grad_y.contiguous()), (tokens, heads, k.shape[1], k.stride(1))
-        arguments = *inputs, *grads, partial, kernels.counters, *sizes
-        kernels.launch("attend_to_text_backward", (blocks, heads_of_all), (160, 1), *arguments)
-        return tuple(grads)
+        rounds = -(-tokens // BACKWARD_QUERIES)
+        # Blocks of a head are counted where the norms count theirs of a picture.
+        most = min(MOST_SPLITS, rounds // LEAST_ROUNDS) if pictures * heads <= nvrtc.MOST_PICTURES else 1
+        grid = _blocks(q, rounds, BACKWARD_BLOCKS, most), pictures * heads
+        partial = q.new_empty(*grid, 2, MOST_KEYS, HEAD, dtype=torch.float32) if grid[0] > 1 else None
+        arguments = *grads, partial, ctx.kernels.counters, tokens, heads, k.shape[1], k.stride(1)
+        inputs = q, k, v, y, log_sums, grad_y.contiguous()
+        ctx.kernels.launch("attend_to_text_backward", grid, (BACKWARD_THREADS, 1), *inputs, *arguments)
+        return *grads, None
 
 
 def _kernels_for(q: torch.Tensor, k: torch.Tensor) -> nvrtc.Kernels | None:
-    fits = q.shape[-1] == HEAD and k.shape[1] <= MOST_KEYS and q.shape[0] * q.shape[2] < 2**16  # blocks of a grid's y
+    """Return the kernels where they can take such tensors, or None."""
+    fits = q.shape[-1] == HEAD and k.shape[1] <= MOST_KEYS and q.shape[0] * q.shape[2] < 2**16  # of a grid's y
     is_countable = max(q.numel(), k.shape[0] * k.stride(0)) < 2**31
     kernels = nvrtc.kernels_for(q, HEAD, HEAD) if fits and is_countable else None
     return kernels if kernels is not None and kernels.has_tensor_cores else None
 
 
 def _of_one_stride(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values that lie alike, each row of heads dense: views of projections side by side do."""
-    _, tokens, heads, width = k.shape
-    is_ready = (
-        k.stride() == v.stride()
-        and k.stride()[2:] == (width, 1)
-        and k.stride(0) == tokens * k.stride(1)
-        and k.stride(1) % 8 == 0
-        and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
-    )
-    return (k, v) if is_ready else (k.contiguous(), v.contiguous())
+    """Return keys and values that lie alike, the heads of a token side by side: parts of one product do so already."""
+    _, keys, _, width = k.shape
+    lie_alike = k.stride() == v.stride() and k.stride(0) == keys * k.stride(1) and k.stride()[2:] == (width, 1)
+    are_packs = k.stride(1) % 8 == 0 and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+    return (k, v) if lie_alike and are_packs else (k.contiguous(), v.contiguous())
 
 
-def _blocks(q: torch.Tensor, queries: int, of_each: int, most: int) -> int:
-    """Return how many blocks, `most` or fewer, share the tokens of a head.
+def _blocks(q: torch.Tensor, rounds: int, at_once: int, most: int | None = None) -> int:
+    """Return how many blocks share a head's queries, which one block would take in so many rounds.
 
-    A block takes so many queries at a time, and a multiprocessor `of_each` blocks at once.
+    No more than `most`, nor so many that a multiprocessor has more than `at_once`. Each has the same number of rounds,
+    but for the last.
     """
-    pictures, tokens, heads, _ = q.shape
-    tiles = -(-tokens // queries)
-    most = max(1, min(most, tiles, of_each * nvrtc.multiprocessors(q.device) // (pictures * heads)))
-    return -(-tiles // -(-tiles // most))  # each with the same number of tiles, or one less
+    pictures, _, heads, _ = q.shape
+    fit = at_once * nvrtc.multiprocessors(q.device) // (pictures * heads)
+    each = -(-rounds // max(1, min(fit, rounds if most is None else most)))
+    return -(-rounds // each)

@@ -28,6 +28,7 @@ FLOORS = [
     {"adapter_file"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "logs", "memory", "miniature", "norms", "optim", "pages", "picture_files", "sdxl"}
+    | {"text_attention"}
     | {"single_file"},
     {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization"}
     | {"sheets"},
