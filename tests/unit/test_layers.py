@@ -16,6 +16,7 @@ FLOORS = [
         "families",
         "labels",
         "manifest",
+        "metadata",
         "near_duplicates",
         "nvrtc",
         "objective",
