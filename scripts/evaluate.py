@@ -64,6 +64,7 @@ from rasengan.endings import in_one_line
 from rasengan.evaluation import KINDS, Drawn, Losses, Point
 from rasengan.files import check_writable, read_json_or_empty, remove_left_behind, write_atomically
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 
 
 gc.freeze()
@@ -71,7 +72,7 @@ gc.enable()
 
 
 SOURCE = ("dataset_name", "dataset_config_name", "train_data_dir")
-COMPONENT_PLACES = [flag.removeprefix("--") for flag in components.COMPONENT_FLAGS.values()]
+COMPONENT_PLACES = [flag.removeprefix("--") for flag in COMPONENT_FLAGS.values()]
 OWN = {"output_dir", "lora_alpha"}  # which training has too, and means otherwise
 MOST_REFERENCES = 500  # pictures of the data that KID and CMMD take
 
@@ -99,7 +100,7 @@ def make_parser() -> Parser:
     add("--lora_scale", type=number_type(kind=float), default=1.0, help="strength of the adapter [%(default)s]")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where a file does not say it")
 
-    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add = parser.add_base_flags(COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[the scheduler's]")
     add("--conditioning_cache_dir", type=path_type, help="shared with training [~/.cache/rasengan]")
@@ -389,7 +390,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- everything that can be wrong, before anything is loaded ---
     judge = miniature.load_judge(args.judge) if args.judge else None
-    sources = components.sources_of(vars(args))
+    sources = sources_of(vars(args))
     folders = component_checks.fetch_checked(sources)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     adapter = read_fitting(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
@@ -397,7 +398,7 @@ def main(args: argparse.Namespace) -> None:
     if judge and not miniature.is_one(components.read_config("unet", folders["unet"])):
         notes.append("The base is not the miniature: what the judge says of its pictures means nothing.")
     drawn, scenes = choose_pictures(args, measured)
-    folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    folders = {name: fetch(name, source) for name, source in sources.items()}
     scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
     drawing.check_steps(scheduler, args.num_inference_steps)
     for prompt, length, most in prompts.too_long(list({one.prompt for one in drawn}), folders):

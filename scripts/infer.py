@@ -57,6 +57,7 @@ from rasengan.command_line import (
 from rasengan.endings import in_one_line
 from rasengan.files import check_name, check_writable
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 
 
 gc.freeze()
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__)
     positive = number_type(1)
-    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add = parser.add_base_flags(COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
     add("--conditioning_cache_dir", type=path_type, help="for the prompts' embeddings [~/.cache/rasengan]")
@@ -291,7 +292,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "init_image")
     shown += ("prediction_type", "mixed_precision", "lora_alpha")
     about = {"model": args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path}
-    places = [flag.removeprefix("--") for flag in components.COMPONENT_FLAGS.values()]
+    places = [flag.removeprefix("--") for flag in COMPONENT_FLAGS.values()]
     about |= {name: getattr(args, name) for name in (*shown, *places, "revision", "variant")} | (
         {"strength": args.strength} if args.init_image else {}
     )
@@ -366,7 +367,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
-    sources = components.sources_of(vars(args))
+    sources = sources_of(vars(args))
     folders = component_checks.fetch_checked(sources)
     models = read_models(args)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
@@ -377,7 +378,7 @@ def main(args: argparse.Namespace) -> None:
     args.height, args.width = begin.shape[2:] if begin is not None else (args.height, args.width)
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):
-        folders = {name: components.fetch(name, source) for name, source in sources.items()}
+        folders = {name: fetch(name, source) for name, source in sources.items()}
     if args.guidance_scale > 1:
         args.negative_prompt = components.negative_prompt(args.negative_prompt, folders)
     scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)

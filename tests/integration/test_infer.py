@@ -15,6 +15,7 @@ from PIL import Image
 
 from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENT_FLAGS
 
 
 PROMPT = "a big red star"
@@ -250,7 +251,7 @@ def test_a_distilled_scheduler_takes_no_more_steps_than_it_was_made_for(tiny_bas
 
 
 def test_components_given_one_by_one_draw_the_same(compared, infer_script, tiny_base, trained, tmp_path):
-    flags = [word for name, flag in components.COMPONENT_FLAGS.items() for word in (flag, str(tiny_base / name))]
+    flags = [word for name, flag in COMPONENT_FLAGS.items() for word in (flag, str(tiny_base / name))]
     small = ["--height", "64", "--width", "64", "--num_inference_steps", "3", "--seed", "3", "--prompt", PROMPT]
     arguments = [*flags, *small, "--lora_weights", str(trained), "--output_dir", str(tmp_path)]
     infer_script.main(infer_script.parse_args(arguments))

@@ -13,6 +13,7 @@ FLOORS = [
         "adapters",
         "command_line",
         "data_scope",
+        "downloads",
         "families",
         "labels",
         "manifest",
@@ -25,7 +26,7 @@ FLOORS = [
         "stopping",
     }
     | {"tensor_files", "world"},
-    {"adapter_settings"},
+    {"adapter_settings", "sources"},
     {"adapter_file"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "logs", "memory", "miniature", "norms", "optim", "pages", "picture_files", "sdxl"}
