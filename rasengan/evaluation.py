@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from diffusers import SchedulerMixin
 
-from rasengan import UserError, checkpoint, components, data_survey, merging, prompts, samples, sdxl, step
+from rasengan import UserError, checkpoint, components, data_survey, loader, merging, prompts, samples, sdxl, step
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.components import TEXT_ENCODERS
@@ -145,7 +145,7 @@ class Bench:
         how = {"alphas_cumprod": self.alphas_cumprod, "prediction_type": self.scheduler.config.prediction_type}
         compute = partial(step.compute_losses, denoiser.unet, **how, snr_gamma=None, weight_dtype=dtype)
         without_encoders = {"vae": None, "tokenizers": [], "text_encoders": [], "trains_text": False}
-        encode = partial(samples.encode_in_loop, device=device, **without_encoders, autocast_dtype=dtype)
+        encode = partial(loader.encode_in_loop, device=device, **without_encoders, autocast_dtype=dtype)
         options = {"device": device, "share": (0, 1), "batch_size": self.batch_size, "every": 1}
         return ValidationLoss(measured, encode, compute, denoiser.release, **options).measure_each()
 
@@ -165,7 +165,7 @@ class Bench:
             part = jobs[start : start + DRAWN_TOGETHER]
             texts = [self._embeds(one.prompt) for one in part]
             negative = None if self.negative_prompt is None else self._embeds(self.negative_prompt)
-            rows = samples.collate([sdxl.conditioning(text, negative, 1) for text in texts])
+            rows = loader.collate([sdxl.conditioning(text, negative, 1) for text in texts])
             rows = {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
             latents += self.pipeline.draw(sampler, rows, [one.seed for one in part], **options).cpu()
             on_pictures(len(part))

@@ -17,7 +17,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from rasengan import UserError, captions, components, data, demo, imaging, miniature
-from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
+from rasengan.loader import collate
+from rasengan.samples import TrainingSamples, first_batch, sample_stream
 
 
 RES = 32
@@ -991,31 +992,6 @@ def test_pixels_sizes_and_crops_of_a_sample_belong_together(make_samples, datase
         flips += found[1]
     assert 8 < flips < 31
     assert (len(corners) == 13) == center_crop
-
-
-def test_batches_are_prepared_ahead_in_order():
-    started = []
-
-    def batches():
-        for number in range(6):
-            started.append(number)
-            yield {"number": number}
-
-    ahead = prefetched(batches(), depth=2)
-    assert next(ahead) == {"number": 0}
-    assert [batch["number"] for batch in ahead] == [1, 2, 3, 4, 5]
-    assert started == list(range(6))
-
-
-def test_an_error_while_preparing_a_batch_is_raised_at_that_batch():
-    def batches():
-        yield {"number": 0}
-        raise OSError("gone")
-
-    ahead = prefetched(batches())
-    assert next(ahead) == {"number": 0}
-    with pytest.raises(OSError, match="gone"):
-        next(ahead)
 
 
 @pytest.mark.parametrize("record", [None, {"bytes": None, "path": None}, {"bytes": None, "path": ""}], ids=str)

@@ -31,7 +31,7 @@ FLOORS = [
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "logs", "memory", "miniature", "norms", "optim", "pages", "picture_files", "sdxl"}
     | {"single_file"},
-    {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization"}
+    {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "loader", "memory_plan", "quantization"}
     | {"sheets"},
     {
         "conversion",
