@@ -48,7 +48,7 @@ FLOORS = [
     | {"scores"},
     {"sharded_cache"},
     {"cache", "checkpoint", "data_survey", "drawing", "hub", "merging", "progress", "projections", "samples"},
-    {"fused"},
+    {"data_statistics", "fused"},
     {
         "checkpoint_writer",
         "conditioning",
