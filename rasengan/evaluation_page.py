@@ -11,7 +11,8 @@ from typing import NamedTuple
 from torch.utils.tensorboard import SummaryWriter
 
 from rasengan import pages, printable
-from rasengan.evaluation import KINDS, Drawn, signed
+from rasengan.evaluation import Drawn
+from rasengan.loss_comparison import KINDS, signed
 from rasengan.validation_loss import LOSS
 
 

@@ -39,6 +39,7 @@ from rasengan import (
     fitting,
     held_out,
     imaging,
+    loss_comparison,
     miniature,
     pages,
     processes,
@@ -61,8 +62,9 @@ from rasengan.command_line import (
     words_of,
 )
 from rasengan.endings import in_one_line
-from rasengan.evaluation import KINDS, Drawn, Losses, Point
+from rasengan.evaluation import Drawn
 from rasengan.files import check_writable, read_json_or_empty, remove_left_behind, write_atomically
+from rasengan.loss_comparison import KINDS, Losses, Point
 from rasengan.pipeline import Pipeline
 from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 
@@ -340,7 +342,7 @@ def measure_curve(
         bench.use(read_fitting(path, args.lora_alpha, skeletons))
         points.append(Point(at, Losses(*map(bench.measure, both))))
     if args.checkpoints and len(points) < 3:
-        notes.append(evaluation.no_curve(points))
+        notes.append(loss_comparison.no_curve(points))
     return points, notes
 
 
@@ -465,7 +467,7 @@ def main(args: argparse.Namespace) -> None:
     figures = {"settings": settings | {"run": str(args.run) if args.run else None}, "notes": notes, "step": step}
     figures["pictures"] = found
     timesteps = scheduler.config.num_train_timesteps
-    figures["loss"] = evaluation.loss_figures(both[0], losses, points, timesteps, best_step)
+    figures["loss"] = loss_comparison.loss_figures(both[0], losses, points, timesteps, best_step)
     pairs = [
         evaluation_page.Pair(drawn[n], *(pages.as_jpeg(images[kind][n]) for kind in KINDS))
         for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rasengan import evaluation, evaluation_page, pages
-from rasengan.evaluation import Drawn, Losses, Point
+from rasengan import evaluation_page, loss_comparison, pages
+from rasengan.evaluation import Drawn
 from rasengan.evaluation_page import Pair
 from rasengan.imaging import Picture
+from rasengan.loss_comparison import Losses, Point
 
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \x1b[31m 猫'
@@ -54,7 +55,7 @@ def figures():
         "notes": [f"A note of {HOSTILE}"],
         "step": 40,
         "pictures": {"count": 60, "drawn": [], "judge": judge | {"content_kept": 0.5}, "clip": clip},
-        "loss": evaluation.loss_figures(Rows, losses, points, 1000),
+        "loss": loss_comparison.loss_figures(Rows, losses, points, 1000),
     }
 
 
