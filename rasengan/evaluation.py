@@ -1,19 +1,16 @@
-"""Measure and draw with a base, and with one adapter after another merged into it: on which pictures, and what."""
+"""A base with one adapter after another merged into it: the losses that are measured, and what is drawn with each."""
 
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
 
-from rasengan import UserError, checkpoint, components, data_survey, loader, merging, prompts, samples, sdxl, step
-from rasengan.adapter_reader import read_adapter
+from rasengan import components, data_survey, loader, merging, prompts, samples, sdxl, step
 from rasengan.adapters import Adapter
 from rasengan.components import TEXT_ENCODERS
-from rasengan.imaging import Picture
 from rasengan.pipeline import Pipeline
 from rasengan.validation_loss import BANDS, ValidationLoss
 
@@ -30,13 +27,6 @@ class Drawn(NamedTuple):
     seed: int  # of its noise, the same for both models
 
 
-def trained_sample(pictures: list[Picture], rows: list[int], count: int, seed: int) -> list[int]:
-    """Return `count` of the rows, or all if there are no more, chosen by the seed and their contents alone."""
-    first = {pictures[row].digest: row for row in reversed(rows)}
-    chosen = sorted(first, key=lambda digest: samples.derive_seed("trained", seed, digest))[:count]
-    return sorted(first[digest] for digest in chosen)
-
-
 def to_draw(texts: list[str], count: int, seeds: list[int]) -> list[Drawn]:
     """Return `count` pictures for each of the user's seeds: of some texts, evenly spread, or of each several."""
     places = [number % len(texts) for number in range(count)]
@@ -44,31 +34,6 @@ def to_draw(texts: list[str], count: int, seeds: list[int]) -> list[Drawn]:
     return [
         Drawn(texts[place], group, group * count + number) for group in seeds for number, place in enumerate(places)
     ]
-
-
-def saved_adapters(run: Path, measured: int | None) -> tuple[dict[int, Path], list[str]]:
-    """Return a run's adapters by step, those of its checkpoints and the best one, and why others are left out.
-
-    Args:
-        run: its output folder.
-        measured: a step whose adapter is not needed.
-    """
-    found, notes, best = {}, [], checkpoint.best_step(run)
-    if best not in (None, measured):
-        try:
-            read_adapter(run / checkpoint.BEST_FOLDER)
-            found[best] = run / checkpoint.BEST_FOLDER
-        except UserError as error:
-            notes.append(f"{checkpoint.BEST_FOLDER} is left out: {error}")
-    for path in checkpoint.list_checkpoints(run):
-        if checkpoint.step_of(path) == measured:
-            continue
-        if damage := checkpoint.find_damage(path):
-            notes.append(f"{path.name} is left out, since it is damaged: {damage}.")
-            continue
-        average = path / checkpoint.EMA_FOLDER
-        found[checkpoint.step_of(path)] = average if average.is_dir() else path
-    return dict(sorted(found.items())), notes
 
 
 class Bench:

@@ -34,10 +34,10 @@ from rasengan import (
     data,
     data_survey,
     drawing,
+    evaluated_run,
     evaluation,
     evaluation_page,
     fitting,
-    held_out,
     imaging,
     loss_comparison,
     miniature,
@@ -80,14 +80,12 @@ MOST_REFERENCES = 500  # pictures of the data that KID and CMMD take
 
 
 class Measured(NamedTuple):
-    """Captioned pictures, and the rows of those that are measured on."""
+    """Captioned pictures, and which of them are measured on."""
 
     column: datasets.Column
     pictures: list[imaging.Picture]
     captions: list[list[str]]
-    held_out: list[int]
-    trained: list[int]  # none where nothing says what was trained on
-    is_runs: bool  # the run's own split of its own pictures
+    rows: evaluated_run.Rows
 
 
 # --- the command line ---
@@ -137,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line, with the run's own settings in place of the defaults."""
     parser = make_parser()
     given = parser.parse_args(argv)
-    run = find_run(given.lora_weights)
+    run = evaluated_run.find_run(given.lora_weights)
     file = run / "args.json" if run else None
     settings = read_json_or_empty(file) if run else {}
     known = {action.dest for action in parser._actions} - OWN
@@ -163,13 +161,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.num_pictures = 200 if args.judge else len(args.prompt) or 8
     args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
     return args
-
-
-def find_run(place: str) -> Path | None:
-    """Return the output folder of the training that an adapter lies in; None where it says nothing of one."""
-    path = Path(place).resolve()
-    places = (path, *path.parents[:2]) if path.exists() else ()
-    return next((folder for folder in places if (folder / "args.json").is_file()), None)
 
 
 def validate_args(args: argparse.Namespace) -> None:
@@ -223,37 +214,11 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     _, dataset, pictures = data.find_pictures(vars(args), make_bar)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     captions = read_captions(dataset, args.caption_column, pictures)
-    rows = held_out.split(pictures, args.validation_split, args.seed)
-    settings, notes, trained, is_runs = args.run_settings, [], [], False
-    if not args.run:
-        notes.append(
-            "No run says what was held out: a held-out picture may have been trained on, unless the training had this "
-            "--validation_split and --seed."
-        )
-    elif settings.get("data_digest") != data.data_digest(pictures, captions):
-        notes.append("These are not the pictures and captions of the training: it may have seen held-out ones.")
-    else:
-        of_run = held_out.split(pictures, settings.get("validation_split"), settings.get("seed", 0))
-        is_runs = of_run.held_out == rows.held_out
-        chosen, known = ({pictures[row].digest for row in some} for some in (rows.held_out, of_run.trained))
-        trained = [row for row in of_run.trained if pictures[row].digest not in chosen]
-        if met := len(chosen & known):
-            notes.append(f"{met} of {len(chosen)} held-out pictures were trained on: their loss tells less.")
-    if settings.get("base_quantization", "none") != "none":
+    settings = args.run_settings if args.run else None
+    rows, notes = evaluated_run.choose_rows(pictures, captions, args.validation_split, args.seed, settings)
+    if args.run_settings.get("base_quantization", "none") != "none":
         notes.append("It was trained on a base in 4 bits, and is measured on the whole one.")
-    trained = evaluation.trained_sample(pictures, trained, len(rows.held_out), args.seed)
-    return Measured(dataset[args.image_column], pictures, captions, rows.held_out, trained, is_runs), notes
-
-
-def steps_of_adapter(args: argparse.Namespace) -> int | None:
-    """Return how many optimizer steps the adapter has; None where nothing says so."""
-    path = Path(args.lora_weights).resolve()
-    if path.name.startswith("checkpoint-") and path in checkpoint.list_checkpoints(path.parent):
-        return checkpoint.step_of(path)
-    if path.name == checkpoint.BEST_FOLDER:
-        return checkpoint.best_step(path.parent)
-    step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
-    return step if type(step) is int and step > 0 else None
+    return Measured(dataset[args.image_column], pictures, captions, rows), notes
 
 
 def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
@@ -266,7 +231,7 @@ def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapt
 def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[Drawn], list[world.Scene]]:
     """Return what is drawn, and with --judge the scenes that each seed's pictures show."""
     scenes = world.held_out_scenes(args.num_pictures) if args.judge else []
-    texts = args.prompt or list(dict.fromkeys(measured.captions[row][0] for row in measured.held_out))
+    texts = args.prompt or list(dict.fromkeys(measured.captions[row][0] for row in measured.rows.held_out))
     texts = [scene.caption for scene in scenes] or texts
     return evaluation.to_draw(texts, args.num_pictures, args.picture_seeds), scenes
 
@@ -282,7 +247,7 @@ def encode(args, folders: dict, measured: Measured, prompts: set[str], sizes, de
     others = prompts.difference(texts)
     groups = texts, sorted(others)
     captions, rest = cache.cached_prompts(directory, groups, folders, args.variant, device, dtype, share, bar)
-    needed = {text for row in (*measured.held_out, *measured.trained) for text in measured.captions[row]}
+    needed = {text for row in (*measured.rows.held_out, *measured.rows.trained) for text in measured.captions[row]}
     return latents, {text: (rest if text in others else captions)[text] for text in needed | prompts}
 
 
@@ -336,7 +301,7 @@ def measure_curve(
     has_average = (Path(args.lora_weights) / checkpoint.EMA_FOLDER).is_dir()
     on_curve = None if has_average else step
     points = [Point(0, losses["base"])] + ([Point(on_curve, losses["tuned"])] if on_curve else [])
-    saved, notes = evaluation.saved_adapters(args.run, on_curve) if args.checkpoints else ({}, [])
+    saved, notes = evaluated_run.saved_adapters(args.run, on_curve) if args.checkpoints else ({}, [])
     for at, path in saved.items():
         print(f"Measuring the adapter of step {at}", flush=True)
         bench.use(read_fitting(path, args.lora_alpha, skeletons))
@@ -427,7 +392,7 @@ def main(args: argparse.Namespace) -> None:
         noise_offset=0.0,
         num_train_timesteps=scheduler.config.num_train_timesteps,
     )
-    both = [make_samples(rows=rows) for rows in (measured.held_out, measured.trained)]
+    both = [make_samples(rows=rows) for rows in (measured.rows.held_out, measured.rows.trained)]
 
     # --- base and tuned: their losses, and what they draw ---
     pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size")
@@ -446,7 +411,7 @@ def main(args: argparse.Namespace) -> None:
             latents_drawn[kind] = bench.draw(sampler, drawn, on_pictures=bar.update, **options)
 
     # --- the checkpoints' losses ---
-    step = steps_of_adapter(args)
+    step = evaluated_run.steps_of_adapter(args.lora_weights, args.run, args.run_settings)
     if args.run and step is None:
         notes.append(
             "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
@@ -454,7 +419,7 @@ def main(args: argparse.Namespace) -> None:
         )
     points, more = measure_curve(args, bench, both, losses, step, skeletons)
     notes += more
-    best_step = checkpoint.best_step(args.run) if measured.is_runs and args.lora_scale == 1 else None
+    best_step = checkpoint.best_step(args.run) if measured.rows.is_runs and args.lora_scale == 1 else None
     pipeline.drop_unet()
 
     # --- pictures and their scores ---

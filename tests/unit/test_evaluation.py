@@ -7,41 +7,9 @@ import torch
 from rasengan import cache, components, drawing, evaluation, lora, pipeline, prompts, sdxl
 from rasengan.adapters import Adapter
 from rasengan.evaluation import Drawn
-from rasengan.imaging import Picture
 
 
 CPU = torch.device("cpu")
-PICTURES = [Picture(f"{n}.png", f"digest {n}", 64, 64, None, n) for n in range(50)]
-
-
-# --- which pictures ---
-
-
-def test_as_many_trained_pictures_are_chosen_by_seed_and_contents_alone():
-    rows = list(range(10, 50))
-    chosen = evaluation.trained_sample(PICTURES, rows, 7, 0)
-    assert len(chosen) == len(set(chosen)) == 7
-    assert set(chosen) <= set(rows)
-    turned = [picture._replace(name="another") for picture in reversed(PICTURES)]
-    found = evaluation.trained_sample(turned, list(range(40)), 7, 0)
-    assert {turned[row].digest for row in found} == {PICTURES[row].digest for row in chosen}
-    assert evaluation.trained_sample(PICTURES, rows, 7, 1) != chosen
-    assert evaluation.trained_sample(PICTURES, [3, 4], 7, 0) == [3, 4]
-
-
-def test_copies_of_a_trained_picture_count_once():
-    copies = [PICTURES[0], PICTURES[0], PICTURES[1]]
-    assert evaluation.trained_sample(copies, [0, 1, 2], 3, 0) == [0, 2]
-
-
-def test_the_adapters_of_a_run_are_those_of_its_checkpoints_and_the_best_one(tmp_path, caplog):
-    assert evaluation.saved_adapters(tmp_path, None) == ({}, [])
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "best.json").write_text('{"step": 7, "loss": 0.5}')
-    found, (note,) = evaluation.saved_adapters(tmp_path, None)
-    assert found == {}
-    assert note.startswith("best is left out: ")
-    assert evaluation.saved_adapters(tmp_path, 7) == ({}, [])  # measured already
 
 
 # --- what is drawn ---

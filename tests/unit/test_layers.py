@@ -61,7 +61,7 @@ FLOORS = [
         "whole_model",
     }
     | {"validation_loss", "validation_pictures"},
-    {"data_page", "evaluation", "loss_comparison", "pairs", "rescue", "training_settings"},
+    {"data_page", "evaluated_run", "evaluation", "loss_comparison", "pairs", "rescue", "training_settings"},
     {"evaluation_page"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
