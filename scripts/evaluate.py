@@ -264,20 +264,10 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
     """Return what judge and CLIP say of both models' pictures."""
     found = {"count": len(drawn), "drawn": [one._asdict() for one in drawn]}
     if judge:
-        starts, answers = range(0, len(drawn), len(scenes)), {}
-        for kind in KINDS:
-            groups = [miniature.judge_pictures(judge, images[kind][start : start + len(scenes)]) for start in starts]
-            answers[kind] = [answer for group in groups for answer in group]
-        found["judge"] = scores.judge_by_seed(answers, scenes, args.picture_seeds)
+        found["judge"] = scores.by_judge(judge, images, scenes, args.picture_seeds)
     if args.clip_model:
-        clip = scores.load_clip(args.clip_model, device, args.cache_dir)
-        texts, others = scores.embed_texts(clip, [one.prompt for one in drawn]), scores.embed_images(clip, references)
-        found["clip"] = {"model": args.clip_model, "reference_pictures": len(references)}
-        for kind in KINDS:
-            embeds = scores.embed_images(clip, images[kind])
-            found["clip"][kind] = {"score": scores.clip_score(embeds, texts), "cmmd": scores.cmmd(embeds, others)}
-            if min(len(embeds), len(others)) > 1:
-                found["clip"][kind]["kid"], found["clip"][kind]["kid_std"] = scores.kid(embeds, others)
+        clip, texts = scores.load_clip(args.clip_model, device, args.cache_dir), [one.prompt for one in drawn]
+        found["clip"] = {"model": args.clip_model} | scores.by_clip(clip, images, texts, references)
     return found
 
 
