@@ -1,6 +1,5 @@
 """A base with one adapter after another merged into it: the losses that are measured, and what is drawn with each."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -118,12 +117,3 @@ class Bench:
 
     def _embeds(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(self.embeds[prompt][name] for name in EMBEDS)
-
-
-def as_json(value: object) -> object:
-    """Return a value with None in place of what is not finite, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {str(name): as_json(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

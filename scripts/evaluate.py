@@ -9,7 +9,6 @@ printed, and written to --output_dir as evaluation.json, evaluation.html and ten
 
 import argparse
 import gc
-import json
 import os
 from functools import partial, wraps
 from pathlib import Path
@@ -63,7 +62,7 @@ from rasengan.command_line import (
 )
 from rasengan.endings import in_one_line
 from rasengan.evaluation import Drawn
-from rasengan.files import check_writable, read_json_or_empty, remove_left_behind, write_atomically
+from rasengan.files import check_writable, read_json_or_empty
 from rasengan.loss_comparison import KINDS, Losses, Point
 from rasengan.pipeline import Pipeline
 from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
@@ -271,7 +270,7 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
     return found
 
 
-# --- the checkpoints' losses, and the report ---
+# --- the checkpoints' losses ---
 
 
 def measure_curve(
@@ -299,17 +298,6 @@ def measure_curve(
     if args.checkpoints and len(points) < 3:
         notes.append(loss_comparison.no_curve(points))
     return points, notes
-
-
-def write_report(output_dir: Path, figures: dict, pairs: list[evaluation_page.Pair], thumbnails: list[bytes]) -> None:
-    """Write the figures as a page, for TensorBoard and as JSON, and print them; the rest as `as_page` takes it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_left_behind(output_dir)
-    write_atomically(output_dir / "evaluation.html", evaluation_page.as_page(figures, pairs, thumbnails).encode())
-    evaluation_page.write_scalars(output_dir / "tensorboard", figures, figures["step"] or 0)
-    content = json.dumps(evaluation.as_json(figures), indent=1, allow_nan=False)
-    write_atomically(output_dir / "evaluation.json", content.encode())  # last: where it is, the rest is
-    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
 
 
 # --- the story ---
@@ -429,7 +417,9 @@ def main(args: argparse.Namespace) -> None:
     ]
     best_first = [about["row"] for about in figures["loss"]["pictures"][: evaluation_page.MOST_HELD_OUT]]
     thumbnails = [pages.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
-    write_report(Path(args.output_dir), figures, pairs, thumbnails)
+    output_dir = Path(args.output_dir)
+    evaluation_page.write_report(output_dir, figures, pairs, thumbnails)
+    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
 
 
 if __name__ == "__main__":
