@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl
+from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl, sweep
 from rasengan.pipeline import Pipeline
 from rasengan.sources import COMPONENT_FLAGS
 
@@ -521,15 +521,15 @@ def test_runs_into_one_folder_lose_no_picture_and_show_the_last_run(compared, dr
     assert f"{trained} at scale" not in page
 
 
-def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, infer_script, tmp_path, monkeypatch):
-    decode, other = infer_script.decode, Image.new("RGB", (8, 8), "red")
+def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, tmp_path, monkeypatch):
+    decode, other = sweep.decode, Image.new("RGB", (8, 8), "red")
 
-    def decode_later(args, pipeline, pictures, *rest):
+    def decode_later(pipeline, pictures, *rest):
         for picture in pictures.values():
             picture_files.save_png(picture.file, other, {"made": "otherwise"})
-        decode(args, pipeline, pictures, *rest)
+        decode(pipeline, pictures, *rest)
 
-    monkeypatch.setattr(infer_script, "decode", decode_later)
+    monkeypatch.setattr(sweep, "decode", decode_later)
     draw("--prompt", PROMPT, "--seed", 3, "--output_dir", tmp_path)
     drawn = {path.name: Image.open(path) for path in tmp_path.glob("*.png")}
     assert set(drawn) == {BASE, BASE.replace(".png", "-2.png")}

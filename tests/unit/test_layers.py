@@ -48,7 +48,7 @@ FLOORS = [
     | {"scores"},
     {"sharded_cache"},
     {"cache", "checkpoint", "data_survey", "drawing", "hub", "merging", "progress", "projections", "samples"},
-    {"data_statistics", "fused"},
+    {"compared_models", "data_statistics", "fused"},
     {
         "checkpoint_writer",
         "conditioning",
@@ -61,7 +61,7 @@ FLOORS = [
         "whole_model",
     }
     | {"validation_loss", "validation_pictures"},
-    {"data_page", "evaluated_run", "evaluation", "loss_comparison", "pairs", "rescue", "training_settings"},
+    {"data_page", "evaluated_run", "evaluation", "loss_comparison", "pairs", "rescue", "sweep", "training_settings"},
     {"evaluation_page"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
