@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rasengan import UserError, tensor_files
 from rasengan.adapters import ADAPTABLE, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
-from rasengan.components import from_hub, not_given
+from rasengan.downloads import from_hub, not_given
 from rasengan.families import is_adapter, is_whole_model
 
 

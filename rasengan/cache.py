@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from rasengan import UserError, components, imaging, sdxl
 from rasengan.files import read_json_or_empty, write_atomically
 from rasengan.sharded_cache import ShardedCache, digest_of, fill
+from rasengan.sources import COMPONENT_FLAGS, component_files
 
 
 FORMAT = 2
@@ -151,7 +152,7 @@ def encode_pictures(
         if not torch.isfinite(row).all():
             raise UserError(
                 f"{record['path'] or 'A picture'} has non-finite latents: the VAE is damaged. Give another by "
-                f"{components.COMPONENT_FLAGS['vae']}."
+                f"{COMPONENT_FLAGS['vae']}."
             )
     return {"mean": mean, "std": std}
 
@@ -168,8 +169,8 @@ def encode_captions(captions: list[str], tokenizers: list, text_encoders: list) 
         if not (torch.isfinite(tokens).all() and torch.isfinite(pooled).all()):
             raise UserError(
                 f"The caption {caption[:60]!r} has non-finite embeddings: a text encoder is damaged, or overflows in "
-                f"{tokens.dtype}. Give another by {components.COMPONENT_FLAGS['text_encoder']} or "
-                f"{components.COMPONENT_FLAGS['text_encoder_2']}, or --mixed_precision no."
+                f"{tokens.dtype}. Give another by {COMPONENT_FLAGS['text_encoder']} or "
+                f"{COMPONENT_FLAGS['text_encoder_2']}, or --mixed_precision no."
             )
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
@@ -202,7 +203,7 @@ def cached_latents(
         budget_gib: likewise.
         options: `sizes`, `interpolation` and `random_flip`, as `encode_pictures` takes them.
     """
-    digest = weights_digest(components.component_files("vae", folder, variant), directory / "weights.json")
+    digest = weights_digest(component_files("vae", folder, variant), directory / "weights.json")
     caches = latent_caches(directory, pictures, digest, **options, batch_size=batch_size, device=device)
     options |= {"column": column, "positions": {picture.digest: place for place, picture in enumerate(pictures)}}
     load_encoder = partial(load_picture_encoder, folder, variant, device, **options)
@@ -244,7 +245,7 @@ def cached_prompts(
         budget_gib: likewise.
     """
     names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
-    files = [file for name in names for file in components.component_files(name, folders[name], variant)]
+    files = [file for name in names for file in component_files(name, folders[name], variant)]
     digest = weights_digest(files, directory / "weights.json")
     caches = [prompt_cache(directory, texts, digest, dtype, batch_size, device) for texts in groups]
     load_encoder = partial(load_caption_encoder, folders, variant, device, dtype)

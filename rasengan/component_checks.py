@@ -4,17 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rasengan import UserError
-from rasengan.components import (
-    COMPONENT_FLAGS,
-    MODELS,
-    TEXT_ENCODERS,
-    TOKENIZERS,
-    Source,
-    config_name,
-    fetch,
-    read_config,
-)
+from rasengan.components import MODELS, read_config
 from rasengan.families import OTHER_FAMILIES
+from rasengan.sources import COMPONENT_FLAGS, TEXT_ENCODERS, TOKENIZERS, Source, config_name, fetch
 
 
 MOST_TIMESTEPS = 10**5

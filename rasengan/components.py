@@ -1,23 +1,27 @@
-"""Where each SDXL component is, whether it fits the others, and how it is loaded: by itself, in its precision."""
+"""What the configurations of SDXL's components say, and how each is loaded: by itself, in its precision."""
 
-import fnmatch
 import hashlib
 import json
-import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rasengan import UserError, first_line, objective
 from rasengan.files import read_json_or_empty
+from rasengan.sources import (
+    COMPONENT_FLAGS,
+    COMPONENTS,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    component_files,
+    config_name,
+    fetch,  # noqa: F401, for train_lora_sdxl.py
+    sources_of,  # noqa: F401, likewise
+)
 
 
 MODELS = {
@@ -26,192 +30,16 @@ MODELS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
 }
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-COMPONENTS = (*TOKENIZERS, *MODELS, "scheduler")
-
-# The flag that gives a component a place of its own. The VAE's is diffusers' name for it.
-COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONENTS if name != "vae"} | {
-    "vae": "--pretrained_vae_model_name_or_path"
-}
-
-
-SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 MOST_TOKENS = 77  # that CLIP's text encoders see
 ATTENTION = "sdpa"  # whatever a configuration says, which may name a kernel that the hub would send
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
-class Source(NamedTuple):
-    """Where a component's files are: a local folder or a hub repository."""
-
-    name_or_path: str
-    subfolder: str | None = None
-    revision: str | None = None
-    variant: str | None = None
-    cache_dir: str | None = None
-
-
-# --- where components are ---
-
-
-def sources_of(settings: dict[str, object]) -> dict[str, Source]:
-    """Return the source of each component as settings say it, by the names of their flags.
-
-    Raises:
-        UserError: a component has none.
-    """
-    overrides = {name: settings[flag.removeprefix("--")] for name, flag in COMPONENT_FLAGS.items()}
-    how = (settings[name] for name in ("revision", "variant", "cache_dir"))
-    return component_sources(settings["pretrained_model_name_or_path"], overrides, *how)
-
-
-def component_sources(
-    base: str | None,
-    overrides: dict[str, str | None],
-    revision: str | None = None,
-    variant: str | None = None,
-    cache_dir: str | None = None,
-) -> dict[str, Source]:
-    """Return the source of each component: its own place where `overrides` names one, else its folder in `base`.
-
-    Raises:
-        UserError: a component has neither.
-    """
-    sources = {}
-    for component in COMPONENTS:
-        if overrides.get(component):
-            sources[component] = Source(overrides[component], None, revision, variant, cache_dir)
-        elif base:
-            sources[component] = Source(base, component, revision, variant, cache_dir)
-        else:
-            raise UserError(
-                f"There is no source for the {component}. Give --pretrained_model_name_or_path, or "
-                f"{COMPONENT_FLAGS[component]} for this component alone."
-            )
-    return sources
-
-
 def disable_progress_bars() -> None:
     """Keep diffusers and transformers from showing bars of their own while they load weights."""
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-
-
-def fetch(component: str, source: Source, weights: bool = True) -> Path:
-    """Return the local folder of a component, downloading it from the hub first where it is not local.
-
-    With `weights=False` only its configuration is fetched, so that a wrong model is refused before gigabytes move.
-
-    Raises:
-        UserError: there is no such folder or repository, or it holds no such component, or no safetensors weights.
-    """
-    root = Path(source.name_or_path).expanduser()
-    patterns = _weight_patterns(source.variant) if weights and component in MODELS else []
-    if not root.is_dir():
-        root = _download(component, source, patterns)
-    folder = root / source.subfolder if source.subfolder else root
-    if not (folder / config_name(component)).is_file():
-        if source.subfolder is None and (root / component).is_dir():
-            return fetch(component, source._replace(subfolder=component), weights)
-        raise UserError(
-            f"{folder} holds no {component}: it has no {config_name(component)}. Give the folder that has it by "
-            f"{COMPONENT_FLAGS[component]}, or a base by --pretrained_model_name_or_path."
-        )
-    names = {file.name for file in folder.iterdir()}
-    if component in TOKENIZERS and not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
-        raise UserError(
-            f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt, for the {component}. Fetch it "
-            f"again, or give another folder by {COMPONENT_FLAGS[component]}."
-        )
-    if patterns and not any(fnmatch.filter(names, p) for p in patterns):
-        found = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".ckpt")))
-        pickled = found and not any(name.endswith(".safetensors") for name in found)
-        remedy = "Drop --variant" if source.variant and not pickled else "Save it as safetensors"
-        raise UserError(
-            f"{folder} holds no {' or '.join(patterns[:2])} for the {component}; its weight files are: "
-            f"{', '.join(found) or 'none'}. {remedy}, or give another folder by {COMPONENT_FLAGS[component]}."
-        )
-    return folder
-
-
-def config_name(component: str) -> str:
-    """Return the name of a component's configuration file."""
-    if component in TOKENIZERS:
-        return "tokenizer_config.json"
-    return "scheduler_config.json" if component == "scheduler" else "config.json"
-
-
-def _weight_patterns(variant: str | None) -> list[str]:
-    shard = "-?????-of-?????"
-    stems = ("diffusion_pytorch_model", "model")
-    if variant is None:
-        return [f"{stem}{part}.safetensors" for part in ("", shard) for stem in stems]
-    endings = (f".{variant}", f".{variant}{shard}", f"{shard}.{variant}")
-    return [f"{stem}{ending}.safetensors" for ending in endings for stem in stems]
-
-
-def _download(component: str, source: Source, weight_patterns: list[str]) -> Path:
-    name = source.name_or_path
-    if Path(name).expanduser().is_file():
-        command = f"python scripts/convert.py --input {shlex.quote(name)} --base {SDXL_ID} --format pipeline"
-        raise UserError(
-            f"{name} is a file, where the {component}'s folder is to be. Of an SDXL in one .safetensors file make a "
-            f"folder: `{command} --output FOLDER`."
-        )
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(
-            f"{name} is neither a folder nor a hub id, so there is no {component}. Correct "
-            f"--pretrained_model_name_or_path or {COMPONENT_FLAGS[component]}."
-        ) from None
-    # A repository of one component has its files at the top, one of several has them in a folder.
-    folders = [f"{source.subfolder}/"] if source.subfolder else ["", f"{component}/"]
-    patterns = [folder + pattern for folder in folders for pattern in ("*.json", "*.txt", *weight_patterns)]
-    patterns.append("model_index.json")
-    return from_hub(name, component, patterns, source.cache_dir, source.revision)
-
-
-def from_hub(
-    repository: str, what: str, patterns: list[str], cache_dir: str | None, revision: str | None = None
-) -> Path:
-    """Return the local folder of a hub repository, with its files of some patterns downloaded.
-
-    Args:
-        repository: a valid name of one.
-        what: "unet" or "adapter", say, for messages.
-        patterns: as fnmatch takes them; * fits a / too.
-        cache_dir: where downloads go.
-        revision: a branch, a tag or a commit.
-
-    Raises:
-        UserError: the hub does not give it, or there is no room for it.
-    """
-    try:
-        return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    # What answers may be a gateway's page, or JSON of another kind.
-    except (HfHubHTTPError, LocalEntryNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise not_given(repository, f"{what} at --revision {revision}" if revision else what, error) from error
-    except UnicodeEncodeError as error:  # of the request's header
-        raise UserError(
-            "The token of HF_TOKEN or `hf auth login` holds a letter that no token does (it is not shown here). Copy "
-            "it again."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"The {what} of {repository} cannot be downloaded: {error.strerror or first_line(error)}. Make room, or "
-            "give another --cache_dir."
-        ) from error
-
-
-def not_given(repository: str, what: str, error: Exception) -> UserError:
-    """Return the error for what the hub did not give: it has no such thing, or keeps it, or does not answer."""
-    return UserError(
-        f"{repository} is no path here, and the hub did not give its {what}: {first_line(error).rstrip('.')}. Correct "
-        "the name, log in with `hf auth login` if it is private, or give a local path."
-    )
 
 
 def sampled_digest(folders: dict[str, Path], variant: str | None) -> str:
@@ -244,12 +72,6 @@ def _settings(file: Path) -> bytes:
     if isinstance(found, dict):
         found = {key: value for key, value in found.items() if not key.startswith("_") or key == "_class_name"}
     return json.dumps(found, sort_keys=True).encode()
-
-
-def component_files(component: str, folder: Path, variant: str | None = None) -> list[Path]:
-    """Return the files of a component that `load` reads, sorted by name."""
-    patterns = ["config.json", *_weight_patterns(variant)] if component in MODELS else ["*.json", "*.txt"]
-    return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in patterns))
 
 
 def read_config(component: str, folder: Path) -> dict:
@@ -330,7 +152,7 @@ def load(component: str, folder: Path, dtype: torch.dtype = torch.float32, varia
 
     Args:
         component: one of `COMPONENTS`.
-        folder: what `fetch` returned.
+        folder: what `sources.fetch` returned.
         dtype: of the UNet and the text encoders; the VAE is loaded in fp32 whatever it says.
         variant: of the weight files, "fp16" say.
 

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
-from rasengan import UserError, captions, data_scope, first_line, printable
+from rasengan import UserError, captions, data_scope, first_line, metadata, printable
 from rasengan.imaging import Picture, inspect_pictures, is_picture_name
 
 
@@ -165,7 +165,7 @@ def _unreadable(error: Exception, given: str, files: list[Path], cache_dir: str 
     is_there = isinstance(cause, OSError) and Path(str(cause.filename or "/")).is_relative_to(os.path.abspath(where))
     if isinstance(cause, OSError) and (cause.errno in NO_ROOM or (is_there and cause.errno in NOT_WRITABLE)):
         return UserError(f"{where} cannot be written: {cause.strerror}. Make room, or give another --cache_dir.")
-    reason = (captions.metadata_fault(files) or first_line(cause)).rstrip(".")
+    reason = (metadata.find_fault(files) or first_line(cause)).rstrip(".")
     return UserError(f"{given} cannot be read: {reason}. Correct the name, or what it holds.")
 
 
@@ -237,7 +237,7 @@ def _is_utf8(file: Path) -> bool:
 def _folder_cache(directory: str, files: list[Path], cache_dir: str | None) -> str:
     # datasets knows a file by its path and time of change; a caption may change and the time come back.
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path for path in files if path.name in captions.METADATA):
+    for file in sorted(path for path in files if path.name in metadata.FILE_NAMES):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(directory)} {len(content)} ".encode() + content)
     return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"metadata-{digest.hexdigest()}")

@@ -1,29 +1,17 @@
 """What there is to know of a data set before training: its numbers, and what should be mended, with the remedy."""
 
-import math
 import os
-import re
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from rasengan import printable
+from rasengan import data_statistics, printable
 from rasengan.captions import LongCaption
+from rasengan.data_statistics import crop_loss, crop_named, enlargement, find_wordy, most_first, size_of
 from rasengan.data_survey import Look, Usable
-from rasengan.imaging import Picture, Size, crop_size, resized_size
+from rasengan.imaging import Picture, Size
 from rasengan.near_duplicates import similar_groups
-
-
-MOST_WORDS = 60  # an English caption with so many words and signs takes about the 77 tokens
-COMMON_WORDS = 20
-# Words that say nothing of a picture.
-FILL_WORDS = set("a an and are at by for from in into is it its of on or the to with".split())
-SIDES_PX = (128, 256, 512, 768, 1024, 1536)
-ASPECTS = {"under 1:2": 0.5, "1:2 to 4:5": 0.8, "4:5 to 5:4": 1.25, "5:4 to 2:1": 2.0}
 
 
 class Finding(NamedTuple):
@@ -74,7 +62,6 @@ def make_report(
         refused: what `refusal` returned.
     """
     name = partial(short_name, directory=directory)
-    captions = [text for several in usable.captions for text in several]
     named = [(text, name(p.name)) for p, texts in zip(usable.pictures, usable.captions, strict=True) for text in texts]
     shown = [picture._replace(name=name(picture.name)) for picture in usable.pictures]
     found = [
@@ -83,13 +70,8 @@ def make_report(
         *_copy_findings(shown, looks),
         *_caption_findings(named, long_captions, name),
     ]
-    tables = {"Pictures": _picture_facts(pictures, looks), "Captions": _caption_facts(usable.captions, long_captions)}
-    histograms = {}
-    if shown:
-        tables["Sizes, upright"] = _size_facts(shown, sizes)
-        histograms["Shorter side"] = _side_histogram(shown)
-        histograms["Width to height"] = _aspect_histogram(shown)
-        histograms["Common words, and how many captions have them"] = common_words(captions)
+    tables = data_statistics.tables(pictures, shown, looks, usable.captions, long_captions, sizes)
+    histograms = data_statistics.histograms(shown, usable.captions)
     return Report(tables, histograms, [finding for finding in found if finding.count], refused)
 
 
@@ -103,98 +85,6 @@ def short_name(name: str, directory: str | None) -> str:
 def quoted(text: str, most: int = 80) -> str:
     """Return the text in quotes, on one line and shortened."""
     return f'"{printable(text if len(text) <= most else f"{text[: most - 3]}...")}"'
-
-
-def _picture_facts(pictures: list[Picture], looks: list[Look]) -> dict[str, str]:
-    kinds = sorted(Counter(look.kind for look in looks).items(), key=_most_first)
-    return {
-        "in all": f"{len(pictures):,}, of which {len(looks):,} can be trained on",
-        "formats and modes": ", ".join(f"{count:,} {kind}" for kind, count in kinds) or "none",
-        "turned by EXIF": f"{sum(look.is_turned for look in looks):,}",
-    }
-
-
-def _most_first(counted: tuple[str, int]) -> tuple[int, str]:
-    return -counted[1], counted[0]
-
-
-def _caption_facts(captions: list[list[str]], long_captions: list[LongCaption] | None) -> dict[str, str]:
-    texts = [text for several in captions for text in several]
-    facts = {"in all": f"{len(texts):,}, of which {len(set(texts)):,} differ"}
-    if texts:
-        pictures_of = Counter(text for several in captions for text in set(several)).values()
-        each = sorted(map(len, captions))
-        facts["captions of a picture"] = f"{each[0]} to {each[-1]}" if each[0] != each[-1] else f"{each[0]}"
-        facts["pictures of a caption"] = f"{statistics.mean(pictures_of):.2f} on average, {max(pictures_of):,} at most"
-    if long_captions is not None:
-        return facts | {"too long for the encoders": f"{len(long_captions):,}"}
-    likely = f"{len(_wordy(texts)):,} have over {MOST_WORDS} words and signs, which is about what 77 tokens hold"
-    return facts | {"tokens": f"not counted, since no base was given; {likely}"}
-
-
-def _wordy(texts: Iterable[str]) -> list[str]:
-    # CLIP splits so; of scripts other than Latin it takes about a token for each letter.
-    return [text for text in texts if len(re.findall(r"[A-Za-z']+|[^\sA-Za-z']", text)) > MOST_WORDS]
-
-
-def common_words(captions: list[str]) -> dict[str, int]:
-    """Return the commonest words, `FILL_WORDS` left out, and in how many captions each stands."""
-    found = Counter()
-    for text in captions:
-        found.update(set(re.findall(r"[^\W\d_]+", text.casefold())) - FILL_WORDS)
-    return dict(sorted(found.items(), key=_most_first)[:COMMON_WORDS])
-
-
-# --- sizes ---
-
-
-def crop_loss(picture: Picture, sizes: list[Size]) -> float:
-    """Return the share of the picture's area that its crop leaves out."""
-    crop = crop_size(picture.height_px, picture.width_px, sizes)
-    area = math.prod(resized_size(picture.height_px, picture.width_px, crop))
-    return (area - math.prod(crop)) / area
-
-
-def enlargement(picture: Picture, sizes: list[Size]) -> float:
-    """Return how many times as long a picture's sides are once it covers its crop; below 1 it is made smaller."""
-    height, width = crop_size(picture.height_px, picture.width_px, sizes)
-    return max(height / picture.height_px, width / picture.width_px)
-
-
-def _size_of(picture: Picture) -> str:
-    return f"{picture.width_px:,} x {picture.height_px:,} px"
-
-
-def _crop_named(sizes: list[Size]) -> str:
-    return f"{sizes[0][0]} px" if len(sizes) == 1 else "their crop"
-
-
-def _size_facts(pictures: list[Picture], sizes: list[Size]) -> dict[str, str]:
-    by_area = sorted(pictures, key=lambda picture: (picture.width_px * picture.height_px, picture.name))
-    middle = [statistics.median(getattr(p, side) for p in pictures) for side in ("width_px", "height_px")]
-    aspects = sorted(picture.width_px / picture.height_px for picture in pictures)
-    losses = sorted(crop_loss(picture, sizes) for picture in pictures)
-    small = sum(enlargement(picture, sizes) > 1 for picture in pictures)
-    return {
-        "smallest": f"{_size_of(by_area[0])} ({by_area[0].name})",
-        "median": f"{middle[0]:,g} x {middle[1]:,g} px",
-        "largest": f"{_size_of(by_area[-1])} ({by_area[-1].name})",
-        "width / height": f"{aspects[0]:.2f} to {aspects[-1]:.2f}, median {statistics.median(aspects):.2f}",
-        f"smaller than {_crop_named(sizes)}": f"{small:,} of {len(pictures):,}",
-        "cut off by the crop": f"{losses[0]:.1%} to {losses[-1]:.1%}, median {statistics.median(losses):.1%}",
-    }
-
-
-def _side_histogram(pictures: list[Picture]) -> dict[str, int]:
-    between = [f"{least:,} to {next_px - 1:,} px" for least, next_px in pairwise(SIDES_PX)]
-    labels = [f"under {SIDES_PX[0]:,} px", *between, f"{SIDES_PX[-1]:,} px or more"]
-    sides = Counter(sum(min(p.height_px, p.width_px) >= edge for edge in SIDES_PX) for p in pictures)
-    return {label: sides[place] for place, label in enumerate(labels)}
-
-
-def _aspect_histogram(pictures: list[Picture]) -> dict[str, int]:
-    places = Counter(sum(p.width_px / p.height_px >= edge for edge in ASPECTS.values()) for p in pictures)
-    return {label: places[place] for place, label in enumerate([*ASPECTS, "2:1 or more"])}
 
 
 # --- findings ---
@@ -266,15 +156,15 @@ def _size_findings(pictures: list[Picture], sizes: list[Size], center_crop: bool
     return [
         Finding(
             len(small),
-            f"of {len(pictures):,} pictures are smaller than {_crop_named(sizes)}, and will be enlarged",
+            f"of {len(pictures):,} pictures are smaller than {crop_named(sizes)}, and will be enlarged",
             "Give larger ones, leave them out, or lower --resolution.",
-            [f"{p.name} {_size_of(p)}, enlarged {enlarged(p):,.1f} times" for p in small],
+            [f"{p.name} {size_of(p)}, enlarged {enlarged(p):,.1f} times" for p in small],
         ),
         Finding(
             len(cut),
             f"of {len(pictures):,} pictures lose more than a third to the {'square ' * is_square}crop",
             f"Crop them by hand around what matters; {less}{parts}.",
-            [f"{p.name} {_size_of(p)} loses {lost(p):.1%}" for p in cut],
+            [f"{p.name} {size_of(p)} loses {lost(p):.1%}" for p in cut],
         ),
     ]
 
@@ -303,7 +193,7 @@ def _caption_findings(named: list[tuple[str, str]], long_captions, name: Callabl
     for text, picture in named:
         if text.strip():
             pictures_of.setdefault(text, {})[picture] = None
-    shared = sorted(((t, len(p)) for t, p in pictures_of.items() if len(p) > 1), key=_most_first)
+    shared = sorted(((t, len(p)) for t, p in pictures_of.items() if len(p) > 1), key=most_first)
     total = f"of {len(named):,} captions"
     return [
         Finding(
@@ -325,7 +215,7 @@ def _caption_findings(named: list[tuple[str, str]], long_captions, name: Callabl
 def _long_finding(named: list[tuple[str, str]], long_captions, name: Callable[[str], str]) -> Finding:
     total, advice = f"of {len(named):,} captions", "Put what matters first, or shorten them"
     if long_captions is None:
-        wordy = set(_wordy(text for text, _ in named))
+        wordy = set(find_wordy(text for text, _ in named))
         found = [f"{picture}: {quoted(text)}" for text, picture in named if text in wordy]
         advice += "; --pretrained_model_name_or_path counts their tokens."
         return Finding(len(found), f"{total} are probably longer than the text encoders see", advice, found)

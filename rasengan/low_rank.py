@@ -10,7 +10,8 @@ import torch
 
 from rasengan import UserError, single_file, tensor_files
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, infer_config, kind_of, strength_of
-from rasengan.components import component_files, skeleton
+from rasengan.components import skeleton
+from rasengan.sources import component_files
 
 
 # Up to this size of a weight's smaller side all singular values are computed; beyond it the greatest ones alone.
@@ -87,7 +88,7 @@ def extract_lora(
     are computed, by a seeded random projection. Alpha is the rank.
 
     Args:
-        tuned: the folder of each component, as `components.fetch` returns it; or for each the same file that holds
+        tuned: the folder of each component, as `sources.fetch` returns it; or for each the same file that holds
             them all in the original layout.
         base: likewise, one of the two in folders; the components of both that can be adapted are compared.
         rank: of the LoRA; a layer smaller than it gets its own size.

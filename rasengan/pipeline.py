@@ -51,7 +51,7 @@ class Pipeline:
         """Take where the components are.
 
         Args:
-            folders: of each component, as `components.fetch` returns them.
+            folders: of each component, as `sources.fetch` returns them.
             variant: of the weight files.
             device: to draw on.
             dtype: of the UNet; the VAE is fp32.

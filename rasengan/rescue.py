@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from rasengan import UserError, processes, samples
+from rasengan import UserError, loader, processes
 from rasengan.checkpoint import last_name
 from rasengan.checkpoint_writer import CheckpointWriter
 from rasengan.imaging import PictureChanged
@@ -78,10 +78,10 @@ class Rescue:
             is_alone = self.accelerator.num_processes == 1  # others may be computing on the card, or wait for this one
             facts = (self.plan, self.progress.steps(), saved)
             raise UserError(self.planner.out_of_memory(*facts, can_measure=is_alone)) from error
-        except samples.WorkerDied as error:
-            raise UserError(samples.worker_died(error, self.progress.steps(), save())) from error
+        except loader.WorkerDied as error:
+            raise UserError(loader.worker_died(error, self.progress.steps(), save())) from error
         except PictureChanged as error:
-            raise UserError(samples.picture_changed(error, save())) from error
+            raise UserError(loader.picture_changed(error, save())) from error
         except UserError as error:
             saved = self._without_saving() if processes.holds_up_the_card(error) else save()
             raise UserError(f"{error} The last checkpoint is {saved}." if saved else str(error)) from error

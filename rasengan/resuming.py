@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rasengan import UserError
 from rasengan.checkpoint import read_state
-from rasengan.components import COMPONENT_FLAGS
+from rasengan.sources import COMPONENT_FLAGS
 
 
 logger = logging.getLogger(__name__)

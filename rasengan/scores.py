@@ -46,6 +46,24 @@ def judge_shares(answers: list[dict[str, object]], scenes: list[world.Scene]) ->
     return shares | {name: sum(a[name] == getattr(s, name) for a, s in pairs) / count for name in QUESTIONS}
 
 
+def by_judge(
+    judge: miniature.Judge, images: dict[str, list[Image.Image]], scenes: list[world.Scene], seeds: list[int]
+) -> dict[str, object]:
+    """Return what a judge finds in each model's pictures, as `judge_by_seed` has it.
+
+    Args:
+        judge: to ask.
+        images: of each model, the base's first: those of all scenes for the first seed, then for the next.
+        scenes: that were asked for, with each seed.
+        seeds: as many as the scenes were drawn with.
+    """
+    answers = {}
+    for kind, drawn in images.items():
+        groups = (drawn[start : start + len(scenes)] for start in range(0, len(drawn), len(scenes)))
+        answers[kind] = [answer for group in groups for answer in miniature.judge_pictures(judge, group)]
+    return judge_by_seed(answers, scenes, seeds)
+
+
 def judge_by_seed(
     answers: dict[str, list[dict[str, object]]], scenes: list[world.Scene], seeds: list[int]
 ) -> dict[str, object]:
@@ -144,6 +162,31 @@ def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
 
 def _parts(items: list) -> Iterator[list]:
     return (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
+
+
+def by_clip(
+    clip: Clip, images: dict[str, list[Image.Image]], prompts: list[str], references: list[Image.Image]
+) -> dict[str, object]:
+    """Return how near each model's pictures are to their prompts and to other pictures.
+
+    Args:
+        clip: to see them with.
+        images: of each model.
+        prompts: of each picture, the same for every model.
+        references: pictures to be near to.
+
+    Returns:
+        `reference_pictures`, how many these are; and of each model `score` and `cmmd`, and, where there are two
+        pictures at least on both sides, `kid` and `kid_std`.
+    """
+    texts, others = embed_texts(clip, prompts), embed_images(clip, references)
+    found = {"reference_pictures": len(references)}
+    for kind, drawn in images.items():
+        embeds = embed_images(clip, drawn)
+        found[kind] = {"score": clip_score(embeds, texts), "cmmd": cmmd(embeds, others)}
+        if min(len(embeds), len(others)) > 1:
+            found[kind]["kid"], found[kind]["kid_std"] = kid(embeds, others)
+    return found
 
 
 def clip_score(images: torch.Tensor, texts: torch.Tensor) -> float:

@@ -19,8 +19,9 @@ from rasengan.adapters import DIFFUSERS_FILE
 from rasengan.checkpoint import BEST_FILE, BEST_FOLDER, is_loss
 from rasengan.files import read_json_or_empty
 from rasengan.imaging import PictureChanged
+from rasengan.loader import collate, prefetched
 from rasengan.processes import add_up
-from rasengan.samples import TrainingSamples, collate, generator_for, prefetched
+from rasengan.samples import TrainingSamples, generator_for
 from rasengan.stopping import Interrupted
 
 
@@ -89,7 +90,7 @@ class ValidationLoss:
 
         Args:
             held_out: the samples whose rows are held out; of none, no step is due.
-            encode: brings batches to the device, as `samples.encode_in_loop` does.
+            encode: brings batches to the device, as `loader.encode_in_loop` does.
             compute: returns the losses (B,) of a batch, as `step.compute_losses` does.
             make_room: gives the memory back that training keeps; called if the rest does not suffice.
             device: of the losses.

@@ -15,6 +15,7 @@ from rasengan import UserError, components, locks, merging, single_file, tensor_
 from rasengan.adapters import Adapter, fit_names
 from rasengan.files import give_default_mode, sync, write_atomically, writing
 from rasengan.safetensors_header import DTYPES
+from rasengan.sources import component_files
 
 
 # Empty tensors of a single file, as ComfyUI reads them, and what a scheduler's configuration says in their place.
@@ -66,7 +67,7 @@ def save_tuned(
 
     Args:
         place: as in `save`.
-        folders: of the base's components, as `components.fetch` returns them.
+        folders: of the base's components, as `sources.fetch` returns them.
         variant: of their weight files.
         dtype: of the UNet and the text encoders; the VAE is fp32.
         scheduler: with the prediction type of the training.
@@ -94,7 +95,7 @@ def open_folders(folders: dict[str, Path], variant: str | None, dtype: torch.dty
     """Open a model whose components are in folders of their own.
 
     Args:
-        folders: as `components.fetch` returns them.
+        folders: as `sources.fetch` returns them.
         variant: of their weight files.
         dtype: of the UNet and the text encoders; None keeps each one's. The VAE is fp32.
 
@@ -103,7 +104,7 @@ def open_folders(folders: dict[str, Path], variant: str | None, dtype: torch.dty
     """
     dtypes = _dtypes(dtype)
     for name in dtypes:
-        files = components.component_files(name, folders[name], variant)
+        files = component_files(name, folders[name], variant)
         stored = [tensor_files.stored(file) for file in files if file.suffix == ".safetensors"]
         tensor_files.check_plain(folders[name], [key for part in stored for key in part])
         if dtype is not None:

@@ -44,12 +44,13 @@ from rasengan.endings import in_one_line
 from rasengan.pairs import MOST_CHARACTERS, MOST_GUIDANCE, MOST_SCALE, MOST_SEED, SIDES, Pair, PairDrawer, Settings
 from rasengan.pipeline import Pipeline
 from rasengan.run_folders import choose_adapter, find_adapters
+from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__)
-    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add = parser.add_base_flags(COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="as in training [the base's]")
@@ -257,9 +258,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("The page is one process: start it with python, not with accelerate launch.")
     device = processes.device_of(accelerator)
     dtype = components.weight_dtype(precision, device)
-    sources = components.sources_of(vars(args))
+    sources = sources_of(vars(args))
     component_checks.fetch_checked(sources)
-    folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    folders = {name: fetch(name, source) for name, source in sources.items()}
     if device.type == "cuda":
         memory.limit(args.vram_budget_gib, device)
     elif args.vram_budget_gib:

@@ -23,6 +23,7 @@ from rasengan.command_line import Parser, conditioning_cache_dir, number_type, p
 from rasengan.endings import in_one_line
 from rasengan.files import check_writable, write_atomically
 from rasengan.picture_files import save_png
+from rasengan.sources import COMPONENT_FLAGS, component_sources, fetch
 
 
 MOST_SHOWN = 200
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--conditioning_cache_dir", type=path_type, help="what is known of pictures [training's, ~/.cache/rasengan]")
 
     # Only the tokenizer is fetched, and no weights.
-    parser.add_base_flags({"tokenizer": components.COMPONENT_FLAGS["tokenizer"]})
+    parser.add_base_flags({"tokenizer": COMPONENT_FLAGS["tokenizer"]})
 
     add = parser.add_argument_group("report").add_argument
     add("--output_dir", type=path_type, default="data-report", help="[%(default)s]")
@@ -76,8 +77,8 @@ def find_long_captions(args: argparse.Namespace, usable: data_survey.Usable) -> 
     base = args.pretrained_model_name_or_path or overrides["tokenizer"]
     if base is None:
         return None
-    sources = components.component_sources(base, overrides, args.revision, args.variant, args.cache_dir)
-    tokenizer = components.load("tokenizer", components.fetch("tokenizer", sources["tokenizer"]))
+    sources = component_sources(base, overrides, args.revision, args.variant, args.cache_dir)
+    tokenizer = components.load("tokenizer", fetch("tokenizer", sources["tokenizer"]))
     return captions.find_long_captions(usable.captions, usable.pictures, tokenizer) if usable.captions else []
 
 

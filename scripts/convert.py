@@ -32,6 +32,7 @@ from rasengan.command_line import Parser, number_type, path_type
 from rasengan.conversion import LAYOUTS, check_family, write_adapter
 from rasengan.endings import in_one_line
 from rasengan.files import check_name, check_writable
+from rasengan.sources import component_sources, fetch
 from rasengan.tensor_files import PICKLES
 
 
@@ -159,10 +160,10 @@ def find_model(args: argparse.Namespace, flag: str, names: Iterable[str], weight
 
     With `weights=False` only their configurations are fetched.
     """
-    sources = components.component_sources(getattr(args, flag), {}, None, args.variant, args.cache_dir)
+    sources = component_sources(getattr(args, flag), {}, None, args.variant, args.cache_dir)
     try:
         found = component_checks.fetch_checked({name: sources[name] for name in names})
-        return {name: components.fetch(name, sources[name]) for name in names} if weights else found
+        return {name: fetch(name, sources[name]) for name in names} if weights else found
     except UserError as error:
         raise with_flag(error, flag) from error
 

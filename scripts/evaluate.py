@@ -9,7 +9,6 @@ printed, and written to --output_dir as evaluation.json, evaluation.html and ten
 
 import argparse
 import gc
-import json
 import os
 from functools import partial, wraps
 from pathlib import Path
@@ -34,11 +33,12 @@ from rasengan import (
     data,
     data_survey,
     drawing,
+    evaluated_run,
     evaluation,
     evaluation_page,
     fitting,
-    held_out,
     imaging,
+    loss_comparison,
     miniature,
     pages,
     processes,
@@ -61,9 +61,11 @@ from rasengan.command_line import (
     words_of,
 )
 from rasengan.endings import in_one_line
-from rasengan.evaluation import KINDS, Drawn, Losses, Point
-from rasengan.files import check_writable, read_json_or_empty, remove_left_behind, write_atomically
+from rasengan.evaluation import Drawn
+from rasengan.files import check_writable, read_json_or_empty
+from rasengan.loss_comparison import KINDS, Losses, Point
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 
 
 gc.freeze()
@@ -71,20 +73,18 @@ gc.enable()
 
 
 SOURCE = ("dataset_name", "dataset_config_name", "train_data_dir")
-COMPONENT_PLACES = [flag.removeprefix("--") for flag in components.COMPONENT_FLAGS.values()]
+COMPONENT_PLACES = [flag.removeprefix("--") for flag in COMPONENT_FLAGS.values()]
 OWN = {"output_dir", "lora_alpha"}  # which training has too, and means otherwise
 MOST_REFERENCES = 500  # pictures of the data that KID and CMMD take
 
 
 class Measured(NamedTuple):
-    """Captioned pictures, and the rows of those that are measured on."""
+    """Captioned pictures, and which of them are measured on."""
 
     column: datasets.Column
     pictures: list[imaging.Picture]
     captions: list[list[str]]
-    held_out: list[int]
-    trained: list[int]  # none where nothing says what was trained on
-    is_runs: bool  # the run's own split of its own pictures
+    rows: evaluated_run.Rows
 
 
 # --- the command line ---
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
     add("--lora_scale", type=number_type(kind=float), default=1.0, help="strength of the adapter [%(default)s]")
     add("--lora_alpha", type=number_type(1e-8, float), help="of the training, where a file does not say it")
 
-    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add = parser.add_base_flags(COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[the scheduler's]")
     add("--conditioning_cache_dir", type=path_type, help="shared with training [~/.cache/rasengan]")
@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line, with the run's own settings in place of the defaults."""
     parser = make_parser()
     given = parser.parse_args(argv)
-    run = find_run(given.lora_weights)
+    run = evaluated_run.find_run(given.lora_weights)
     file = run / "args.json" if run else None
     settings = read_json_or_empty(file) if run else {}
     known = {action.dest for action in parser._actions} - OWN
@@ -160,13 +160,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.num_pictures = 200 if args.judge else len(args.prompt) or 8
     args.conditioning_cache_dir = conditioning_cache_dir(args.conditioning_cache_dir, os.environ)
     return args
-
-
-def find_run(place: str) -> Path | None:
-    """Return the output folder of the training that an adapter lies in; None where it says nothing of one."""
-    path = Path(place).resolve()
-    places = (path, *path.parents[:2]) if path.exists() else ()
-    return next((folder for folder in places if (folder / "args.json").is_file()), None)
 
 
 def validate_args(args: argparse.Namespace) -> None:
@@ -220,37 +213,11 @@ def find_measured(args: argparse.Namespace, make_bar) -> tuple[Measured, list[st
     _, dataset, pictures = data.find_pictures(vars(args), make_bar)
     dataset, pictures = data.leave_out_broken(dataset, pictures, args.skip_bad_images)
     captions = read_captions(dataset, args.caption_column, pictures)
-    rows = held_out.split(pictures, args.validation_split, args.seed)
-    settings, notes, trained, is_runs = args.run_settings, [], [], False
-    if not args.run:
-        notes.append(
-            "No run says what was held out: a held-out picture may have been trained on, unless the training had this "
-            "--validation_split and --seed."
-        )
-    elif settings.get("data_digest") != data.data_digest(pictures, captions):
-        notes.append("These are not the pictures and captions of the training: it may have seen held-out ones.")
-    else:
-        of_run = held_out.split(pictures, settings.get("validation_split"), settings.get("seed", 0))
-        is_runs = of_run.held_out == rows.held_out
-        chosen, known = ({pictures[row].digest for row in some} for some in (rows.held_out, of_run.trained))
-        trained = [row for row in of_run.trained if pictures[row].digest not in chosen]
-        if met := len(chosen & known):
-            notes.append(f"{met} of {len(chosen)} held-out pictures were trained on: their loss tells less.")
-    if settings.get("base_quantization", "none") != "none":
+    settings = args.run_settings if args.run else None
+    rows, notes = evaluated_run.choose_rows(pictures, captions, args.validation_split, args.seed, settings)
+    if args.run_settings.get("base_quantization", "none") != "none":
         notes.append("It was trained on a base in 4 bits, and is measured on the whole one.")
-    trained = evaluation.trained_sample(pictures, trained, len(rows.held_out), args.seed)
-    return Measured(dataset[args.image_column], pictures, captions, rows.held_out, trained, is_runs), notes
-
-
-def steps_of_adapter(args: argparse.Namespace) -> int | None:
-    """Return how many optimizer steps the adapter has; None where nothing says so."""
-    path = Path(args.lora_weights).resolve()
-    if path.name.startswith("checkpoint-") and path in checkpoint.list_checkpoints(path.parent):
-        return checkpoint.step_of(path)
-    if path.name == checkpoint.BEST_FOLDER:
-        return checkpoint.best_step(path.parent)
-    step = args.run_settings.get("optimizer_steps") if args.run in (path, path.parent) else None
-    return step if type(step) is int and step > 0 else None
+    return Measured(dataset[args.image_column], pictures, captions, rows), notes
 
 
 def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapter:
@@ -263,7 +230,7 @@ def read_fitting(path: Path, lora_alpha: float | None, skeletons: dict) -> Adapt
 def choose_pictures(args: argparse.Namespace, measured: Measured) -> tuple[list[Drawn], list[world.Scene]]:
     """Return what is drawn, and with --judge the scenes that each seed's pictures show."""
     scenes = world.held_out_scenes(args.num_pictures) if args.judge else []
-    texts = args.prompt or list(dict.fromkeys(measured.captions[row][0] for row in measured.held_out))
+    texts = args.prompt or list(dict.fromkeys(measured.captions[row][0] for row in measured.rows.held_out))
     texts = [scene.caption for scene in scenes] or texts
     return evaluation.to_draw(texts, args.num_pictures, args.picture_seeds), scenes
 
@@ -279,7 +246,7 @@ def encode(args, folders: dict, measured: Measured, prompts: set[str], sizes, de
     others = prompts.difference(texts)
     groups = texts, sorted(others)
     captions, rest = cache.cached_prompts(directory, groups, folders, args.variant, device, dtype, share, bar)
-    needed = {text for row in (*measured.held_out, *measured.trained) for text in measured.captions[row]}
+    needed = {text for row in (*measured.rows.held_out, *measured.rows.trained) for text in measured.captions[row]}
     return latents, {text: (rest if text in others else captions)[text] for text in needed | prompts}
 
 
@@ -296,24 +263,14 @@ def score(args, judge, scenes: list, device, drawn: list[Drawn], images: dict, r
     """Return what judge and CLIP say of both models' pictures."""
     found = {"count": len(drawn), "drawn": [one._asdict() for one in drawn]}
     if judge:
-        starts, answers = range(0, len(drawn), len(scenes)), {}
-        for kind in KINDS:
-            groups = [miniature.judge_pictures(judge, images[kind][start : start + len(scenes)]) for start in starts]
-            answers[kind] = [answer for group in groups for answer in group]
-        found["judge"] = scores.judge_by_seed(answers, scenes, args.picture_seeds)
+        found["judge"] = scores.by_judge(judge, images, scenes, args.picture_seeds)
     if args.clip_model:
-        clip = scores.load_clip(args.clip_model, device, args.cache_dir)
-        texts, others = scores.embed_texts(clip, [one.prompt for one in drawn]), scores.embed_images(clip, references)
-        found["clip"] = {"model": args.clip_model, "reference_pictures": len(references)}
-        for kind in KINDS:
-            embeds = scores.embed_images(clip, images[kind])
-            found["clip"][kind] = {"score": scores.clip_score(embeds, texts), "cmmd": scores.cmmd(embeds, others)}
-            if min(len(embeds), len(others)) > 1:
-                found["clip"][kind]["kid"], found["clip"][kind]["kid_std"] = scores.kid(embeds, others)
+        clip, texts = scores.load_clip(args.clip_model, device, args.cache_dir), [one.prompt for one in drawn]
+        found["clip"] = {"model": args.clip_model} | scores.by_clip(clip, images, texts, references)
     return found
 
 
-# --- the checkpoints' losses, and the report ---
+# --- the checkpoints' losses ---
 
 
 def measure_curve(
@@ -333,25 +290,14 @@ def measure_curve(
     has_average = (Path(args.lora_weights) / checkpoint.EMA_FOLDER).is_dir()
     on_curve = None if has_average else step
     points = [Point(0, losses["base"])] + ([Point(on_curve, losses["tuned"])] if on_curve else [])
-    saved, notes = evaluation.saved_adapters(args.run, on_curve) if args.checkpoints else ({}, [])
+    saved, notes = evaluated_run.saved_adapters(args.run, on_curve) if args.checkpoints else ({}, [])
     for at, path in saved.items():
         print(f"Measuring the adapter of step {at}", flush=True)
         bench.use(read_fitting(path, args.lora_alpha, skeletons))
         points.append(Point(at, Losses(*map(bench.measure, both))))
     if args.checkpoints and len(points) < 3:
-        notes.append(evaluation.no_curve(points))
+        notes.append(loss_comparison.no_curve(points))
     return points, notes
-
-
-def write_report(output_dir: Path, figures: dict, pairs: list[evaluation_page.Pair], thumbnails: list[bytes]) -> None:
-    """Write the figures as a page, for TensorBoard and as JSON, and print them; the rest as `as_page` takes it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_left_behind(output_dir)
-    write_atomically(output_dir / "evaluation.html", evaluation_page.as_page(figures, pairs, thumbnails).encode())
-    evaluation_page.write_scalars(output_dir / "tensorboard", figures, figures["step"] or 0)
-    content = json.dumps(evaluation.as_json(figures), indent=1, allow_nan=False)
-    write_atomically(output_dir / "evaluation.json", content.encode())  # last: where it is, the rest is
-    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
 
 
 # --- the story ---
@@ -389,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- everything that can be wrong, before anything is loaded ---
     judge = miniature.load_judge(args.judge) if args.judge else None
-    sources = components.sources_of(vars(args))
+    sources = sources_of(vars(args))
     folders = component_checks.fetch_checked(sources)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     adapter = read_fitting(fetch_adapter(args.lora_weights, cache_dir=args.cache_dir), args.lora_alpha, skeletons)
@@ -397,7 +343,7 @@ def main(args: argparse.Namespace) -> None:
     if judge and not miniature.is_one(components.read_config("unet", folders["unet"])):
         notes.append("The base is not the miniature: what the judge says of its pictures means nothing.")
     drawn, scenes = choose_pictures(args, measured)
-    folders = {name: components.fetch(name, source) for name, source in sources.items()}
+    folders = {name: fetch(name, source) for name, source in sources.items()}
     scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
     drawing.check_steps(scheduler, args.num_inference_steps)
     for prompt, length, most in prompts.too_long(list({one.prompt for one in drawn}), folders):
@@ -424,7 +370,7 @@ def main(args: argparse.Namespace) -> None:
         noise_offset=0.0,
         num_train_timesteps=scheduler.config.num_train_timesteps,
     )
-    both = [make_samples(rows=rows) for rows in (measured.held_out, measured.trained)]
+    both = [make_samples(rows=rows) for rows in (measured.rows.held_out, measured.rows.trained)]
 
     # --- base and tuned: their losses, and what they draw ---
     pipeline, batch_size = Pipeline(folders, args.variant, device, dtype), args.run_settings.get("train_batch_size")
@@ -443,7 +389,7 @@ def main(args: argparse.Namespace) -> None:
             latents_drawn[kind] = bench.draw(sampler, drawn, on_pictures=bar.update, **options)
 
     # --- the checkpoints' losses ---
-    step = steps_of_adapter(args)
+    step = evaluated_run.steps_of_adapter(args.lora_weights, args.run, args.run_settings)
     if args.run and step is None:
         notes.append(
             "Nothing says after which step this adapter was written. If the run was begun again and has not ended, it "
@@ -451,7 +397,7 @@ def main(args: argparse.Namespace) -> None:
         )
     points, more = measure_curve(args, bench, both, losses, step, skeletons)
     notes += more
-    best_step = checkpoint.best_step(args.run) if measured.is_runs and args.lora_scale == 1 else None
+    best_step = checkpoint.best_step(args.run) if measured.rows.is_runs and args.lora_scale == 1 else None
     pipeline.drop_unet()
 
     # --- pictures and their scores ---
@@ -464,14 +410,16 @@ def main(args: argparse.Namespace) -> None:
     figures = {"settings": settings | {"run": str(args.run) if args.run else None}, "notes": notes, "step": step}
     figures["pictures"] = found
     timesteps = scheduler.config.num_train_timesteps
-    figures["loss"] = evaluation.loss_figures(both[0], losses, points, timesteps, best_step)
+    figures["loss"] = loss_comparison.loss_figures(both[0], losses, points, timesteps, best_step)
     pairs = [
         evaluation_page.Pair(drawn[n], *(pages.as_jpeg(images[kind][n]) for kind in KINDS))
         for n in data_survey.spread(len(drawn), evaluation_page.MOST_PAIRS)
     ]
     best_first = [about["row"] for about in figures["loss"]["pictures"][: evaluation_page.MOST_HELD_OUT]]
     thumbnails = [pages.as_jpeg(crop(args, measured, row, sizes)) for row in best_first]
-    write_report(Path(args.output_dir), figures, pairs, thumbnails)
+    output_dir = Path(args.output_dir)
+    evaluation_page.write_report(output_dir, figures, pairs, thumbnails)
+    print(f"\n{evaluation_page.as_text(figures)}\n\nThe report: {output_dir / 'evaluation.html'}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ import gc
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 
 # Before PyTorch looks: it then grows its memory in place, and loses less between blocks of different sizes.
@@ -35,17 +33,14 @@ from rasengan import (
     fitting,
     memory,
     merging,
-    picture_files,
     processes,
     prompts,
     sdxl,
-    sheets,
+    sweep,
     tensor_files,
     whole_model,
 )
-from rasengan.adapter_places import fetch_adapter
-from rasengan.adapter_reader import read_adapters
-from rasengan.adapters import ADAPTABLE, Adapter, default_alpha
+from rasengan.adapters import ADAPTABLE
 from rasengan.command_line import (
     Parser,
     conditioning_cache_dir,
@@ -54,9 +49,11 @@ from rasengan.command_line import (
     path_type,
     weighted_place_type,
 )
+from rasengan.compared_models import Model, describe_merge, read_models
 from rasengan.endings import in_one_line
 from rasengan.files import check_name, check_writable
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 
 
 gc.freeze()
@@ -66,27 +63,11 @@ gc.enable()
 WEIGHT_ENDINGS = {".safetensors", *tensor_files.PICKLES}
 
 
-class Model(NamedTuple):
-    """A model to draw with: the base, or the base with adapters, each with its scale."""
-
-    label: str  # in grids
-    kind: str  # in file names
-    adapters: list[tuple[Adapter, float]]
-    places: str
-
-
-class Picture(NamedTuple):
-    """A picture's file, as it is called in an empty folder, and what it is made from."""
-
-    file: Path
-    about: dict[str, object]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = Parser(__doc__)
     positive = number_type(1)
-    add = parser.add_base_flags(components.COMPONENT_FLAGS)
+    add = parser.add_base_flags(COMPONENT_FLAGS)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[fp16 on a GPU, no on a CPU]")
     add("--vram_budget_gib", type=number_type(0.1, float), help="GPU memory to use [what the card has]")
     add("--conditioning_cache_dir", type=path_type, help="for the prompts' embeddings [~/.cache/rasengan]")
@@ -196,60 +177,10 @@ def validate_args(args: argparse.Namespace) -> None:
 # --- what is drawn with ---
 
 
-def read_models(args: argparse.Namespace) -> list[Model]:
-    """Return the models to draw with, the base first where it is compared; reads each adapter once.
-
-    One of weight 0 is no part of any.
-    """
-    weighted = [(place, weight) for place, weight in args.lora if weight]
-    sets = [weighted] if weighted else [[(place, 1.0)] for place in args.lora_weights]
-    files = [fetch_adapter(place, cache_dir=args.cache_dir) for places in sets for place, _ in places]
-    read = iter(read_adapters(files, args.lora_alpha, args.allow_pickle))
-    names = iter(short_names(args.lora_weights))
-    base = Model("base", "base", [], "none")
-    models = [base] if args.compare or not sets or 0.0 in args.lora_scale else []
-    for places in sets:
-        adapters = [(next(read), weight) for _, weight in places]
-        name = next(names) if len(sets) > 1 else "LoRA"
-        for scale in filter(None, args.lora_scale):  # 0 is the base
-            label = f"{name} x {scale:g}"
-            kind = "tuned" if len(sets) == len(args.lora_scale) == 1 else label
-            described = " + ".join(f"{place} at scale {weight * scale:g}" for place, weight in places)
-            models.append(Model(label, kind, [(adapter, weight * scale) for adapter, weight in adapters], described))
-    return models
-
-
-def short_names(places: list[str]) -> list[str]:
-    """Return the ends of paths by which they differ.
-
-    Raises:
-        UserError: one is there twice.
-    """
-    if len(set(map(Path, places))) < len(places):
-        raise UserError("--lora_weights names a place twice. Give each once.")
-    parts = [Path(place).parts for place in places]
-    depths = range(1, max(map(len, parts), default=0) + 1)
-    candidates = (["/".join(path[-depth:]) for path in parts] for depth in depths)
-    return next((names for names in candidates if len(set(names)) == len(names)), places)
-
-
 def report(model: Model, component: str, change: merging.MergeReport) -> None:
-    """Say what a merge changed."""
-    configs = [
-        (adapter.configs[component], scale) for adapter, scale in model.adapters if component in adapter.configs
-    ]
-    root = {True: "root of rank", False: "rank"}  # what rsLoRA divides by
-    how = " + ".join(
-        f"alpha {default_alpha(config):g} / {root[getattr(config, 'use_rslora', False)]} {config.r} x {scale:g}"
-        for config, scale in configs
-    )
-    say = partial(tqdm.write, file=sys.stdout)  # above a progress bar, where there is one
-    relative = f"relative weight change {change.relative_change:.3e}"
-    say(f"Merged {change.modules} modules of the {component} at {how}: {relative}")
-    if change.relative_change < 1e-6:
-        say("warning: this is too small a change to be seen. Was the adapter trained, and is its alpha right?")
-    elif change.relative_change > 10:
-        say("warning: it drowns what the model had. Are the adapter's numbers and its alpha right?")
+    """Say what a merge changed, above a progress bar where there is one."""
+    for line in describe_merge(model, component, change):
+        tqdm.write(line, file=sys.stdout)
 
 
 def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torch.dtype, model: Model) -> dict:
@@ -269,18 +200,6 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
 # --- pictures ---
 
 
-def place_pictures(args: argparse.Namespace, models: list[Model]) -> dict[tuple[int, int, int], Picture]:
-    """Return the pictures by the place of their model, their prompt's, and their seed."""
-    pictures = {}
-    for (place, model), (number, prompt), seed in itertools.product(
-        enumerate(models), enumerate(args.prompt), seeds_of(args)
-    ):
-        about = {"prompt": prompt, "seed": seed} | settings_of(args) | {"adapter": model.places}
-        name = f"{number:03d}-{picture_files.picture_name(prompt, seed, model.kind)}"
-        pictures[place, number, seed] = Picture(Path(args.output_dir) / name, about)
-    return pictures
-
-
 def seeds_of(args: argparse.Namespace) -> list[int]:
     """Return the seeds of each prompt's pictures."""
     return [args.seed + number for number in range(args.num_images_per_prompt)]
@@ -291,7 +210,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     shown = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "init_image")
     shown += ("prediction_type", "mixed_precision", "lora_alpha")
     about = {"model": args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path}
-    places = [flag.removeprefix("--") for flag in components.COMPONENT_FLAGS.values()]
+    places = [flag.removeprefix("--") for flag in COMPONENT_FLAGS.values()]
     about |= {name: getattr(args, name) for name in (*shown, *places, "revision", "variant")} | (
         {"strength": args.strength} if args.init_image else {}
     )
@@ -319,39 +238,6 @@ def draw_share(args, accelerator: Accelerator, pipeline: Pipeline, models: list[
                 yield place, number, pipeline.draw(scheduler, row, seeds, on_step=bar.update, **options).cpu()
 
 
-def draw_all(args, pipeline: Pipeline, pictures: dict, shares: Iterator, budget_gib: float) -> None:
-    """Decode what `draw_share` gives, and write it, beside pictures of other settings that are there."""
-    waiting = []
-    with picture_files.PictureWriter() as writer:
-        for drawn in shares:
-            waiting.append(drawn)
-            if pipeline.decode_fits(args.height, args.width, budget_gib):
-                decode(args, pipeline, pictures, waiting, writer)
-                waiting.clear()
-        if waiting:  # there is no room for the VAE beside the UNet
-            pipeline.drop_unet()
-            decode(args, pipeline, pictures, waiting, writer)
-
-
-def decode(args, pipeline: Pipeline, pictures: dict, drawn: list, writer: picture_files.PictureWriter) -> None:
-    """Decode what was drawn, and write it with what it was made from in its metadata."""
-    for place, number, latents in drawn:
-        for seed, image in enumerate(pipeline.decode(latents), args.seed):
-            picture = pictures[place, number, seed]
-            writer.write(picture.file, image, picture.about)
-
-
-def show_together(args: argparse.Namespace, models: list[Model], pictures: dict) -> None:
-    """Write a contact sheet of all pictures, and grids where there is something to compare."""
-    rows = []
-    for number, seed in itertools.product(range(len(args.prompt)), seeds_of(args)):
-        # Where each is now, whichever process wrote it.
-        files = [picture_files.place_of(*pictures[place, number, seed]) for place in range(len(models))]
-        rows.append((f"{args.prompt[number]} ({seed})", files))
-    columns = [(model.label, model.places) for model in models]
-    sheets.write_together(Path(args.output_dir), rows, columns, settings_of(args))
-
-
 def main(args: argparse.Namespace) -> None:
     """Draw, and leave the pictures in --output_dir."""
     validate_args(args)
@@ -366,9 +252,10 @@ def main(args: argparse.Namespace) -> None:
     dtype = components.weight_dtype(precision, device)
 
     # Everything that can be wrong, before anything is loaded.
-    sources = components.sources_of(vars(args))
+    sources = sources_of(vars(args))
     folders = component_checks.fetch_checked(sources)
-    models = read_models(args)
+    which = (args.lora_weights, args.lora, args.lora_scale, args.compare)
+    models = read_models(*which, args.lora_alpha, args.allow_pickle, args.cache_dir)
     skeletons = {name: components.skeleton(name, folders[name]) for name in ADAPTABLE}
     for adapter in {id(adapter): adapter for model in models for adapter, _ in model.adapters}.values():
         fitting.check_fits(adapter, skeletons)
@@ -377,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     args.height, args.width = begin.shape[2:] if begin is not None else (args.height, args.width)
     args.height, args.width = args.height or default_side, args.width or default_side
     with processes.one_goes_first(accelerator.is_local_main_process):
-        folders = {name: components.fetch(name, source) for name, source in sources.items()}
+        folders = {name: fetch(name, source) for name, source in sources.items()}
     if args.guidance_scale > 1:
         args.negative_prompt = components.negative_prompt(args.negative_prompt, folders)
     scheduler = components.load_scheduler(folders["scheduler"], args.prediction_type)
@@ -390,15 +277,16 @@ def main(args: argparse.Namespace) -> None:
         embeds = [encode(args, accelerator, folders, dtype, model) for model in models]
         pipeline = Pipeline(folders, args.variant, device, dtype)
         init = pipeline.encode(begin) if begin is not None else None
-        pictures = place_pictures(args, models)
-        shares = draw_share(args, accelerator, pipeline, models, embeds, init)
-        draw_all(args, pipeline, pictures, shares, budget_gib)
+        output_dir, seeds, settings = Path(args.output_dir), seeds_of(args), settings_of(args)
+        pictures = sweep.place_pictures(output_dir, models, args.prompt, seeds, settings)
+        drawn = draw_share(args, accelerator, pipeline, models, embeds, init)
+        sweep.write_pictures(pipeline, pictures, drawn, seeds, args.height, args.width, budget_gib)
         processes.wait_for_everyone()
         if accelerator.is_main_process:
-            show_together(args, models, pictures)
+            sweep.show_together(output_dir, models, args.prompt, seeds, pictures, settings)
             beside = ", side by side in grid*.png" * (len(models) > 1)
-            drawn = "1 picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
-            print(f"{drawn} in {args.output_dir}, and together in contact_sheet.html{beside}")
+            there = "1 picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
+            print(f"{there} in {args.output_dir}, and together in contact_sheet.html{beside}")
             if device.type == "cuda":
                 print(f"Peak: {memory.peak_reserved_gib(device):.2f} GiB")
         pipeline.drop_unet()

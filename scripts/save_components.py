@@ -28,6 +28,7 @@ from rasengan.files import (
     write_atomically,
     writing,
 )
+from rasengan.sources import component_sources, fetch
 
 
 MANIFEST = "components.json"
@@ -102,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
             f"{directory} has {', '.join(strangers)} from elsewhere, which would be overwritten. Give another "
             "folder, or remove them."
         )
-    sources = components.component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
+    sources = component_sources(args.base, {}, args.revision, args.variant, args.cache_dir)
     folders = component_checks.fetch_checked(sources)
     check_writable(directory, "DIR")
     dtype = torch.float16 if args.dtype == "fp16" else torch.float32
@@ -116,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
             with writing(directory / name, remedy):
                 # What a run that was cut off has written wholly lacks only its name.
                 if known is None or hash_files(unfinished_name(directory / name)) != known:
-                    folder = components.fetch(name, sources[name])
+                    folder = fetch(name, sources[name])
                     known = write_component(name, folder, directory / name, dtype, args.variant)
                     # The manifest comes before the name: whatever has the name is known, and checked by a later run.
                     manifest["components"][name] = known

@@ -13,8 +13,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl
+from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl, sweep
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENT_FLAGS
 
 
 PROMPT = "a big red star"
@@ -250,7 +251,7 @@ def test_a_distilled_scheduler_takes_no_more_steps_than_it_was_made_for(tiny_bas
 
 
 def test_components_given_one_by_one_draw_the_same(compared, infer_script, tiny_base, trained, tmp_path):
-    flags = [word for name, flag in components.COMPONENT_FLAGS.items() for word in (flag, str(tiny_base / name))]
+    flags = [word for name, flag in COMPONENT_FLAGS.items() for word in (flag, str(tiny_base / name))]
     small = ["--height", "64", "--width", "64", "--num_inference_steps", "3", "--seed", "3", "--prompt", PROMPT]
     arguments = [*flags, *small, "--lora_weights", str(trained), "--output_dir", str(tmp_path)]
     infer_script.main(infer_script.parse_args(arguments))
@@ -520,15 +521,15 @@ def test_runs_into_one_folder_lose_no_picture_and_show_the_last_run(compared, dr
     assert f"{trained} at scale" not in page
 
 
-def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, infer_script, tmp_path, monkeypatch):
-    decode, other = infer_script.decode, Image.new("RGB", (8, 8), "red")
+def test_a_run_into_the_same_folder_meanwhile_keeps_its_picture(draw, tmp_path, monkeypatch):
+    decode, other = sweep.decode, Image.new("RGB", (8, 8), "red")
 
-    def decode_later(args, pipeline, pictures, *rest):
+    def decode_later(pipeline, pictures, *rest):
         for picture in pictures.values():
             picture_files.save_png(picture.file, other, {"made": "otherwise"})
-        decode(args, pipeline, pictures, *rest)
+        decode(pipeline, pictures, *rest)
 
-    monkeypatch.setattr(infer_script, "decode", decode_later)
+    monkeypatch.setattr(sweep, "decode", decode_later)
     draw("--prompt", PROMPT, "--seed", 3, "--output_dir", tmp_path)
     drawn = {path.name: Image.open(path) for path in tmp_path.glob("*.png")}
     assert set(drawn) == {BASE, BASE.replace(".png", "-2.png")}

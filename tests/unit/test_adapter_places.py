@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from rasengan import UserError, adapter_reader, adapters, components
+from rasengan import UserError, adapter_reader, adapters, downloads
 from rasengan.adapter_places import fetch_adapter
 from rasengan.adapter_writer import same_adapter, write_diffusers, write_kohya, write_peft_folders
 
@@ -170,7 +170,7 @@ def test_a_gateways_page_in_place_of_the_hubs_answer_is_an_error_with_the_remedy
     def answer(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(components, "snapshot_download", answer)
+    monkeypatch.setattr(downloads, "snapshot_download", answer)
     with pytest.raises(UserError, match="me/style is no path here, and the hub did not give .*: .* Correct the name"):
         fetch_adapter("me/style")
 

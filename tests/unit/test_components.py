@@ -1,9 +1,5 @@
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -13,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rasengan import UserError, component_checks, components
-from rasengan.components import Source, fetch, load
+from rasengan.components import load
+from rasengan.sources import COMPONENT_FLAGS, Source, fetch
 
 
-ROOT = Path(__file__).parents[2]
 MODELS = list(components.MODELS)
 
 
@@ -46,66 +42,6 @@ def refuse(words, function, *arguments, **options):
     assert "\n" not in str(error.value)
 
 
-# --- where components are ---
-
-
-def test_each_component_comes_from_its_own_place_or_from_the_base():
-    sources = components.component_sources("base", {"vae": "other", "unet": None}, "rev", "fp16", "cache")
-    assert set(sources) == {*MODELS, "tokenizer", "tokenizer_2", "scheduler"}
-    assert sources["vae"] == Source("other", None, "rev", "fp16", "cache")
-    assert sources["unet"] == Source("base", "unet", "rev", "fp16", "cache")
-    alone = dict.fromkeys(sources, "alone")
-    assert components.component_sources(None, alone)["scheduler"] == Source("alone")
-    words = "scheduler.*--pretrained_model_name_or_path.*--pretrained_scheduler_name_or_path"
-    refuse(words, components.component_sources, None, alone | {"scheduler": None})
-    assert components.COMPONENT_FLAGS["vae"] == "--pretrained_vae_model_name_or_path"  # diffusers' name
-
-
-@pytest.mark.parametrize("component", components.COMPONENTS)
-def test_a_component_is_found_in_a_pipeline_or_by_itself(base, monkeypatch, component):
-    folder = base / component
-    assert fetch(component, Source(str(base), component)) == folder
-    assert fetch(component, Source(str(folder))) == folder
-    assert fetch(component, Source(str(base))) == folder  # its own flag may name a whole pipeline
-    monkeypatch.setenv("HOME", str(base.parent))
-    assert fetch(component, Source("~/base", component)) == folder
-    (base / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    assert fetch(component, Source(str(base), component)) == folder
-    refuse("neither a folder nor a hub id", fetch, component, Source(str(base / "none" / "none"), component))
-    shutil.move(folder, base / "elsewhere")
-    refuse(f"holds no {component}.*{components.COMPONENT_FLAGS[component]}", fetch, component, Source(str(base)))
-
-
-@pytest.mark.parametrize("component", MODELS)
-def test_weights_that_are_not_safetensors_or_not_there_are_refused(base, component):
-    file = weights_of(base / component)
-    file.rename(file.with_suffix(".bin"))
-    refuse(rf"{file.stem}\.bin.*Save it as safetensors", fetch, component, Source(str(base), component))
-    file.with_suffix(".bin").unlink()
-    refuse("its weight files are: none", fetch, component, Source(str(base), component))
-    assert fetch(component, Source(str(base), component), weights=False) == base / component
-
-
-@pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
-@pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_a_variant_is_found_and_loaded_and_kept_apart(base, component, max_shard_size):
-    folder, source = base / component, Source(str(base), component)
-    model, stem = load(component, folder).half(), weights_of(folder).stem
-    refuse("Drop --variant", fetch, component, source._replace(variant="fp16"))
-    model.save_pretrained(folder, variant="fp16", max_shard_size=max_shard_size)
-    assert fetch(component, source._replace(variant="fp16")) == fetch(component, source) == folder
-    plain = [file.name for file in components.component_files(component, folder)]
-    variant = [file.name for file in components.component_files(component, folder, "fp16")]
-    assert plain == ["config.json", f"{stem}.safetensors"]
-    assert all(name == "config.json" or (name.startswith(stem) and "fp16" in name) for name in variant)
-    assert len(variant) == 2 if max_shard_size == "5GB" else len(variant) > 2
-    (folder / f"{stem}.safetensors").unlink()
-    loaded = load(component, folder, torch.float16, variant="fp16").state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    (folder / variant[1]).unlink()
-    refuse(f"{component} .*cannot be loaded", load, component, folder, variant="fp16")
-
-
 # --- whether they fit together ---
 
 
@@ -118,7 +54,7 @@ def test_the_tiny_base_is_one_sdxl(base):
 def test_another_class_is_refused_by_its_name(base, component):
     other = MODELS[MODELS.index(component) - 1]
     found, expected = components.MODELS[other].__name__, components.MODELS[component].__name__
-    words = f"{base / other} holds an? {found}, not .*{expected}.*{components.COMPONENT_FLAGS[component]}"
+    words = f"{base / other} holds an? {found}, not .*{expected}.*{COMPONENT_FLAGS[component]}"
     refuse(words, component_checks.check_components, folders_of(base) | {component: base / other})
 
 
@@ -273,7 +209,7 @@ def test_damaged_weights_are_refused_by_the_components_name(base, component, dam
         save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
     else:
         save_file({f"wrapped.{key}": tensor for key, tensor in tensors.items()}, file)
-    words = f"{component} in .*cannot be loaded.*{components.COMPONENT_FLAGS[component]}"
+    words = f"{component} in .*cannot be loaded.*{COMPONENT_FLAGS[component]}"
     refuse(words, load, component, base / component)
 
 
@@ -333,99 +269,6 @@ def test_a_scheduler_is_of_the_class_that_its_configuration_names(base):
     for name in ("NoScheduler", "UNet2DConditionModel"):
         file.write_text(json.dumps({"_class_name": name}))
         refuse(f"'{name}'.*--pretrained_scheduler_name_or_path", load, "scheduler", base / "scheduler")
-
-
-# --- the hub ---
-
-ASK = """
-import json, sys
-from rasengan import UserError
-from rasengan.components import Source, fetch
-answers = []
-for component, source, weights in json.loads(sys.argv[1]):
-    try:
-        answers.append(str(fetch(component, Source(**source), weights)))
-    except UserError as error:
-        answers.append(f"error: {error}")
-print(json.dumps(answers))
-"""
-TINY, ALONE = "org/tiny", "org/vae-alone"
-QUESTIONS = {
-    "configuration": ("unet", {"name_or_path": TINY, "subfolder": "unet"}, False),
-    "unet": ("unet", {"name_or_path": TINY, "subfolder": "unet"}, True),
-    "tokenizer_2": ("tokenizer_2", {"name_or_path": TINY, "subfolder": "tokenizer_2"}, True),
-    "scheduler": ("scheduler", {"name_or_path": TINY, "subfolder": "scheduler"}, True),
-    "alone": ("vae", {"name_or_path": ALONE}, True),
-    "of a pipeline": ("vae", {"name_or_path": TINY}, True),
-    "no variant": ("unet", {"name_or_path": TINY, "subfolder": "unet", "variant": "fp16"}, True),
-    "no component": ("unet", {"name_or_path": ALONE, "subfolder": "unet"}, True),
-    "no repository": ("unet", {"name_or_path": "org/none", "subfolder": "unet"}, True),
-    "no revision": ("unet", {"name_or_path": TINY, "subfolder": "unet", "revision": "v9"}, True),
-}
-
-
-@pytest.fixture(scope="module")
-def hub(tiny_base, tmp_path_factory):
-    """The answers to QUESTIONS of a process that has a hub, and the folder with a cache for each."""
-    spec = importlib.util.spec_from_file_location("hub_server", ROOT / "tests" / "hub_server.py")
-    hub_server = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hub_server)
-    folder = tmp_path_factory.mktemp("hub")
-    shutil.copytree(tiny_base, folder / "root" / "models" / TINY)
-    shutil.copytree(tiny_base / "vae", folder / "root" / "models" / ALONE)
-    questions = [(c, source | {"cache_dir": str(folder / name)}, w) for name, (c, source, w) in QUESTIONS.items()]
-    with hub_server.serve_hub(folder / "root") as (address, _):
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
-        finished = subprocess.run(
-            [sys.executable, "-c", ASK, json.dumps(questions)],
-            env={name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"},
-            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
-        )
-    assert finished.returncode == 0, finished.stderr
-    return dict(zip(QUESTIONS, json.loads(finished.stdout), strict=True)), folder
-
-
-@pytest.mark.parametrize("name", ["configuration", "unet", "tokenizer_2", "scheduler", "alone"])
-def test_only_the_component_asked_for_is_downloaded(hub, tiny_base, name):
-    answers, caches = hub
-    component, source, weights = QUESTIONS[name]
-    folder = Path(answers[name])
-    expected = {file.name for file in (tiny_base / component).iterdir() if weights or file.suffix == ".json"}
-    assert {file.name for file in folder.iterdir()} == expected
-    assert all((folder / file).read_bytes() == (tiny_base / component / file).read_bytes() for file in expected)
-    snapshot = folder if name == "alone" else folder.parent
-    assert {file for file in snapshot.rglob("*") if file.is_file()} == {folder / file for file in expected}
-    assert caches / name in folder.parents
-
-
-def test_of_a_pipeline_for_one_component_only_its_weights_are_downloaded(hub):
-    folder = Path(hub[0]["of a pipeline"])
-    assert [file.parent.name for file in folder.parent.rglob("*.safetensors")] == ["vae"]
-    load("vae", folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no variant", ["holds no diffusion_pytorch_model.fp16.safetensors", "Drop --variant"]),
-        ("no component", ["holds no unet", "--pretrained_unet_name_or_path"]),
-        ("no repository", ["org/none", "the hub did not give its unet", "hf auth login"]),
-        ("no revision", ["org/tiny", "v9", "--revision"]),
-    ],
-)
-def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, name, words):
-    answer = hub[0][name]
-    assert answer.startswith("error: ")
-    assert "\n" not in answer
-    assert [word for word in words if word not in answer] == []
-
-
-def test_a_full_disk_while_downloading_is_an_error_with_the_remedy(monkeypatch):
-    def fail(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(components, "snapshot_download", fail)
-    refuse("unet of org/name cannot be downloaded: No space left.*--cache_dir", fetch, "unet", Source("org/name"))
 
 
 # --- the precision of the recipe ---

@@ -17,7 +17,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from rasengan import UserError, captions, components, data, demo, imaging, miniature
-from rasengan.samples import TrainingSamples, collate, first_batch, prefetched, sample_stream
+from rasengan.loader import collate
+from rasengan.samples import TrainingSamples, first_batch, sample_stream
 
 
 RES = 32
@@ -993,86 +994,10 @@ def test_pixels_sizes_and_crops_of_a_sample_belong_together(make_samples, datase
     assert (len(corners) == 13) == center_crop
 
 
-def test_batches_are_prepared_ahead_in_order():
-    started = []
-
-    def batches():
-        for number in range(6):
-            started.append(number)
-            yield {"number": number}
-
-    ahead = prefetched(batches(), depth=2)
-    assert next(ahead) == {"number": 0}
-    assert [batch["number"] for batch in ahead] == [1, 2, 3, 4, 5]
-    assert started == list(range(6))
-
-
-def test_an_error_while_preparing_a_batch_is_raised_at_that_batch():
-    def batches():
-        yield {"number": 0}
-        raise OSError("gone")
-
-    ahead = prefetched(batches())
-    assert next(ahead) == {"number": 0}
-    with pytest.raises(OSError, match="gone"):
-        next(ahead)
-
-
 @pytest.mark.parametrize("record", [None, {"bytes": None, "path": None}, {"bytes": None, "path": ""}], ids=str)
 def test_a_row_without_a_picture_is_told_of_as_missing(record, tmp_path):
     (picture,) = imaging.inspect_pictures([record], tmp_path)
     assert (picture.name, picture.error) == ("picture 0", "is missing")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("metadata.csv", "\n\nname,text\n1.png,a", "metadata.csv, line 3: no column is file_name, but name, text"),
-        ("metadata.csv", "file_name,text\n1.png," + "x" * 200_000, None),
-        ("metadata.csv", 'file_name,text\n1.png,"a,\nb"\n\n', None),
-        (
-            "metadata.csv",
-            "file_name,text\n\n",
-            "line 1: the columns' names are there, and no line for a picture below",
-        ),
-        (
-            "metadata.csv",
-            'file_name,text\n1.png,"a\nb"\n2.png,a, b\n',
-            "line 4: there are 3 values for 2 columns. Put",
-        ),
-        ("metadata.jsonl", '{"file_name": "1.png", "text": "a", "text": "b"}', "line 1: text stands there twice"),
-        ("metadata.jsonl", '{"file_name": "1.png", "text": "\\ud83d"}', r"line 1: '\ud83d' is half a character"),
-        ("metadata.jsonl", '{"file_name": "a::b.png", "text": "a"}', "line 1: a file's name holds ::, which marks"),
-        (
-            "metadata.jsonl",
-            '{"file_name": "1.png", "text": ' + "9" * 5000 + "}",
-            "metadata.jsonl, line 1: this cannot",
-        ),
-        ("metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n', None),
-        ("metadata.jsonl", '{"file_name": 1, "text": "a"}', "line 1: file_name is a number, not the name of a file"),
-        (
-            "metadata.jsonl",
-            '{"file_name": "1.png", "text": ["a", 5]}',
-            "line 1: text is a list of values of diff",
-        ),
-        ("metadata.parquet", "PAR", "metadata.parquet is no parquet file: "),
-    ],
-)
-def test_where_metadata_are_wrong_is_said(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
-    found = captions.metadata_fault([tmp_path / name])
-    assert (found is None) if said is None else (said in found)
-
-
-def test_a_table_without_rows_is_told_of(tmp_path):
-    names = ("file_name", "text")
-    pyarrow.parquet.write_table(
-        pyarrow.table({name: pyarrow.array([], pyarrow.string()) for name in names}), tmp_path / "metadata.parquet"
-    )
-    demo.draw_picture_set(tmp_path, count=1)
-    (tmp_path / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=r"metadata\.parquet has no rows\. Write one for each picture"):
-        data.load_pictures(None, None, str(tmp_path), "image", "text", str(tmp_path / "cache"))
 
 
 def test_a_column_with_spaces_around_it_is_shown_with_them(tmp_path):

@@ -74,15 +74,6 @@ def test_a_third_is_not_more_than_a_third():
     assert "--no-center_crop" not in found(report_of([(9000, 512)], center_crop=False), "a third").advice
 
 
-@pytest.mark.parametrize("width", [1, 300, 511, 512, 700, 5000])
-@pytest.mark.parametrize("height", [1, 512, 4097])
-def test_the_loss_is_what_the_crop_leaves_of_the_resized_picture(width, height):
-    resized_height, resized_width = imaging.resized_size(height, width, (64, 64))
-    loss = data_report.crop_loss(Picture("a", "", height, width, None), [(64, 64)])
-    assert loss == pytest.approx(1 - 64 * 64 / (resized_height * resized_width))
-    assert 0 <= loss < 1
-
-
 def test_with_buckets_less_is_cut_off_and_pictures_are_measured_by_their_own_crop():
     sizes = [(640, 384), (512, 1024), (570, 450), (3000, 500)]
     report = report_of(sizes, sizes_of_crops=imaging.crop_sizes(512, 64))
@@ -111,20 +102,6 @@ def test_kinds_are_counted_the_commonest_first():
 
 
 # --- captions ---
-
-
-def test_words_are_counted_once_a_caption_and_without_fill_words():
-    captions = ["A fox and a FOX", "the fox, in snow", "Ünïted—snow's", "ナルト Наруто", "12 34_5"]
-    assert data_report.common_words(captions) == {
-        "fox": 2,
-        "snow": 2,
-        "s": 1,
-        "ünïted": 1,
-        "наруто": 1,
-        "ナルト": 1,
-    }
-    many = data_report.common_words([" ".join(f"{a}{b}" for a in "abcdef" for b in "uvwxyz")])
-    assert list(many) == sorted(many)[:20]
 
 
 def test_without_a_tokenizer_long_captions_are_estimated_in_words():

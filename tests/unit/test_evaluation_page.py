@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rasengan import evaluation, evaluation_page, pages
-from rasengan.evaluation import Drawn, Losses, Point
+from rasengan import evaluation_page, loss_comparison, pages
+from rasengan.evaluation import Drawn
 from rasengan.evaluation_page import Pair
 from rasengan.imaging import Picture
+from rasengan.loss_comparison import Losses, Point
 
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \x1b[31m 猫'
@@ -54,7 +56,7 @@ def figures():
         "notes": [f"A note of {HOSTILE}"],
         "step": 40,
         "pictures": {"count": 60, "drawn": [], "judge": judge | {"content_kept": 0.5}, "clip": clip},
-        "loss": evaluation.loss_figures(Rows, losses, points, 1000),
+        "loss": loss_comparison.loss_figures(Rows, losses, points, 1000),
     }
 
 
@@ -170,53 +172,6 @@ def test_without_scores_trained_pictures_and_checkpoints_there_are_the_losses(fi
     assert "svg" not in {tag for tag, _ in Page(evaluation_page.as_page(figures, [], [])).tags}
 
 
-# --- chart ---
-
-
-def points_of(text, kind):
-    line = re.search(rf'<polyline class="line {kind}" points="([^"]*)"', text)[1]
-    return [tuple(map(float, pair.split(","))) for pair in line.split()]
-
-
-def test_the_chart_shows_each_loss_at_its_step(figures):
-    text = evaluation_page.chart(figures["loss"]["curve"])
-    held_out, trained = points_of(text, "first"), points_of(text, "second")
-    (x0, y0), (x20, y20), (x40, y40) = held_out
-    assert x20 - x0 == pytest.approx(x40 - x20, abs=0.2)  # steps 0, 20, 40
-    # Losses 1.30, 0.95 and 1.05, downwards.
-    assert (y20 - y0) / (y20 - y40) == pytest.approx(3.5, rel=0.02)
-    assert trained[2][1] > max(y0, y20, y40)  # 0.65
-    (lowest,) = re.findall(r'<circle class="first" cx="([\d.]+)" cy="([\d.]+)" r="5">', text)
-    assert tuple(map(float, lowest)) == (x20, y20)
-
-
-def test_what_is_not_finite_is_left_out_of_the_chart():
-    curve = {"lowest_step": 1, "verdict": "", "points": []}
-    for step, value in enumerate((1.0, 0.5, math.nan, math.inf)):
-        curve["points"].append({"step": step, "held_out": value, "trained": math.nan})
-    text = evaluation_page.chart(curve)
-    assert len(points_of(text, "first")) == 2
-    assert 'class="line second"' not in text
-    assert "nan" not in text
-    curve["points"] = [{"step": 0, "held_out": math.nan, "trained": math.nan}]
-    assert evaluation_page.chart(curve) == "<p>No loss is finite.</p>"
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "least", "expected"),
-    [
-        (0, 3000, 1, [0, 1000, 2000, 3000]),
-        (0, 60, 1, [0, 20, 40, 60]),
-        (0, 2, 1, [0, 1, 2]),
-        (0, 1, 1, [0, 1]),
-        (0.152, 0.161, 1e-6, [0.152, 0.154, 0.156, 0.158, 0.16, 0.162]),
-        (0.4, 0.4, 1e-6, [0.4, 0.400001]),
-    ],
-)
-def test_axes_have_round_numbers_around_what_they_show(low, high, least, expected):
-    assert evaluation_page._ticks(low, high, least) == pytest.approx(expected, rel=1e-9)
-
-
 # --- TensorBoard ---
 
 
@@ -236,3 +191,13 @@ def test_the_scalars_can_be_read_and_take_the_place_of_older_ones(figures, tmp_p
     assert read("trained_loss/tuned") == {0: 1.2, 20: 1.0, 40: 0.65}
     assert (read("style_score/base"), read("style_score/tuned")) == ({40: 0.1}, {40: 0.95})
     assert (read("clip_score/tuned"), read("cmmd/tuned"), read("kid/base")) == ({40: 29.25}, {40: 0.75}, {40: 0.5})
+
+
+# --- JSON ---
+
+
+def test_json_has_no_word_for_what_is_not_finite():
+    figures = {"a": math.nan, 1: [math.inf, 0.5, ("x", -math.inf)], "b": {"c": True, "d": None}}
+    written = evaluation_page.as_json(figures)
+    assert written == {"a": None, "1": [None, 0.5, ["x", None]], "b": {"c": True, "d": None}}
+    assert json.loads(json.dumps(written, allow_nan=False)) == written

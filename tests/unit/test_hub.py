@@ -4,7 +4,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import huggingface_hub.constants
 import pytest
 
-from rasengan import UserError, components, first_line, hub
+from rasengan import UserError, first_line, hub
+from rasengan.sources import Source, fetch
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -45,9 +46,9 @@ def test_a_token_that_is_none_is_refused_unseen(sent_tokens, monkeypatch, token,
 
 def test_a_download_with_a_token_that_is_none_ends_with_an_error(sent_tokens, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_SECRÉT")
-    source = components.Source("me/base", cache_dir=str(tmp_path))
+    source = Source("me/base", cache_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"token of HF_TOKEN .*it is not shown here.*Copy it again\.") as error:
-        components.fetch("unet", source)
+        fetch("unet", source)
     assert "SECR" not in str(error.value)
 
 

@@ -7,15 +7,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The floor each module stands on; it may import only from floors below its own.
 FLOORS = [
-    {"__init__", "files", "naming", "painting", "safetensors_header"},
+    {"__init__", "files", "loss_chart", "naming", "painting", "safetensors_header"},
     {
         "adamw_8bit",
         "adapters",
         "command_line",
         "data_scope",
+        "downloads",
         "families",
         "labels",
         "manifest",
+        "metadata",
         "near_duplicates",
         "nvrtc",
         "objective",
@@ -24,13 +26,13 @@ FLOORS = [
         "stopping",
     }
     | {"tensor_files", "world"},
-    {"adapter_settings"},
+    {"adapter_settings", "sources"},
     {"adapter_file"},
     {"adapter_reader", "adapter_writer", "components", "endings", "graphs", "imaging"}
     | {"kernels", "locks", "logs", "memory", "miniature", "norms", "optim", "pages", "picture_files", "sdxl"}
     | {"text_attention"}
     | {"single_file"},
-    {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "memory_plan", "quantization"}
+    {"adapter_places", "captions", "component_checks", "diagnosis", "fitting", "loader", "memory_plan", "quantization"}
     | {"sheets"},
     {
         "conversion",
@@ -47,7 +49,7 @@ FLOORS = [
     | {"scores"},
     {"sharded_cache"},
     {"cache", "checkpoint", "data_survey", "drawing", "hub", "merging", "progress", "projections", "samples"},
-    {"fused"},
+    {"compared_models", "data_statistics", "fused"},
     {
         "checkpoint_writer",
         "conditioning",
@@ -60,7 +62,7 @@ FLOORS = [
         "whole_model",
     }
     | {"validation_loss", "validation_pictures"},
-    {"data_page", "evaluation", "pairs", "rescue", "training_settings"},
+    {"data_page", "evaluated_run", "evaluation", "loss_comparison", "pairs", "rescue", "sweep", "training_settings"},
     {"evaluation_page"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rasengan import UserError, checkpoint, checkpoint_writer, imaging, memory_plan, processes, rescue, samples
+from rasengan import UserError, checkpoint, checkpoint_writer, imaging, loader, memory_plan, processes, rescue
 from rasengan.memory_plan import Plan, Planner
 from rasengan.progress import STUCK, Progress
 
@@ -81,7 +81,7 @@ def test_where_nothing_fails_nothing_is_saved(make, tmp_path):
     ("error", "said"),
     [
         (
-            samples.WorkerDied("killed by signal 9"),
+            loader.WorkerDied("killed by signal 9"),
             "A process that loads samples ended in step 6: killed by signal 9. Resume from checkpoint-5, with .*",
         ),
         (
@@ -135,7 +135,7 @@ def test_out_of_memory_makes_room_saves_and_says_what_fits(make, tmp_path):
     ("error", "said"),
     [
         (torch.OutOfMemoryError(), "Out of memory in step 6, with .*; checkpoint-4 is where to resume"),
-        (samples.WorkerDied("killed by signal 9"), "Resume from checkpoint-4, with"),
+        (loader.WorkerDied("killed by signal 9"), "Resume from checkpoint-4, with"),
         (imaging.PictureChanged("a.png was changed while the run used it."), "resume from checkpoint-4 with"),
         (UserError("It is wrong."), r"It is wrong\. The last checkpoint is checkpoint-4\."),
     ],
