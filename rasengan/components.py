@@ -12,16 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from rasengan import UserError, first_line, objective
 from rasengan.files import read_json_or_empty
-from rasengan.sources import (
-    COMPONENT_FLAGS,
-    COMPONENTS,
-    TEXT_ENCODERS,
-    TOKENIZERS,
-    component_files,
-    config_name,
-    fetch,  # noqa: F401, for train_lora_sdxl.py
-    sources_of,  # noqa: F401, likewise
-)
+from rasengan.sources import COMPONENT_FLAGS, COMPONENTS, TEXT_ENCODERS, TOKENIZERS, component_files, config_name
 
 
 MODELS = {

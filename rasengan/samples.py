@@ -24,13 +24,7 @@ from rasengan.imaging import (
     read_again,
     resized_size,
 )
-from rasengan.loader import (
-    collate,
-    encode_in_loop,  # noqa: F401, for train_lora_sdxl.py
-    end_workers,  # noqa: F401, likewise
-    load,  # noqa: F401, likewise
-    picture_changed,  # noqa: F401, likewise
-)
+from rasengan.loader import collate
 
 
 def derive_seed(*key) -> int:

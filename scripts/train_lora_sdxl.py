@@ -54,6 +54,7 @@ from rasengan import (
     export,
     held_out,
     hub,
+    loader,
     locks,
     logs,
     lora,
@@ -82,6 +83,7 @@ from rasengan.endings import in_one_line, say_ended
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
 from rasengan.rescue import Rescue
+from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
 from rasengan.validation_loss import ValidationLoss, resumed_record
 from rasengan.validation_pictures import ValidationPictures, prompt_embeds
 
@@ -101,7 +103,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, "Defaults stand in brackets. A switch is negated by --no-..., such as --no-center_crop.")
     switch, count, amount = argparse.BooleanOptionalAction, number_type(1), number_type(0, float)
 
-    parser.add_base_flags(components.COMPONENT_FLAGS)
+    parser.add_base_flags(COMPONENT_FLAGS)
 
     add = parser.add_data_flags(imaging.INTERPOLATIONS)
     add("--dataloader_num_workers", type=number_type(0), default=0, help="processes that load samples [%(default)s]")
@@ -273,12 +275,12 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         logger.info("%d of %d pictures are held out%s", len(rows.held_out), len(pictures), copies)
     steps_per_epoch = math.ceil(len(rows.trained) / args.global_batch)
     args.total_steps = max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    sources = components.sources_of(vars(args))
+    sources = sources_of(vars(args))
     with processes.one_goes_first(accelerator.is_local_main_process):
         folders = component_checks.fetch_checked(sources)
         if args.lora_target_modules != list(lora.UNET_TARGETS):
             lora.check_targets(components.skeleton("unet", folders["unet"]), args.lora_target_modules)
-        folders = {name: components.fetch(name, source) for name, source in sources.items()}
+        folders = {name: fetch(name, source) for name, source in sources.items()}
     args.base_digest = components.sampled_digest(folders, args.variant)
     processes.check_same("base", f"weights of digest {args.base_digest[:8]}", "Give every machine the same base.")
     warn_of_long_captions(captions, pictures, components.load("tokenizer", folders["tokenizer"]))
@@ -372,7 +374,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     )
     training_set = make_samples(rows=rows.trained)
     encoding = text_encoding | {"vae": latents.vae, "trains_text": args.train_text_encoder}
-    encode = partial(samples.encode_in_loop, device=device, **encoding, autocast_dtype=weight_dtype)
+    encode = partial(loader.encode_in_loop, device=device, **encoding, autocast_dtype=weight_dtype)
 
     # --- the memory plan: how many pictures at once, and how many blocks are recomputed ---
     samples_per_process = args.global_batch // accelerator.num_processes
@@ -409,7 +411,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     stream = samples.sample_stream(
         training_set.buckets(), args.seed, plan.micro_batch_size, *split, samples_seen, max_train_steps - global_step
     )
-    batches = encode(samples.load(training_set, stream, args.dataloader_num_workers, device.type == "cuda"))
+    batches = encode(loader.load(training_set, stream, args.dataloader_num_workers, device.type == "cuda"))
 
     # --- what the run writes, and the base model's pictures and loss ---
     settings = training_settings.public(vars(args))
@@ -466,7 +468,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     except stopping.Interrupted:
         is_stopping = True
     except imaging.PictureChanged as error:
-        raise UserError(samples.picture_changed(error, checkpoint.last_name(output_dir))) from error
+        raise UserError(loader.picture_changed(error, checkpoint.last_name(output_dir))) from error
 
     # What every checkpoint says of the run; the record is the live one.
     state = settings | {"memory_plan": list(plan), "card": card, "validation_losses": validation_loss.record}
@@ -475,7 +477,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
 
     # --- the loop ---
     memory.reset_peak(device)
-    at_end.callback(samples.end_workers)
+    at_end.callback(loader.end_workers)
     progress = Progress(global_step, args.global_batch, device, resumed)
     bar = make_bar("Steps", max_train_steps, global_step)
     first_step, saved_s = global_step, time.monotonic()
