@@ -34,8 +34,12 @@ def ratio(peer: dict, ours: list[dict], read) -> str:
 
 
 def wall_ms(run: dict) -> float | None:
-    """Return the wall time of a step, which only the difference of two whole runs gives."""
-    return run.get("wall_ms_per_step")
+    """Return the wall time of a step, which only the difference of two whole runs gives; None where starts made it.
+
+    A step from outside takes no less than inside: then the two runs' starts differed by more than their steps.
+    """
+    wall_ms = run.get("wall_ms_per_step")
+    return wall_ms if wall_ms is not None and wall_ms >= run["long"]["step_ms_median"] else None
 
 
 def inside_ms(run: dict) -> float | None:

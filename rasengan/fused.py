@@ -6,6 +6,7 @@ The same arithmetic as theirs, but for the order of rounding, in a third of the 
   stream of their own;
 - projections of one input are one product: a self-attention's q, k and v; the k and v of all attentions to the text;
   the timestep's in all residual blocks of a width;
+- the attention to the text, whose keys are few, has kernels of its own (`text_attention.py`);
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;
 - what the up blocks concatenate is read where it is;
 - nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
