@@ -260,6 +260,17 @@ def test_attention_to_text(
             assert found.abs().max() < 1e-5
 
 
+def test_keys_that_are_missing_weigh_nothing_where_all_others_weigh_less(tensor_core_launcher):
+    """A missing key's score would be 0, those of the others are -128: e^128 is more than fp32 holds."""
+    q, k = torch.full((1, 32, 1, 64), -4.0).bfloat16(), torch.full((1, 77, 1, 64), 4.0).bfloat16()
+    v, grad_y = random(1, 77, 1, 64).bfloat16(), random(1, 32, 1, 64).bfloat16()
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    y = text_attention.attend(*inputs)
+    grads = torch.autograd.grad(y, inputs, grad_y)
+    assert error_of(y[0, 0, 0], v.double().mean((0, 1, 2))) < 5e-3
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_what_kernels_do_not_take_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(nvrtc, "load", lambda dtype, device: "kernels")
 
