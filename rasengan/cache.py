@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from rasengan import UserError, components, imaging, sdxl
 from rasengan.files import read_json_or_empty, write_atomically
 from rasengan.sharded_cache import ShardedCache, digest_of, fill
-from rasengan.sources import COMPONENT_FLAGS, component_files
+from rasengan.sources import COMPONENT_FLAGS, TEXT_ENCODERS, TOKENIZERS, component_files
 
 
 FORMAT = 2
@@ -244,7 +244,7 @@ def cached_prompts(
         batch_size: texts encoded together.
         budget_gib: likewise.
     """
-    names = (*components.TOKENIZERS, *components.TEXT_ENCODERS)
+    names = (*TOKENIZERS, *TEXT_ENCODERS)
     files = [file for name in names for file in component_files(name, folders[name], variant)]
     digest = weights_digest(files, directory / "weights.json")
     caches = [prompt_cache(directory, texts, digest, dtype, batch_size, device) for texts in groups]

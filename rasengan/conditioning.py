@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rasengan import cache, components, imaging
+from rasengan.sources import TEXT_ENCODERS
 
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def blank_prompts(
     groups: Iterable[Iterable[str]], folders: dict[str, Path], dtype: torch.dtype
 ) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Return rows of zeros, of the shapes and dtype of `cache.cached_prompts`, as `blank_latents` does."""
-    configs = [components.read_config(name, folders[name]) for name in components.TEXT_ENCODERS]
+    configs = [components.read_config(name, folders[name]) for name in TEXT_ENCODERS]
     width, pooled_width = sum(config["hidden_size"] for config in configs), configs[1]["projection_dim"]
     row = {
         "prompt_embeds": torch.zeros(components.MOST_TOKENS, width, dtype=dtype),

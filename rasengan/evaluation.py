@@ -9,8 +9,8 @@ from diffusers import SchedulerMixin
 
 from rasengan import components, data_survey, loader, merging, prompts, samples, sdxl, step
 from rasengan.adapters import Adapter
-from rasengan.components import TEXT_ENCODERS
 from rasengan.pipeline import Pipeline
+from rasengan.sources import TEXT_ENCODERS
 from rasengan.validation_loss import BANDS, ValidationLoss
 
 

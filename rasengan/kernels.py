@@ -1,4 +1,6 @@
-"""The small passes of the UNet, but for its norms (`norms.py`): `kernels.cu` on CUDA, PyTorch's operators elsewhere.
+"""The UNet's small passes, but for its norms (`norms.py`), and the gradients of its LoRA.
+
+By `kernels.cu` and `tensor_cores.cu` on CUDA, by PyTorch's operators elsewhere.
 
 PyTorch runs these as several kernels each, converts between layouts around them, and keeps more tensors for the
 backward pass. Where NVRTC is missing (`nvrtc.py`), PyTorch's operators do the work, slower.

@@ -70,7 +70,9 @@ class Planner:
         self.run, self.recompute_blocks, self.flat, self.optimizer = run, recompute_blocks, flat, optimizer
         self.samples, self.batch_size, self.blocks, self.recompute = samples, batch_size, blocks, recompute
         self.sharing, self.update_bytes = sharing, update_bytes
-        self.remedies = {"can_quantize": can_quantize, "can_raise": budget_gib is not None}
+        # A budget that nobody gave is all that the card has left.
+        left = None if budget_gib is None else partial(left_gib, flat.device, sharing)
+        self.remedies = {"can_quantize": can_quantize, "left_gib": left}
         self.budget_gib = limit(budget_gib, flat.device, sharing)
 
     def plan(self, remembered: list[int] | None = None, budget_gib: float | None = None) -> Plan:
@@ -136,7 +138,7 @@ def choose_plan(
     lift: Callable[[], object],
     budget_bytes: float,
     can_quantize: bool = True,
-    can_raise: bool = True,
+    left_gib: Callable[[], float] | None = None,
 ) -> Plan:
     """Return the fastest plan that fits, with the bytes that it was measured to take.
 
@@ -152,7 +154,7 @@ def choose_plan(
         lift: lifts the budget, so that the smallest plan can be measured when it does not fit.
         budget_bytes: that may be reserved.
         can_quantize: a quantized base would help.
-        can_raise: the budget was given, and is not all that the card has left.
+        left_gib: what the card has left, up to which a budget can be raised; None where it cannot.
 
     Raises:
         DoesNotFit: the smallest plan does not fit; the message says what it needs.
@@ -170,9 +172,10 @@ def choose_plan(
     smallest = Plan(1, 0 if recompute is False else blocks)
     lift()
     taken = measure(smallest)
-    # Rounded up, so that a budget of this figure suffices.
+    # Rounded up, for a budget of this figure.
     needs = "more than this card has" if taken is None else f"at least {math.ceil(100 * taken / GIB) / 100:.2f} GiB"
-    more = "raise --vram_budget_gib" if can_raise and taken is not None else "take a card with more memory"
+    can_raise = taken is not None and left_gib is not None and taken / GIB <= left_gib()
+    more = "raise --vram_budget_gib" if can_raise else "take a card with more memory"
     remedies = [more, "lower --resolution"]
     remedies += ["drop --no-gradient_checkpointing"] * (recompute is False)
     remedies += ["give --base_quantization nf4"] * can_quantize

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("kernels.cu", "tensor_cores.cu")
 MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
-MOST_PICTURES = 4096  # of a norm
+MOST_PICTURES = 4096  # of a norm; of heads whose attention several blocks share
 # Compute capability from which `tensor_cores.cu` has what it is made of.
 TENSOR_CORES_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 
@@ -92,9 +92,9 @@ class Kernels:
         )
         self.bound = threading.local()
         self.bind()
-        self.module, self.functions = ctypes.c_void_p(), {}
+        self.module, self.functions, self.at_once = ctypes.c_void_p(), {}, {}
         _check(self.driver.cuModuleLoadData(ctypes.byref(self.module), code), "cuModuleLoadData")
-        # Blocks that are done with a picture are counted here; each launch leaves it at zero.
+        # Blocks that are done with a picture, or a head of one, are counted here; each launch leaves it at zero.
         self.counters = torch.zeros(MOST_PICTURES, dtype=torch.int32, device=device)
 
     def bind(self) -> None:
@@ -103,18 +103,34 @@ class Kernels:
             _check(self.driver.cuCtxSetCurrent(self.context), "cuCtxSetCurrent")
             self.bound.done = True
 
-    def launch(self, name: str, grid: tuple[int, int], block: tuple[int, int], *arguments, shared_bytes: int = 0):
-        """Start a kernel on the current stream; None is a null pointer."""
-        self.bind()
+    def _function(self, name: str) -> ctypes.c_void_p:
         if name not in self.functions:
             function = ctypes.c_void_p()
             _check(self.driver.cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()), name)
             self.functions[name] = function
+        return self.functions[name]
+
+    def blocks_at_once(self, name: str, threads: int) -> int:
+        """Return how many blocks of a kernel a multiprocessor has room for, with its registers and shared memory."""
+        if name not in self.at_once:
+            self.bind()
+            count, function, no_bytes = ctypes.c_int(), self._function(name), ctypes.c_size_t(0)
+            code = self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(count), function, threads, no_bytes
+            )
+            _check(code, name)
+            self.at_once[name] = count.value
+        return self.at_once[name]
+
+    def launch(self, name: str, grid: tuple[int, int], block: tuple[int, int], *arguments, shared_bytes: int = 0):
+        """Start a kernel on the current stream; None is a null pointer."""
+        self.bind()
         values = [as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.counters.device).cuda_stream)
-        function = self.functions[name]
-        code = self.driver.cuLaunchKernel(function, *grid, 1, *block, 1, shared_bytes, stream, pointers, None)
+        code = self.driver.cuLaunchKernel(
+            self._function(name), *grid, 1, *block, 1, shared_bytes, stream, pointers, None
+        )
         _check(code, name)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from rasengan import UserError, cache, components, drawing, memory, merging, sdxl
 from rasengan.adapters import Adapter
 from rasengan.pipeline import Pipeline, SwitchableWeights
+from rasengan.sources import TEXT_ENCODERS, TOKENIZERS
 
 
 REMEMBERED = 8  # base pictures
@@ -104,7 +105,7 @@ class PairDrawer:
         """
         self.pipeline = pipeline
         self.scheduler = components.load_scheduler(pipeline.folders["scheduler"], prediction_type)
-        self.tokenizers = [components.load(name, pipeline.folders[name]) for name in components.TOKENIZERS]
+        self.tokenizers = [components.load(name, pipeline.folders[name]) for name in TOKENIZERS]
         self.text_encoders = {}  # the weights of each, by its name
         self.bases = OrderedDict()  # the last pictures of the base, by their settings
         self.lock = threading.Lock()
@@ -219,7 +220,7 @@ class PairDrawer:
     def _load_text_encoders(self) -> None:
         pipeline = self.pipeline
         _, models = components.load_text_encoders(pipeline.folders, pipeline.variant, pipeline.device, pipeline.dtype)
-        named = zip(components.TEXT_ENCODERS, models, strict=True)
+        named = zip(TEXT_ENCODERS, models, strict=True)
         self.text_encoders = {name: SwitchableWeights(model, name) for name, model in named}
 
     def _with_room(self, call: Callable[[], T]) -> T:

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from rasengan import cache, components, memory, merging, sdxl
 from rasengan.adapters import Adapter
+from rasengan.sources import TEXT_ENCODERS, TOKENIZERS
 
 
 Embeds = tuple[torch.Tensor, torch.Tensor]  # prompt_embeds (T, D) and pooled_prompt_embeds (P,)
@@ -15,7 +16,7 @@ Embeds = tuple[torch.Tensor, torch.Tensor]  # prompt_embeds (T, D) and pooled_pr
 
 def too_long(prompts: list[str], folders: dict[str, Path]) -> list[tuple[str, int, int]]:
     """Return the prompts that are cut off, each with its tokens and with how many are used."""
-    tokenizers = [components.load(name, folders[name]) for name in components.TOKENIZERS]
+    tokenizers = [components.load(name, folders[name]) for name in TOKENIZERS]
     most = tokenizers[0].model_max_length
     lengths = [(prompt, max(sdxl.count_tokens(prompt, tokenizer) for tokenizer in tokenizers)) for prompt in prompts]
     return [(prompt, length, most) for prompt, length in lengths if length > most]
@@ -68,7 +69,7 @@ def encode_tuned(
     """
     tokenizers, text_encoders = components.load_text_encoders(folders, variant, device, dtype)
     reports = {}
-    for name, model in zip(components.TEXT_ENCODERS, text_encoders, strict=True):
+    for name, model in zip(TEXT_ENCODERS, text_encoders, strict=True):
         if any(name in adapter.weights for adapter, _ in adapters):
             reports[name] = merging.merge(model, adapters, name)[1]
     encoded = {text: cache.encode_captions([text], tokenizers, text_encoders).values() for text in texts}

@@ -1,7 +1,8 @@
 """A second stream of a card, for small kernels that run beside a large one, which leaves part of the card idle.
 
 A CUDA graph that captures the main stream, PyTorch's current one, captures this one with it, as a branch. On a CPU all
-of it is done in turn. What counts in `nvrtc.Kernels.counters`, the norms, must stay on the main stream.
+of it is done in turn. What counts in `nvrtc.Kernels.counters`, GroupNorm and the attention to the text, must stay on
+the main stream: two at once would count each other's blocks.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,7 @@ from rasengan.compared_models import Model
 from rasengan.pipeline import Pipeline
 
 
-class Picture(NamedTuple):
+class PlannedPicture(NamedTuple):
     """A picture's file, as it is called in an empty folder, and what it is made from."""
 
     file: Path
@@ -20,14 +20,14 @@ class Picture(NamedTuple):
 
 
 # The number of a picture's model, that of its prompt, and its seed.
-Pictures = dict[tuple[int, int, int], Picture]
+PlannedPictures = dict[tuple[int, int, int], PlannedPicture]
 # Of a model and a prompt: the numbers of both, and latents (B, 4, h, w), one for each seed.
-Drawn = tuple[int, int, torch.Tensor]
+DrawnPrompt = tuple[int, int, torch.Tensor]
 
 
 def place_pictures(
     output_dir: Path, models: list[Model], prompts: list[str], seeds: list[int], settings: dict[str, object]
-) -> Pictures:
+) -> PlannedPictures:
     """Return the pictures that are to be drawn.
 
     Args:
@@ -41,14 +41,14 @@ def place_pictures(
     for (place, model), (number, prompt), seed in itertools.product(enumerate(models), enumerate(prompts), seeds):
         about = {"prompt": prompt, "seed": seed} | settings | {"adapter": model.places}
         name = f"{number:03d}-{picture_files.picture_name(prompt, seed, model.kind)}"
-        pictures[place, number, seed] = Picture(output_dir / name, about)
+        pictures[place, number, seed] = PlannedPicture(output_dir / name, about)
     return pictures
 
 
 def write_pictures(
     pipeline: Pipeline,
-    pictures: Pictures,
-    drawn: Iterable[Drawn],
+    pictures: PlannedPictures,
+    drawn: Iterable[DrawnPrompt],
     seeds: list[int],
     height: int,
     width: int,
@@ -80,7 +80,11 @@ def write_pictures(
 
 
 def decode(
-    pipeline: Pipeline, pictures: Pictures, drawn: list[Drawn], seeds: list[int], writer: picture_files.PictureWriter
+    pipeline: Pipeline,
+    pictures: PlannedPictures,
+    drawn: list[DrawnPrompt],
+    seeds: list[int],
+    writer: picture_files.PictureWriter,
 ) -> None:
     """Decode what was drawn, and write it with what it was made from in its metadata."""
     for place, number, latents in drawn:
@@ -94,7 +98,7 @@ def show_together(
     models: list[Model],
     prompts: list[str],
     seeds: list[int],
-    pictures: Pictures,
+    pictures: PlannedPictures,
     settings: dict[str, object],
 ) -> None:
     """Write a contact sheet of all pictures, and grids where there is something to compare."""

@@ -1,5 +1,5 @@
-// The products of the UNet's training step that no library has: gradients of the LoRA's matrices, and the attention to a
-// prompt. On tensor cores, a T4's too. Follows kernels.cu, whose words and packs it uses; nothing where the card has no
+// Products of the UNet's training step that libraries are slower at: gradients of the LoRA's matrices, and the attention to
+// a prompt. On tensor cores, a T4's too. Follows kernels.cu, whose words and packs it uses; nothing where the card has no
 // product of such words.
 
 #if (defined(FP16) && __CUDA_ARCH__ >= 750) || (defined(BF16) && __CUDA_ARCH__ >= 800)
@@ -344,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 5) attend_to_text(
       if (n * 8 + 8 > keys)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n * 8 + lane % 4 * 2 + i % 2 >= keys) weights[n][i] = -3.4e38f;
+          if (n * 8 + lane % 4 * 2 + i % 2 >= keys) weights[n][i] = __uint_as_float(0xff800000u);  // -inf
     float one_over_total[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // rows g and g + 8, each of four lanes
@@ -376,8 +376,8 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 5) attend_to_text(
   }
 }
 
-// What the backward pass needs of BACKWARD_QUERIES rows: q, grad_y, log_sums, and the products of y and grad_y, which are each
-// row's mean gradient of its weights.
+// What the backward pass needs of BACKWARD_QUERIES rows: q, grad_y, log_sums, and the products of y and grad_y, which are
+// each row's mean gradient of its weights.
 struct Queries {
   Share<BACKWARD_QUERIES, BACKWARD_THREADS> queries, grads, outputs;
   float log_sum;

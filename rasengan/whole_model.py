@@ -15,7 +15,7 @@ from rasengan import UserError, components, locks, merging, single_file, tensor_
 from rasengan.adapters import Adapter, fit_names
 from rasengan.files import give_default_mode, sync, write_atomically, writing
 from rasengan.safetensors_header import DTYPES
-from rasengan.sources import component_files
+from rasengan.sources import COMPONENTS, TEXT_ENCODERS, TOKENIZERS, component_files
 
 
 # Empty tensors of a single file, as ComfyUI reads them, and what a scheduler's configuration says in their place.
@@ -26,7 +26,7 @@ KEPT_DTYPES = {name: DTYPES[name] for name in ("F32", "F16", "BF16")}
 class Opened(NamedTuple):
     """A whole model that can be written in another layout, one component at a time."""
 
-    component: Callable[[str], object]  # loads one of `components.COMPONENTS`
+    component: Callable[[str], object]  # loads one of `COMPONENTS`
     dtypes: dict[str, torch.dtype]  # of each model that it loads
     left_out: tuple[str, ...] = ()  # tensors of a single file that no SDXL of this configuration has
 
@@ -196,13 +196,13 @@ def _widest(place: Path, component: str, stored: set[str]) -> torch.dtype:
 def _save_folder(folder: Path, tuned: Callable[[str], object], place: Path, forces_zeros: bool) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__}
     index["force_zeros_for_empty_prompt"] = forces_zeros
-    for name in components.COMPONENTS:
+    for name in COMPONENTS:
         model = tuned(name)
         with writing(place, "Make room, or give another place."):
             model.save_pretrained(folder / name)
             if name in components.MODELS:
                 _verify(folder / name, model)
-        library = "transformers" if name in (*components.TOKENIZERS, *components.TEXT_ENCODERS) else "diffusers"
+        library = "transformers" if name in (*TOKENIZERS, *TEXT_ENCODERS) else "diffusers"
         index[name] = [library, type(model).__name__]
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rasengan import UserError, component_checks, components, low_rank, whole_model
+from rasengan import UserError, component_checks, low_rank, whole_model
 from rasengan.adapter_places import fetch_adapter, holds_adapter, holds_model
 from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import ADAPTABLE, Adapter, by_module, default_alpha
@@ -32,7 +32,7 @@ from rasengan.command_line import Parser, number_type, path_type
 from rasengan.conversion import LAYOUTS, check_family, write_adapter
 from rasengan.endings import in_one_line
 from rasengan.files import check_name, check_writable
-from rasengan.sources import component_sources, fetch
+from rasengan.sources import COMPONENTS, component_sources, fetch
 from rasengan.tensor_files import PICKLES
 
 
@@ -189,13 +189,13 @@ def convert_model(args: argparse.Namespace) -> None:
     """Write a whole model in another layout."""
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.base:
-        folders = find_model(args, "base", components.COMPONENTS, weights=False)
+        folders = find_model(args, "base", COMPONENTS, weights=False)
         opened = whole_model.open_file(Path(args.input), folders, dtype)
         print(f"prediction type: {opened.component('scheduler').config.prediction_type}")
         if opened.left_out:
             print(f"{len(opened.left_out)} tensors that this SDXL has not are left out, such as {opened.left_out[0]}")
     else:
-        folders = find_model(args, "input", components.COMPONENTS)
+        folders = find_model(args, "input", COMPONENTS)
         opened = whole_model.open_folders(folders, args.variant, dtype)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)

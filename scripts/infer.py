@@ -53,7 +53,7 @@ from rasengan.compared_models import Model, describe_merge, read_models
 from rasengan.endings import in_one_line
 from rasengan.files import check_name, check_writable
 from rasengan.pipeline import Pipeline
-from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
+from rasengan.sources import COMPONENT_FLAGS, TEXT_ENCODERS, fetch, sources_of
 
 
 gc.freeze()
@@ -187,7 +187,7 @@ def encode(args, accelerator: Accelerator, folders: dict[str, Path], dtype: torc
     """Return the embeddings of each prompt, and of the negative one, as this model's text encoders give them."""
     texts = list(dict.fromkeys([*args.prompt, *([] if args.negative_prompt is None else [args.negative_prompt])]))
     how = (texts, folders, args.variant, processes.device_of(accelerator), dtype)
-    if any(name in adapter.weights for adapter, _ in model.adapters for name in components.TEXT_ENCODERS):
+    if any(name in adapter.weights for adapter, _ in model.adapters for name in TEXT_ENCODERS):
         encoded, reports = prompts.encode_tuned(*how, model.adapters)
         for name, change in reports.items() if accelerator.is_main_process else ():
             report(model, name, change)

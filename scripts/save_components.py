@@ -28,7 +28,7 @@ from rasengan.files import (
     write_atomically,
     writing,
 )
-from rasengan.sources import component_sources, fetch
+from rasengan.sources import COMPONENTS, component_sources, fetch
 
 
 MANIFEST = "components.json"
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{directory} holds components of {manifest['settings']}, not of {settings}. Give another folder."
             )
-    strangers = [n for n in components.COMPONENTS if not manifest["components"].get(n) and (directory / n).exists()]
+    strangers = [n for n in COMPONENTS if not manifest["components"].get(n) and (directory / n).exists()]
     if strangers:
         raise UserError(
             f"{directory} has {', '.join(strangers)} from elsewhere, which would be overwritten. Give another "
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     folders = component_checks.fetch_checked(sources)
     check_writable(directory, "DIR")
     dtype = torch.float16 if args.dtype == "fp16" else torch.float32
-    with tqdm(components.COMPONENTS, dynamic_ncols=True) as bar:
+    with tqdm(COMPONENTS, dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_description(name)
             known = manifest["components"].get(name)
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     if not components.forces_zeros(folders):  # which SDXL 1.0 does, and a base without an index
         index = {"force_zeros_for_empty_prompt": False}
         write_atomically(directory / "model_index.json", json.dumps(index, indent=2).encode())
-    print(f"{len(components.COMPONENTS)} components are in {directory}, each file verified by its hash")
+    print(f"{len(COMPONENTS)} components are in {directory}, each file verified by its hash")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ from rasengan.endings import in_one_line, say_ended
 from rasengan.processes import progress_bar
 from rasengan.progress import Progress
 from rasengan.rescue import Rescue
-from rasengan.sources import COMPONENT_FLAGS, fetch, sources_of
+from rasengan.sources import COMPONENT_FLAGS, TEXT_ENCODERS, fetch, sources_of
 from rasengan.validation_loss import ValidationLoss, resumed_record
 from rasengan.validation_pictures import ValidationPictures, prompt_embeds
 
@@ -315,7 +315,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         lora.add_lora(unet, make_config(target_modules=args.lora_target_modules))
     models = {"unet": unet}
     if args.train_text_encoder:
-        models |= dict(zip(components.TEXT_ENCODERS, prompts.text_encoders, strict=True))
+        models |= dict(zip(TEXT_ENCODERS, prompts.text_encoders, strict=True))
         for text_encoder in prompts.text_encoders:
             lora.add_lora(text_encoder, make_config(target_modules=lora.TEXT_ENCODER_TARGETS))
             if args.gradient_checkpointing is not False:

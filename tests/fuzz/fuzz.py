@@ -49,6 +49,7 @@ from rasengan import (  # noqa: E402
     resuming,
     tensor_files,
 )
+from rasengan.sources import COMPONENTS  # noqa: E402
 
 
 # --- what reads files: each takes bytes, and may raise a UserError alone ---
@@ -81,7 +82,7 @@ class Targets:
         """Return each file that is changed, and what reads it then."""
         work, base, saved = self.work, self.work / "base", self.checkpoint
         pictures = {path.name: path for path in sorted((work / "set").glob("*.*")) if path.suffix != ".jsonl"}
-        folders = {name: base / name for name in components.COMPONENTS}
+        folders = {name: base / name for name in COMPONENTS}
         return {
             "adapter": (
                 work / "adapter" / adapters.DIFFUSERS_FILE,

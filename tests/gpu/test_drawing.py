@@ -5,6 +5,7 @@ import torch
 
 from rasengan import components, decoding, drawing, fused, lora, merging, pipeline, sdxl
 from rasengan.adapters import Adapter
+from rasengan.sources import COMPONENTS
 
 
 DEVICE = torch.device("cuda", 0)
@@ -129,7 +130,7 @@ def test_a_decode_in_strips_is_diffusers_own(tiny_base, monkeypatch, strip_bytes
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_adapters_take_turns_under_one_graph(tiny_base, guidance_scale):
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     skeleton, generator = components.skeleton("unet", tiny_base / "unet"), torch.Generator().manual_seed(0)
     weights = {}
     for name, module in skeleton.named_modules():

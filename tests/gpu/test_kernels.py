@@ -10,6 +10,13 @@ DTYPES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 DEVICE = torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_compile_for_older_cards(dtype, capability):
+    """Which have less shared memory for a block, and other tensor cores or none for a dtype."""
+    assert nvrtc.compile_kernels(dtype, capability, nvrtc._libraries()[0])[:4] == b"\x7fELF"
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     assert nvrtc.prepare(request.param, DEVICE), "the kernels do not compile here"
@@ -193,6 +200,32 @@ def test_attention_to_text(dtype, pictures, tokens, heads, keys, is_stacked):
             assert_close(one, other, dtype)
         else:  # one key's weight is 1, whatever q and k are
             assert one.abs().max() < 10 * DTYPES[dtype]
+
+
+def test_attention_to_text_with_wild_scores(dtype, monkeypatch):
+    """Scores of hundreds, so that a weight is nearly 1: no worse than PyTorch's operator in the same dtype."""
+    q, grad_y = (random(2, 300, 3, 64, dtype=dtype, like=like) for like in (30, 1))
+    inputs = q, *random(2, 77, 2, 3, 64, dtype=dtype, like=30).unbind(2), grad_y
+    found, expected = attended(*on_gpu(*inputs)), attended(*exact(*inputs))
+    monkeypatch.setattr(nvrtc, "kernels_for", lambda x, width, widest: None)
+    for name, one, by_pytorch, other in zip("yqkv", found, attended(*on_gpu(*inputs)), expected, strict=True):
+        error, of_pytorch = ((t.cpu().double() - other).norm() / other.norm() for t in (one, by_pytorch))
+        assert error < 1.2 * of_pytorch + DTYPES[dtype], f"{name}: {error:.2e}, PyTorch {of_pytorch:.2e}"
+
+
+def test_scores_that_overflow_downwards_are_no_result(dtype):
+    if dtype == torch.float32:
+        pytest.skip("PyTorch's operator does it")
+    q, v = torch.ones(1, 2, 1, 64, dtype=dtype, device=DEVICE), torch.ones(1, 77, 1, 64, dtype=dtype, device=DEVICE)
+    assert text_attention.attend(q, torch.full_like(v, -torch.inf), v).isnan().all()
+
+
+def test_a_card_has_room_for_the_attention(dtype):
+    if dtype == torch.float32:
+        pytest.skip("PyTorch's operator does it")
+    of_dtype = nvrtc.load(dtype, DEVICE)
+    assert of_dtype.blocks_at_once("attend_to_text", text_attention.FORWARD_THREADS) >= 2
+    assert of_dtype.blocks_at_once("attend_to_text_backward", text_attention.BACKWARD_THREADS) >= 1
 
 
 @pytest.mark.parametrize("shape", [(8, 256, 20), (1, 1024, 10)])  # one block has a head, and several share it

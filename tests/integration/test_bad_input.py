@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rasengan import UserError, components, training_settings
+from rasengan import UserError, training_settings
 from rasengan.pairs import PairDrawer
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENTS
 
 
 def link_base(tiny_base: Path, folder: Path, without: str = "") -> Path:
     """Make a base of links to the tiny one's components."""
     folder.mkdir()
-    for name in components.COMPONENTS:
+    for name in COMPONENTS:
         if name != without:
             (folder / name).symlink_to(tiny_base / name)
     return folder
@@ -294,7 +295,7 @@ def test_a_scheduler_without_a_target_is_refused(train, draw, refused, tiny_base
     few, pattern = ["--pretrained_model_name_or_path", base], "'sample'.*--prediction_type epsilon or v_prediction"
     refused(pattern, train, *few, "--max_train_samples", 2)
     refused(pattern, draw, *few, "--prompt", "a star")
-    folders = {name: base / name for name in components.COMPONENTS}
+    folders = {name: base / name for name in COMPONENTS}
     with pytest.raises(UserError, match=pattern):
         PairDrawer(Pipeline(folders, None, torch.device("cpu"), torch.float32))
 

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from rasengan import UserError, adapter_writer, adapters, components, conversion, low_rank
 from rasengan.adapter_reader import read_adapter
+from rasengan.sources import COMPONENTS
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
@@ -62,9 +63,7 @@ def test_from_a_run_over_every_layout_and_back_no_bit_is_lost(convert, request, 
 
 
 def test_diffusers_loads_what_a_run_with_more_than_attention_has_published(tiny_base, with_text):
-    pipeline = StableDiffusionXLPipeline(
-        **{name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
-    )
+    pipeline = StableDiffusionXLPipeline(**{name: components.load(name, tiny_base / name) for name in COMPONENTS})
     pipeline.load_lora_weights(with_text)
     for name, weights in read_adapter(with_text).weights.items():
         live = {key for key, _ in getattr(pipeline, name).named_parameters() if ".lora_A." in key}

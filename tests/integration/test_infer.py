@@ -15,7 +15,7 @@ from PIL import Image
 
 from rasengan import UserError, components, drawing, merging, picture_files, processes, sdxl, sweep
 from rasengan.pipeline import Pipeline
-from rasengan.sources import COMPONENT_FLAGS
+from rasengan.sources import COMPONENT_FLAGS, COMPONENTS
 
 
 PROMPT = "a big red star"
@@ -47,7 +47,7 @@ def draw_with_diffusers(pipeline, **options) -> np.ndarray:
 
 
 def load_pipeline(tiny_base) -> StableDiffusionXLPipeline:
-    loaded = {name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
+    loaded = {name: components.load(name, tiny_base / name) for name in COMPONENTS}
     return StableDiffusionXLPipeline(**loaded, add_watermarker=False)
 
 
@@ -131,7 +131,7 @@ def with_index(tiny_base, tmp_path):
     """The tiny base with an index that says that no negative prompt is an empty one."""
     base = tmp_path / "base"
     base.mkdir()
-    for name in components.COMPONENTS:
+    for name in COMPONENTS:
         (base / name).symlink_to(tiny_base / name)
     (base / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
     return base

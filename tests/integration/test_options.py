@@ -7,7 +7,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from rasengan import UserError, cache, components, fused, memory, samples, training_settings
+from rasengan import UserError, cache, fused, memory, samples, training_settings
+from rasengan.sources import TEXT_ENCODERS
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -148,14 +149,14 @@ def test_debug_loss_logs_the_loss_of_each_picture_by_its_name(train, read_log):
 def test_text_encoders_are_trained_and_their_adapters_are_merged(train, draw, capsys):
     output_dir = train(*SHORT, *QUIET, "--train_text_encoder")
     weights = load_file(output_dir / ADAPTER)
-    for component in ("unet", *components.TEXT_ENCODERS):
+    for component in ("unet", *TEXT_ENCODERS):
         ups = [tensor for key, tensor in weights.items() if key.startswith(f"{component}.") and ".up." in key]
         assert any(tensor.abs().max() > 0 for tensor in ups), component
     pictures = {}
     for name, path in (("file", output_dir), ("peft", output_dir / "peft")):
         pictures[name] = draw("--lora_weights", path, "--prompt", "a red star", "--compare")
         printed = capsys.readouterr().out
-        for component in ("unet", *components.TEXT_ENCODERS):
+        for component in ("unet", *TEXT_ENCODERS):
             assert f"modules of the {component} at alpha 32 / rank 16" in printed
     for name in ("000-0-a-red-star-base.png", "000-0-a-red-star-tuned.png"):
         assert pictures["file"][name].tobytes() == pictures["peft"][name].tobytes()

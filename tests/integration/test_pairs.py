@@ -10,6 +10,7 @@ from rasengan.adapter_reader import read_adapter
 from rasengan.adapters import Adapter
 from rasengan.pairs import REMEMBERED, PairDrawer, Settings
 from rasengan.pipeline import Pipeline
+from rasengan.sources import COMPONENTS
 
 
 SETTINGS = Settings("a big red star", None, 3, 3, 7.5, 64, 64, None)
@@ -18,7 +19,7 @@ NAME = "000-3-a-big-red-star-{}.png"
 
 @pytest.fixture(scope="module")
 def drawer(tiny_base) -> PairDrawer:
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     return PairDrawer(Pipeline(folders, None, torch.device("cpu"), torch.float32))
 
 

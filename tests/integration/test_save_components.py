@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rasengan import UserError, components
+from rasengan import UserError
+from rasengan.sources import COMPONENTS
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -46,7 +47,7 @@ def contents(directory) -> dict[str, bytes]:
 
 
 def test_seven_folders_are_written_the_unet_in_fp16_and_the_vae_in_fp32(saved, tiny_base):
-    assert {path.name for path in saved.iterdir()} == {*components.COMPONENTS, "components.json"}
+    assert {path.name for path in saved.iterdir()} == {*COMPONENTS, "components.json"}
     for name, dtype in (("unet", torch.float16), ("text_encoder_2", torch.float16), ("vae", torch.float32)):
         (file,) = (saved / name).glob("*.safetensors")
         (original,) = (tiny_base / name).glob("*.safetensors")

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rasengan import components, lora
+from rasengan.sources import COMPONENT_FLAGS
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -129,7 +130,7 @@ def test_another_seed_gives_another_adapter(train, trained):
 
 def test_components_given_one_by_one_train_the_same_adapter(train, trained, tiny_base, tmp_path):
     flags = []
-    for name, flag in components.COMPONENT_FLAGS.items():
+    for name, flag in COMPONENT_FLAGS.items():
         (tmp_path / f"my {name}").symlink_to(tiny_base / name)
         flags += [flag, tmp_path / f"my {name}"]
     output_dir = train(*flags, without=("--pretrained_model_name_or_path",))
@@ -244,9 +245,7 @@ def test_a_readme_of_somebody_else_stays(train, caplog, tmp_path):
 def test_a_home_in_a_path_is_the_users(train_script, infer_script, save_script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     names = "pretrained_model_name_or_path cache_dir dataset_name train_data_dir conditioning_cache_dir output_dir"
-    names += " config resume_from_checkpoint " + " ".join(
-        f.removeprefix("--") for f in components.COMPONENT_FLAGS.values()
-    )
+    names += " config resume_from_checkpoint " + " ".join(f.removeprefix("--") for f in COMPONENT_FLAGS.values())
     config = tmp_path / "run.yaml"
     for name in set(names.split()) - {"config"}:
         config.write_text(f"{name}: ~/there\n")

@@ -7,12 +7,13 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, inject_adapter_in_model
 
 from rasengan import components, data, imaging, lora
+from rasengan.sources import COMPONENTS
 
 
 @pytest.fixture(scope="session")
 def pipeline(tiny_base):
     """diffusers' own pipeline of the tiny components, as the reference."""
-    parts = {name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
+    parts = {name: components.load(name, tiny_base / name) for name in COMPONENTS}
     pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,6 +1,7 @@
-// Enough of CUDA for the kernels to run on a CPU, in fp32, or in bf16 where that is defined: the threads of a block take
-// turns, and blocks run one after the other. Included before kernels.cu; RUN(name)
-// exports a kernel.
+// Enough of CUDA for the kernels to run on a CPU, in fp32, or in bf16 where BF16 is defined. Blocks run one after the
+// other, and so do the warps of a block: each until it is done or waits at a barrier, the first warp first or, where
+// LAST_WARP_FIRST is defined, the last, so that a barrier that is missing is a wrong result in one of the two. The threads
+// of a warp take turns. Included before kernels.cu; RUN(name) exports a kernel.
 
 #include <ucontext.h>
 
@@ -45,6 +46,7 @@ struct Thread {
   std::vector<char> stack = std::vector<char>(1 << 16);
   Index index;
   bool is_done = false, is_waiting = false;  // for the others, at a __syncthreads()
+  bool can_run() const { return !is_done && !is_waiting; }
 };
 
 static std::vector<Thread> threads;
@@ -63,6 +65,19 @@ static void enter() {
 
 static void yield() { swapcontext(&threads[current].context, &scheduler); }
 
+static void run_warp(int first) {
+  int beyond = std::min<int>(first + 32, threads.size());
+  for (bool can_any_run = true; can_any_run;) {
+    can_any_run = false;
+    for (current = first; current < beyond; ++current) {
+      if (!threads[current].can_run()) continue;
+      threadIdx = threads[current].index;
+      swapcontext(&scheduler, &threads[current].context);
+      can_any_run |= threads[current].can_run();
+    }
+  }
+}
+
 static void run_block() {
   for (Thread& thread : threads) {
     thread.is_done = thread.is_waiting = false;
@@ -72,15 +87,16 @@ static void run_block() {
     thread.context.uc_link = &scheduler;
     makecontext(&thread.context, enter, 0);
   }
-  for (bool is_any_left = true; is_any_left;) {
-    if (std::all_of(threads.begin(), threads.end(), [](Thread& thread) { return thread.is_done || thread.is_waiting; }))
-      for (Thread& thread : threads) thread.is_waiting = false;
-    is_any_left = false;
-    for (current = 0; current < (int)threads.size(); ++current) {
-      if (threads[current].is_done) continue;
-      threadIdx = threads[current].index;
-      swapcontext(&scheduler, &threads[current].context);
-      is_any_left |= !threads[current].is_done;
+  auto is_done = [](const Thread& thread) { return thread.is_done; };
+  while (!std::all_of(threads.begin(), threads.end(), is_done)) {
+    for (Thread& thread : threads) thread.is_waiting = false;
+    int warps = (threads.size() + 31) / 32;
+    for (int i = 0; i < warps; ++i) {
+#if defined(LAST_WARP_FIRST)
+      run_warp((warps - 1 - i) * 32);
+#else
+      run_warp(i * 32);
+#endif
     }
   }
 }
@@ -109,8 +125,8 @@ void launch(void (*function)(Arguments...), const int* grid, const int* block, v
 }  // namespace cuda_on_cpu
 
 static void __syncthreads() {
-  bool& is_waiting = cuda_on_cpu::threads[cuda_on_cpu::current].is_waiting;
-  for (is_waiting = true; is_waiting;) cuda_on_cpu::yield();
+  cuda_on_cpu::threads[cuda_on_cpu::current].is_waiting = true;
+  cuda_on_cpu::yield();
 }
 static void __threadfence() {}
 

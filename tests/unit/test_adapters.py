@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from rasengan import UserError, adapter_writer, adapters, components, conversion, merging, naming, whole_model
 from rasengan.adapter_reader import read_adapter, read_adapters
 from rasengan.adapters import DIFFUSERS_FILE, Adapter
+from rasengan.sources import COMPONENTS, TEXT_ENCODERS
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -134,7 +135,7 @@ def test_a_merge_answers_as_the_unmerged_adapter_does(tiny_base, live, kind, sca
 def test_diffusers_own_loader_fuses_the_file_to_the_same_weights(tiny_base, live, tmp_path, kind, scale, layout):
     adapter = adapter_of(unet=live[kind], text_encoder_2=trained(tiny_base, TEXT, name="text_encoder_2"))
     file = write(tmp_path / "a.safetensors", adapter, layout)
-    pipeline = StableDiffusionXLPipeline(**{name: load(tiny_base, name) for name in components.COMPONENTS})
+    pipeline = StableDiffusionXLPipeline(**{name: load(tiny_base, name) for name in COMPONENTS})
     pipeline.load_lora_weights(file)
     pipeline.fuse_lora(lora_scale=scale)
     pipeline.unload_lora_weights()
@@ -265,7 +266,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("kind", [kind for kind in LORAS if kind != "rsLoRA"])
 def test_from_diffusers_to_kohya_and_back_and_to_peft_every_bit_and_every_alpha_stays(tiny_base, live, tmp_path, kind):
-    encoders = {name: trained(tiny_base, TEXT, name=name) for name in components.TEXT_ENCODERS}
+    encoders = {name: trained(tiny_base, TEXT, name=name) for name in TEXT_ENCODERS}
     first = read_adapter(write(tmp_path / "1.safetensors", adapter_of(unet=live[kind], **encoders), "diffusers"))
     second = read_adapter(write(tmp_path / "2.safetensors", first, "kohya"))
     third = read_adapter(write(tmp_path / "3.safetensors", second, "diffusers"))
@@ -347,7 +348,7 @@ def sgm_name(module):
 
 
 def test_a_kohya_file_has_the_keys_of_sd_scripts_for_the_same_modules(tiny_base, live, tmp_path):
-    encoders = {name: trained(tiny_base, TEXT, name=name) for name in components.TEXT_ENCODERS}
+    encoders = {name: trained(tiny_base, TEXT, name=name) for name in TEXT_ENCODERS}
     adapter = adapter_of(unet=live["LoCon"], **encoders)
     found = load_file(write(tmp_path / "a.safetensors", adapter, "kohya"))
     expected = {f"lora_unet_{sgm_name(module)}" for module in adapters.by_module(adapter.weights["unet"])}
@@ -881,7 +882,7 @@ def test_a_rank_that_is_not_whole_and_a_value_that_is_not_positive_are_refused(l
 
 
 def save_merged(tiny_base, live, place):
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     scheduler = components.load("scheduler", folders["scheduler"])
     whole_model.save_tuned(place, folders, None, torch.float32, scheduler, [(adapter_of(unet=live["LoRA"]), 1.0)])
 

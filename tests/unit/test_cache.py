@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from rasengan import UserError, cache, components, endings, imaging, memory, row_file, sharded_cache
+from rasengan.sources import COMPONENTS, TEXT_ENCODERS, TOKENIZERS
 
 
 CPU = torch.device("cpu")
@@ -285,7 +286,7 @@ def test_each_bucket_has_a_cache_and_all_are_looked_up_as_one(tiny_base, column,
 @torch.no_grad()
 def test_cached_prompts_are_the_encoders_states(tiny_base, tmp_path, dtype):
     captions = ["a red star", "", "a blue heart " * 40, "らせんがん", "a green square"]
-    folders = {name: tiny_base / name for name in (*components.TOKENIZERS, *components.TEXT_ENCODERS)}
+    folders = {name: tiny_base / name for name in (*TOKENIZERS, *TEXT_ENCODERS)}
     shards = cache.prompt_cache(tmp_path, captions, "digest", dtype, 2, CPU)
     shards.build(shards.missing(), cache.load_caption_encoder(folders, None, CPU, dtype), 2)
     tokenizers, text_encoders = components.load_text_encoders(folders, None, CPU, dtype)
@@ -362,7 +363,7 @@ class Full(torch.nn.Module):
 def test_memory_that_does_not_suffice_to_encode_is_told_with_what_helps(
     of, at_once, budget_gib, under, helps, tiny_base, column, pictures, tmp_path, monkeypatch, capsys
 ):
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     how = {"variant": None, "device": CPU, "share": (0, 1), "make_bar": lambda total: tqdm(total=total, disable=True)}
     how |= {"batch_size": at_once, "budget_gib": budget_gib}
     sized = {"sizes": imaging.crop_sizes(96, 16), "interpolation": "lanczos", "random_flip": False}

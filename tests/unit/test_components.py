@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rasengan import UserError, component_checks, components
 from rasengan.components import load
-from rasengan.sources import COMPONENT_FLAGS, Source, fetch
+from rasengan.sources import COMPONENT_FLAGS, COMPONENTS, TEXT_ENCODERS, TOKENIZERS, Source, fetch
 
 
 MODELS = list(components.MODELS)
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_by_its_configuration_alone(base, component
 def test_values_that_nothing_can_be_done_with_are_refused(base, component, file, changes, words):
     path = base / component / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    where = {name: base / name for name in components.COMPONENTS}
+    where = {name: base / name for name in COMPONENTS}
 
     def check_and_load():
         component_checks.check_components(where)
@@ -214,7 +214,7 @@ def test_damaged_weights_are_refused_by_the_components_name(base, component, dam
 
 
 def test_text_encoders_load_with_the_hubs_names_of_tensors(base):
-    for name in components.TEXT_ENCODERS:  # which have the prefix in both, and a position_ids that is no weight now
+    for name in TEXT_ENCODERS:  # which have the prefix in both, and a position_ids that is no weight now
         before, file = load(name, base / name).state_dict(), weights_of(base / name)
         tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
         if name == "text_encoder_2":
@@ -224,7 +224,7 @@ def test_text_encoders_load_with_the_hubs_names_of_tensors(base):
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
-@pytest.mark.parametrize("component", components.TOKENIZERS)
+@pytest.mark.parametrize("component", TOKENIZERS)
 def test_a_tokenizer_loads_from_the_hubs_files_and_not_without_its_vocabulary(base, component):
     text = "A red star, on striped らせんがん"
     folder, expected = base / component, load(component, base / component)(text).input_ids

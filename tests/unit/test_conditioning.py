@@ -6,6 +6,7 @@ from tqdm.auto import tqdm
 
 from rasengan import cache, components, conditioning, imaging, samples, sdxl, sharded_cache
 from rasengan.safetensors_header import read_header
+from rasengan.sources import COMPONENTS
 
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_the_vae_comes_where_latents_cannot_be_cached(in_loop, plan_only, settin
 
 @torch.no_grad()
 def test_embeddings_are_encoded_to_disk_once_as_the_encoders_have_them(settings, bars, tiny_base):
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     how = ([["a star", "a heart"], ["a star"]], ["a cat", ""], folders, torch.float32, CPU, (0, 1), bars[1])
     prompts = conditioning.prepare_prompts(settings, *how)
     assert prompts.tokenizers == prompts.text_encoders == []
@@ -114,7 +115,7 @@ def test_embeddings_are_encoded_to_disk_once_as_the_encoders_have_them(settings,
 @pytest.mark.parametrize("in_loop", [{"cache_conditioning": False}, {"train_text_encoder": True}])
 @pytest.mark.parametrize("plan_only", [False, True])
 def test_the_text_encoders_come_where_embeddings_are_not_to_be_cached(in_loop, plan_only, settings, bars, tiny_base):
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     asked = settings | in_loop | {"plan_only": plan_only}
     prompts = conditioning.prepare_prompts(asked, [["a star"]], [], folders, torch.bfloat16, CPU, (0, 1), bars[1])
     assert prompts.captions is prompts.validation is None
@@ -127,7 +128,7 @@ def test_the_text_encoders_come_where_embeddings_are_not_to_be_cached(in_loop, p
 
 
 def test_a_plan_encodes_nothing(settings, tiny_base, column, pictures):
-    folders, asked = {name: tiny_base / name for name in components.COMPONENTS}, settings | {"plan_only": True}
+    folders, asked = {name: tiny_base / name for name in COMPONENTS}, settings | {"plan_only": True}
     no_bar = lambda *_: pytest.fail("nothing is encoded")  # noqa: E731
     rows, vae = conditioning.prepare_latents(asked, column, pictures, SIZES, folders["vae"], CPU, (0, 1), no_bar)
     prompts = conditioning.prepare_prompts(
@@ -151,7 +152,7 @@ def test_blank_rows_give_a_batch_of_the_shapes_of_cached_ones(
     some, column = [*pictures[:9], pictures[0], *pictures[9:12]], [*column[:9], column[0], *column[9:12]]
     captions = [[f"a star {number}", "a star"] for number in range(len(some))]
     texts = [[text for several in captions for text in several], ["a heart", ""]]
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     how, bar = (None, CPU), lambda total: tqdm(total=total, disable=True)
     options = {"sizes": sizes, "interpolation": "lanczos", "random_flip": random_flip}
     real = cache.cached_latents(tmp_path, column, some, folders["vae"], *how, (0, 1), bar, 4, **options)

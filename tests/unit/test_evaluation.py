@@ -4,6 +4,7 @@ import torch
 from rasengan import cache, components, drawing, evaluation, lora, pipeline, prompts, sdxl
 from rasengan.adapters import Adapter
 from rasengan.evaluation import Drawn
+from rasengan.sources import COMPONENTS
 
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 
 
 @pytest.fixture(scope="module")
 def folders(tiny_base):
-    return {name: tiny_base / name for name in components.COMPONENTS}
+    return {name: tiny_base / name for name in COMPONENTS}
 
 
 @pytest.fixture

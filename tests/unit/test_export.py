@@ -27,6 +27,7 @@ from rasengan import (
     merging,
     safetensors_header,
 )
+from rasengan.sources import COMPONENTS
 
 
 RANK, LORA_ALPHA = 4, 12.0
@@ -64,7 +65,7 @@ def saved(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapted_pipeline(tiny_base, saved):
     """diffusers' own pipeline with what it loaded of the file."""
-    pipeline = StableDiffusionXLPipeline(**{name: load(tiny_base, name) for name in components.COMPONENTS})
+    pipeline = StableDiffusionXLPipeline(**{name: load(tiny_base, name) for name in COMPONENTS})
     pipeline.load_lora_weights(saved)
     return pipeline
 

@@ -28,7 +28,10 @@ class Launcher:
     def __init__(self, library):
         self.library, self.counters = library, torch.zeros(4096, dtype=torch.int32)
         self.has_tensor_cores = library is not None and hasattr(library, "run_add_lora_gradients")
-        self.launched, self.grids = [], []
+        self.launched, self.grids, self.addresses = [], [], []
+
+    def blocks_at_once(self, name, threads):
+        return {"attend_to_text": 5, "attend_to_text_backward": 2}[name]  # as on an H200
 
     def launch(self, name, grid, block, *arguments, shared_bytes=0):
         assert shared_bytes <= 48 * 1024  # what every card gives without being asked
@@ -38,19 +41,20 @@ class Launcher:
         getattr(self.library, f"run_{name}")((ctypes.c_int * 2)(*grid), (ctypes.c_int * 2)(*block), pointers)
         self.launched.append(name)
         self.grids.append(grid)
+        self.addresses += [t.data_ptr() for t in arguments if torch.is_tensor(t)]
 
 
-@pytest.fixture(scope="module", params=["", "-DAS_16_BITS"], ids=["fp32", "as 16 bits"])
+@pytest.fixture(scope="module", params=["", "-DAS_16_BITS -DLAST_WARP_FIRST"], ids=["fp32", "as 16 bits"])
 def library(request, tmp_path_factory):
     made = [f"{name}_{packs}" for name in ("add_layer_norm", "layer_norm_backward") for packs in (3, 5, 8)]
     return compile_for_cpu(tmp_path_factory.mktemp("kernels"), ["kernels.cu"], made, request.param.split())
 
 
-@pytest.fixture(scope="module")
-def tensor_cores(tmp_path_factory):
+@pytest.fixture(scope="module", params=["", "-DLAST_WARP_FIRST"], ids=["first warp first", "last warp first"])
+def tensor_cores(request, tmp_path_factory):
     made = [f"lora_gradient_sums_{tiles}" for tiles in (1, 2, 3, 4)]
     folder = tmp_path_factory.mktemp("tensor_cores")
-    return compile_for_cpu(folder, ["kernels.cu", "tensor_cores.cu"], made, ["-DBF16"])
+    return compile_for_cpu(folder, ["kernels.cu", "tensor_cores.cu"], made, ["-DBF16", *request.param.split()])
 
 
 def compile_for_cpu(folder, sources, made, options):
@@ -221,7 +225,9 @@ def error_of(found, expected):
 
 
 @pytest.mark.parametrize(("rows", "width", "out_width", "rank"), [(1, 8, 8, 8), (150, 136, 264, 16), (70, 40, 8, 56)])
-def test_lora_gradients_are_added(tensor_core_launcher, rows, width, out_width, rank):
+@pytest.mark.parametrize("most_splits", [1, 32])  # with one, a block has several stages of rows
+def test_lora_gradients_are_added(tensor_core_launcher, rows, width, out_width, rank, most_splits, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_SPLITS", most_splits)
     sizes = (rows, width), (rows, rank), (rows, out_width), (rows, rank)
     inputs = [random(*size, like=like).bfloat16() for size, like in zip(sizes, (1, 2, 0.5, 1), strict=True)]
     grads = random(rank, width), random(1, out_width, rank)
@@ -260,13 +266,56 @@ def test_attention_to_text(
             assert found.abs().max() < 1e-5
 
 
+def attended(q, k, v, grad_y):
+    """Return what attends, and the gradients of all three."""
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = text_attention.attend(*inputs)
+    return y, *torch.autograd.grad(y, inputs, grad_y)
+
+
+def test_attention_to_text_with_wild_scores(tensor_core_launcher, monkeypatch):
+    """Scores of hundreds, so that a weight is nearly 1: no worse than PyTorch's operator in the same dtype."""
+    inputs = [random(1, 70, 2, 64, like=30), *random(1, 77, 2, 2, 64, like=30).unbind(2), random(1, 70, 2, 64)]
+    inputs = [t.bfloat16() for t in inputs]
+    found, expected = attended(*inputs), attended(*exact(*inputs))
+    monkeypatch.setattr(nvrtc, "kernels_for", lambda x, width, widest: None)
+    for name, one, of_pytorch, exact_one in zip("yqkv", found, attended(*inputs), expected, strict=True):
+        assert error_of(one, exact_one) < 1.2 * error_of(of_pytorch, exact_one) + 1e-3, name
+
+
+def test_scores_that_overflow_downwards_are_no_result(tensor_core_launcher):
+    """Scores that are all -inf have no softmax, also where there are keys too few for a tile."""
+    q, k = torch.full((1, 2, 1, 64), 1.0).bfloat16(), torch.full((1, 77, 1, 64), -torch.inf).bfloat16()
+    assert text_attention.attend(q, k, random(1, 77, 1, 64).bfloat16()).isnan().all()
+
+
+@pytest.mark.parametrize("which", ["q", "k and v", "grad_y"])
+def test_attention_to_text_takes_tensors_that_lie_anywhere(tensor_core_launcher, which):
+    """The kernels read 16 bytes at once, from where those begin."""
+    q, grad_y = random(1, 40, 2, 64).bfloat16(), random(1, 40, 2, 64, like=2).bfloat16()
+    k, v = random(1, 77, 2, 2, 64).bfloat16().unbind(2)
+    expected = attended(q, k, v, grad_y)
+
+    def moved(t, name):
+        return t if name != which else torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    found = attended(moved(q, "q"), moved(k, "k and v"), moved(v, "k and v"), moved(grad_y, "grad_y"))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(address % 16 == 0 for address in tensor_core_launcher.addresses)
+
+
+def test_attention_to_text_of_unlike_dtypes_is_pytorchs(tensor_core_launcher):
+    q, k, v = random(1, 4, 1, 64).bfloat16(), random(1, 5, 1, 64), random(1, 5, 1, 64)
+    with pytest.raises(RuntimeError, match="dtype"):
+        text_attention.attend(q, k, v)
+    assert not tensor_core_launcher.launched
+
+
 def test_keys_that_are_missing_weigh_nothing_where_all_others_weigh_less(tensor_core_launcher):
     """A missing key's score would be 0, those of the others are -128: e^128 is more than fp32 holds."""
     q, k = torch.full((1, 32, 1, 64), -4.0).bfloat16(), torch.full((1, 77, 1, 64), 4.0).bfloat16()
     v, grad_y = random(1, 77, 1, 64).bfloat16(), random(1, 32, 1, 64).bfloat16()
-    inputs = [t.requires_grad_() for t in (q, k, v)]
-    y = text_attention.attend(*inputs)
-    grads = torch.autograd.grad(y, inputs, grad_y)
+    y, *grads = attended(q, k, v, grad_y)
     assert error_of(y[0, 0, 0], v.double().mean((0, 1, 2))) < 5e-3
     assert all(grad.isfinite().all() for grad in grads)
 

@@ -47,7 +47,7 @@ def make_planner(run, *, samples=1, recompute=None, budget_gib, can_quantize=Tru
 def choose(budget_gib, samples, batch_size, recompute=None):
     card = Card(budget_gib)
     plan = memory_plan.choose_plan(
-        samples, batch_size, BLOCKS, recompute, card.measure, card.lift, budget_bytes=budget_gib * GIB
+        samples, batch_size, BLOCKS, recompute, card.measure, card.lift, budget_gib * GIB, left_gib=lambda: 8.0
     )
     return plan, card
 
@@ -118,10 +118,21 @@ def test_a_quantized_base_is_not_offered_to_one_who_has_it():
     assert "nf4" not in str(error.value)
 
 
-def test_a_budget_that_nobody_gave_is_not_to_be_raised():
-    with pytest.raises(memory.DoesNotFit, match="take a card with more memory") as error:
-        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, can_raise=False)
-    assert "--vram_budget_gib" not in str(error.value)
+@pytest.mark.parametrize(
+    ("left_gib", "remedy"),
+    [
+        (None, "take a card with more memory"),  # nobody gave a budget
+        (lambda: 3.9, "take a card with more memory"),
+        (lambda: 4.0, "raise --vram_budget_gib"),
+    ],
+)
+def test_a_budget_is_to_be_raised_where_the_card_has_what_is_needed(left_gib, remedy):
+    def measure(plan):
+        return 4 * GIB
+
+    with pytest.raises(memory.DoesNotFit, match=f"at least 4.00 GiB.* To make it fit: {remedy}, or lower") as error:
+        memory_plan.choose_plan(1, 1, BLOCKS, None, measure, lambda: None, GIB, left_gib=left_gib)
+    assert str(error.value).count("--vram_budget_gib") == remedy.count("--vram_budget_gib")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +173,7 @@ def test_a_budget_below_the_weights_is_an_error_with_what_the_smallest_plan_take
     for module in (memory, memory_plan):
         monkeypatch.setattr(module, "lift_limit", lambda device: caps.append(16.0))
     monkeypatch.setattr(memory_plan, "limit", lambda budget_gib, *_: caps.append(budget_gib) or budget_gib)
+    monkeypatch.setattr(memory_plan, "left_gib", lambda *_: 16.0)
     monkeypatch.setattr(memory_plan, "measure_peak", measure_peak)
     with memory.must_fit(torch.nn.Linear(1, 1), CPU, is_quantized):
         reserve(3.0)
@@ -175,7 +187,7 @@ def test_a_budget_below_the_weights_is_an_error_with_what_the_smallest_plan_take
 
 def test_a_card_that_is_too_small_by_itself_is_an_error_too():
     with pytest.raises(UserError, match="needs more than this card has.* take a card with more memory") as error:
-        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, budget_bytes=GIB)
+        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, left_gib=lambda: 2.0)
     assert "--vram_budget_gib" not in str(error.value)  # which was given, but can no more be raised
 
 

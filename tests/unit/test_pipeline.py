@@ -5,6 +5,7 @@ import torch
 
 from rasengan import UserError, components, drawing, lora, pipeline, sdxl
 from rasengan.adapters import Adapter
+from rasengan.sources import COMPONENTS
 
 
 CPU = torch.device("cpu")
@@ -13,7 +14,7 @@ SIZE = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 5
 
 @pytest.fixture
 def model(tiny_base):
-    folders = {name: tiny_base / name for name in components.COMPONENTS}
+    folders = {name: tiny_base / name for name in COMPONENTS}
     return pipeline.Pipeline(folders, None, CPU, torch.float32)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection
 
 from rasengan import UserError, components, lora, naming, single_file
+from rasengan.sources import COMPONENTS
 
 
 def weights_of(tiny_base, name):
@@ -81,7 +82,7 @@ def test_diffusers_reads_the_second_text_encoder_back(written, tiny_base):
 
 
 def test_diffusers_loads_a_whole_pipeline_of_the_file_with_the_same_weights(written, tiny_base, tmp_path):
-    loaded = {name: components.load(name, tiny_base / name) for name in components.COMPONENTS}
+    loaded = {name: components.load(name, tiny_base / name) for name in COMPONENTS}
     StableDiffusionXLPipeline(**loaded).save_pretrained(tmp_path / "base")
     pipeline = StableDiffusionXLPipeline.from_single_file(
         str(written), config=str(tmp_path / "base"), local_files_only=True
