@@ -60,6 +60,7 @@ class Projections:
         self.by_layer = {id(layer): projection for projection in groups for layer in projection.layers}
         self.with_lora = [projection for projection in groups if projection.has_lora]
         self.ends = self._place_gradients()
+        self.casts = {}  # for each dtype a tensor that holds the LoRA in it
         self.anchor = None  # of the forward that runs, as `nodes.LoraProduct` takes it
 
     def _place_gradients(self) -> tuple[int, int]:
@@ -75,10 +76,18 @@ class Projections:
 
     @torch.no_grad()
     def cast_lora(self, dtype: torch.dtype) -> None:
-        """Cast the LoRA matrices of all projections out of the flat parameter, all lora_A and all lora_B at once."""
+        """Cast the LoRA matrices of all projections out of the flat parameter, all lora_A and all lora_B at once.
+
+        They lie in one place in every forward, and in every CUDA graph: each would hold a copy of its own otherwise.
+        """
         middle, end = self.ends
-        parts_A = self.flat[:middle].to(dtype).split([p.shape_A.numel() for p in self.with_lora])
-        parts_B = (self.flat[middle:end] * self.scale).to(dtype).split([p.shape_B.numel() for p in self.with_lora])
+        if dtype not in self.casts:
+            self.casts[dtype] = self.flat.new_empty(end, dtype=dtype)
+        part_A, part_B = self.casts[dtype].split([middle, end - middle])
+        part_A.copy_(self.flat[:middle])
+        torch.mul(self.flat[middle:end], self.scale, out=part_B)
+        parts_A = part_A.split([p.shape_A.numel() for p in self.with_lora])
+        parts_B = part_B.split([p.shape_B.numel() for p in self.with_lora])
         for projection, part_A, part_B in zip(self.with_lora, parts_A, parts_B, strict=True):
             projection.set_lora(part_A, part_B, self.scale)
         # Of this forward alone: a leaf that lived on would hold the stream of its first backward pass.

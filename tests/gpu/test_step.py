@@ -25,19 +25,19 @@ def folder(tmp_path_factory):
     return made
 
 
-def load(folder, dtype=torch.float16, quantize=False):
+def load(folder, dtype=torch.float16, quantize=False, rank=RANK):
     unet = components.load("unet", folder / "unet", dtype)
     if quantize:
         quantization.quantize_base(unet, DEVICE, dtype)
     lora.stack_weights(unet, DEVICE)
     unet.to(DEVICE)
     torch.manual_seed(0)
-    lora.add_lora(unet, lora.lora_config(RANK, ALPHA, list(lora.UNET_TARGETS)))
+    lora.add_lora(unet, lora.lora_config(rank, ALPHA, list(lora.UNET_TARGETS)))
     flat = lora.flatten_parameters(lora.flat_order(unet))
     with torch.no_grad():
         flat += 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     unet.train()
-    return unet, flat, fused.FusedUNet(unet, flat, ALPHA / RANK)
+    return unet, flat, fused.FusedUNet(unet, flat, ALPHA / rank)
 
 
 def make_step(unet, flat, as_graph, scale=64.0, dtype=torch.float16):
@@ -240,6 +240,15 @@ def test_a_capture_that_fails_in_the_backward_pass_leaves_the_steps_to_go_on_wit
     as_graph, found = train()
     assert not as_graph
     assert torch.equal(found, expected)
+
+
+def test_every_step_reserves_what_the_first_one_did(folder):
+    """A plan is what the first ones were measured to take; of this rank the LoRA is most of that."""
+    unet, flat, _ = load(folder, rank=4096)
+    train_step, batch = make_step(unet, flat, False), make_batch(unet, 1)
+    peaks = [memory.measure_peak(lambda: train_step.run(batch), DEVICE) for _ in range(4)]
+    of_lora = 2 * flat.numel()  # bytes in 16 bits
+    assert max(peaks) - min(peaks) < of_lora / 4, [peak / memory.GIB for peak in peaks]
 
 
 def plan_within(folder, budget_gib, samples=4, recompute=None):

@@ -129,6 +129,20 @@ def test_gradients_add_up_in_place_and_reach_pefts_parameters(load_unet, batch):
     assert all(p.grad.abs().max() > 0 for p in lora.trainable_parameters(unet).values())
 
 
+def test_the_lora_is_cast_to_one_place_in_every_forward(load_unet, batch):
+    unet, flat, fused_unet = load_unet(fuse=True)
+    projections = fused_unet.projections.with_lora
+    losses_of(unet, batch)
+    places = [projection.lora.lora_B.data_ptr() for projection in projections]
+    with torch.no_grad():
+        flat += 0.01
+    losses_of(unet, batch)
+    assert [projection.lora.lora_B.data_ptr() for projection in projections] == places
+    for projection in projections:
+        for part, layer in zip(projection.lora.lora_B, projection.layers, strict=True):
+            torch.testing.assert_close(part, layer.lora_B["default"].weight * ALPHA / RANK, check_dtype=False)
+
+
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_recomputing_any_number_of_blocks_changes_no_bit(count, load_unet, batch):
     unet, flat, fused_unet = load_unet(fuse=True, dtype=torch.float32)
