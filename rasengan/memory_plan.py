@@ -16,6 +16,8 @@ from rasengan.optim import state_bytes
 
 logger = logging.getLogger(__name__)
 
+# What PyTorch reserves differs from one measurement to the next by a few of its segments, of 20 MiB.
+SEGMENTS_GIB = 0.06
 STEP_DOWN_GIB = 0.1  # by which a plan is to be smaller than one that did not fit
 # More pictures at once than this make a step no faster for each of them.
 LARGEST_JOINED = 8
@@ -172,9 +174,10 @@ def choose_plan(
     smallest = Plan(1, 0 if recompute is False else blocks)
     lift()
     taken = measure(smallest)
-    # Rounded up, for a budget of this figure.
-    needs = "more than this card has" if taken is None else f"at least {math.ceil(100 * taken / GIB) / 100:.2f} GiB"
-    can_raise = taken is not None and left_gib is not None and taken / GIB <= left_gib()
+    # Rounded up, so that a budget of this figure suffices.
+    needed_gib = math.inf if taken is None else math.ceil(100 * (taken / GIB + SEGMENTS_GIB)) / 100
+    needs = "more than this card has" if taken is None else f"at least {needed_gib:.2f} GiB"
+    can_raise = left_gib is not None and needed_gib <= left_gib()
     more = "raise --vram_budget_gib" if can_raise else "take a card with more memory"
     remedies = [more, "lower --resolution"]
     remedies += ["drop --no-gradient_checkpointing"] * (recompute is False)
