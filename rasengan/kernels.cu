@@ -162,10 +162,10 @@ struct Row {
   }
 };
 
-// delta may be null; then sum is not written, for it is x.
+// delta may be null; then sum is not written, for it is x. statistics (rows): mean and 1 / standard deviation.
 template <int PACKS>
 __device__ void add_layer_norm(const word* x, const word* delta, const word* weight, const word* bias, word* sum,
-                               word* y, int rows, int width, float eps) {
+                               word* y, float2* statistics, int rows, int width, float eps) {
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   long long start = (long long)row * width;
@@ -181,6 +181,7 @@ __device__ void add_layer_norm(const word* x, const word* delta, const word* wei
     });
   }
   float2 of = values.statistics(eps);
+  if (values.lane == 0) statistics[row] = of;
   gain.fetch(weight);
   offset.fetch(bias);
   values.each_pack([&](int k, int column) {
@@ -196,8 +197,8 @@ __device__ void add_layer_norm(const word* x, const word* delta, const word* wei
 
 // grad_sum, the gradient that reaches the sum past the norm, may be null.
 template <int PACKS>
-__device__ void layer_norm_grad(const word* sum, const word* weight, const word* grad_y, const word* grad_sum,
-                                word* grad_x, int rows, int width, float eps) {
+__device__ void layer_norm_grad(const word* sum, const word* weight, const float2* statistics, const word* grad_y,
+                                const word* grad_sum, word* grad_x, int rows, int width) {
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   long long start = (long long)row * width;
@@ -206,7 +207,7 @@ __device__ void layer_norm_grad(const word* sum, const word* weight, const word*
   grads.fetch(grad_y + start);
   gain.fetch(weight);
   if (grad_sum) past.fetch(grad_sum + start);
-  float2 of = values.statistics(eps);
+  float2 of = statistics[row];
   float mean_grad = 0.f, mean_product = 0.f;
   values.each_pack([&](int k, int) {
 #pragma unroll
@@ -233,14 +234,14 @@ __device__ void layer_norm_grad(const word* sum, const word* weight, const word*
 
 #define LAYER_NORM(PACKS)                                                                                              \
   extern "C" __global__ void __launch_bounds__(128) add_layer_norm_##PACKS(                                            \
-      const word* x, const word* delta, const word* weight, const word* bias, word* sum, word* y, int rows, int width, \
-      float eps) {                                                                                                     \
-    add_layer_norm<PACKS>(x, delta, weight, bias, sum, y, rows, width, eps);                                           \
+      const word* x, const word* delta, const word* weight, const word* bias, word* sum, word* y, float2* statistics,  \
+      int rows, int width, float eps) {                                                                                \
+    add_layer_norm<PACKS>(x, delta, weight, bias, sum, y, statistics, rows, width, eps);                               \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(128) layer_norm_backward_##PACKS(                                       \
-      const word* sum, const word* weight, const word* grad_y, const word* grad_sum, word* grad_x, int rows,           \
-      int width, float eps) {                                                                                          \
-    layer_norm_grad<PACKS>(sum, weight, grad_y, grad_sum, grad_x, rows, width, eps);                                   \
+      const word* sum, const word* weight, const float2* statistics, const word* grad_y, const word* grad_sum,         \
+      word* grad_x, int rows, int width) {                                                                             \
+    layer_norm_grad<PACKS>(sum, weight, statistics, grad_y, grad_sum, grad_x, rows, width);                            \
   }
 
 LAYER_NORM(3)  // widths up to 768, SDXL's 640 among them

@@ -97,23 +97,23 @@ class QuantizedProduct(torch.autograd.Function):
 
 
 class AddLayerNorm(torch.autograd.Function):
-    """(x, delta) -> (x + delta, LayerNorm of it), all (T, D); delta may be None. Keeps the sum."""
+    """(x, delta) -> (x + delta, LayerNorm of it), (T, D); delta may be None. Keeps the sum and statistics (T, 2)."""
 
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps):
-        total, y = norms.add_layer_norm(x, delta, weight, bias, eps)
-        ctx.save_for_backward(total)
-        ctx.options, ctx.has_delta = (weight, bias, eps), delta is not None
+        total, y, statistics = norms.add_layer_norm(x, delta, weight, bias, eps)
+        ctx.save_for_backward(total, statistics)
+        ctx.weight, ctx.has_delta = weight, delta is not None
         ctx.set_materialize_grads(False)
         return (total if delta is not None else total.view_as(total)), y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total, grad_y):
-        (total,) = ctx.saved_tensors
+        total, statistics = ctx.saved_tensors
         if grad_y is not None:
             grad_total = None if grad_total is None else grad_total.contiguous()
-            grad_total = norms.layer_norm_backward(total, *ctx.options, grad_y.contiguous(), grad_total)
+            grad_total = norms.layer_norm_backward(total, ctx.weight, statistics, grad_y.contiguous(), grad_total)
         return grad_total, grad_total if ctx.has_delta else None, None, None, None
 
 

@@ -26,24 +26,25 @@ def _row_kernel(name: str, rows: int, width: int) -> tuple[str, tuple[int, int],
 
 def add_layer_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x + delta (x itself for None) and its LayerNorm, all rows (T, D)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x + delta (x itself for None) and its LayerNorm, all rows (T, D), and statistics (T, 2) for later."""
     rows, width = x.shape
     kernels = nvrtc.kernels_for(x, width, 2048)
     if kernels is None:
         total = x if delta is None else x + delta
-        return total, F.layer_norm(total, (width,), weight, bias, eps)
+        y, mean, rstd = torch.native_layer_norm(total, (width,), weight, bias, eps)
+        return total, y, torch.cat([mean, rstd], dim=1)
     total, y = x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    statistics = x.new_empty(rows, 2, dtype=torch.float32)
     name, grid, block = _row_kernel("add_layer_norm", rows, width)
-    kernels.launch(name, grid, block, x, delta, weight, bias, total, y, rows, width, eps)
-    return total, y
+    kernels.launch(name, grid, block, x, delta, weight, bias, total, y, statistics, rows, width, eps)
+    return total, y, statistics
 
 
 def layer_norm_backward(
     total: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
+    statistics: torch.Tensor,
     grad_y: torch.Tensor,
     grad_total: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -51,14 +52,14 @@ def layer_norm_backward(
     rows, width = total.shape
     kernels = nvrtc.kernels_for(total, width, 2048)
     if kernels is None:
-        _, mean, rstd = torch.native_layer_norm(total, (width,), weight, bias, eps)
+        mean, rstd = (part.contiguous() for part in statistics.split(1, dim=1))  # it reads them as if they were
         grad, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_y, total, (width,), mean, rstd, weight, bias, [True, False, False]
+            grad_y, total, (width,), mean, rstd, weight, None, [True, False, False]
         )
         return grad if grad_total is None else grad + grad_total
     grad = torch.empty_like(total)
     name, grid, block = _row_kernel("layer_norm_backward", rows, width)
-    kernels.launch(name, grid, block, total, weight, grad_y, grad_total, grad, rows, width, eps)
+    kernels.launch(name, grid, block, total, weight, statistics, grad_y, grad_total, grad, rows, width)
     return grad
 
 

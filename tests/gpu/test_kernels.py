@@ -69,16 +69,18 @@ def test_gates_far_from_zero(dtype):
 def test_add_layer_norm(dtype, rows, width, has_delta):
     x, weight, bias = random(rows, width, dtype=dtype, shift=3), random(width, dtype=dtype), random(width, dtype=dtype)
     delta = random(rows, width, dtype=dtype, like=0.5) if has_delta else None
-    total, y = norms.add_layer_norm(*on_gpu(x, delta, weight, bias), 1e-5)
+    total, y, statistics = norms.add_layer_norm(*on_gpu(x, delta, weight, bias), 1e-5)
     exact_total = total.cpu().double()  # the sum is rounded, and the norm is of what was rounded
-    _, expected = norms.add_layer_norm(exact_total, None, *exact(weight, bias), 1e-5)
+    _, expected, exact_statistics = norms.add_layer_norm(exact_total, None, *exact(weight, bias), 1e-5)
     assert_close(y, expected, dtype)
+    assert_close(statistics, exact_statistics, torch.float32)
     if has_delta:
         assert_close(total, x.double() + delta.double(), dtype)
     grad_y, past = random(rows, width, dtype=dtype, like=2), random(rows, width, dtype=dtype)
     for grad_total in (past, None):
-        found = norms.layer_norm_backward(total, *on_gpu(weight, bias), 1e-5, *on_gpu(grad_y, grad_total))
-        expected = norms.layer_norm_backward(exact_total, *exact(weight, bias), 1e-5, *exact(grad_y, grad_total))
+        found = norms.layer_norm_backward(total, *on_gpu(weight), statistics, *on_gpu(grad_y, grad_total))
+        of = exact_total, *exact(weight), exact_statistics, *exact(grad_y, grad_total)
+        expected = norms.layer_norm_backward(*of)
         assert_close(found, expected, dtype)
 
 

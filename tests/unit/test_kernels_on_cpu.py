@@ -148,14 +148,16 @@ def test_silu_far_from_zero(launcher):
 def test_add_layer_norm(launcher, rows, width, has_delta):
     x, weight, bias = random(rows, width, shift=3), random(width), random(width, like=2)
     delta = random(rows, width, like=0.5) if has_delta else None
-    total, y = norms.add_layer_norm(x, delta, weight, bias, 1e-5)
-    exact_total, expected = norms.add_layer_norm(*exact(x, delta, weight, bias), 1e-5)
+    total, y, statistics = norms.add_layer_norm(x, delta, weight, bias, 1e-5)
+    exact_total, expected, exact_statistics = norms.add_layer_norm(*exact(x, delta, weight, bias), 1e-5)
     assert_close(total, exact_total)
     assert_close(y, expected)
+    assert_close(statistics, exact_statistics)
     grad_y, past = random(rows, width, like=2), random(rows, width)
     for grad_total in (past, None):
-        found = norms.layer_norm_backward(total, weight, bias, 1e-5, grad_y, grad_total)
-        assert_close(found, norms.layer_norm_backward(*exact(total, weight, bias), 1e-5, *exact(grad_y, grad_total)))
+        found = norms.layer_norm_backward(total, weight, statistics, grad_y, grad_total)
+        of = exact_total, *exact(weight), exact_statistics, *exact(grad_y, grad_total)
+        assert_close(found, norms.layer_norm_backward(*of))
     assert len(launcher.launched) == 3
 
 
