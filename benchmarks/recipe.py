@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--commit", help="of a copy without .git [git rev-parse HEAD]")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here, and the recipe is one for a T4")
     logs = args.logs or args.out.parent
     logs.mkdir(parents=True, exist_ok=True)
     result = {

@@ -174,7 +174,7 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged: {reason}. Remove it, and resume from the checkpoint before it.")
+    return UserError(f"{path} is damaged: {reason}. Remove it, and resume from the one before it, or else begin anew.")
 
 
 # --- reading ---

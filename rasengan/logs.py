@@ -1,7 +1,9 @@
 """What a run says: in the terminal, and to accelerate's trackers, of which TensorBoard is one."""
 
+import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +13,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
+from tqdm.auto import tqdm
 
 
 # What TensorBoard's log needs to go on, about: the scalars of some thousand steps and a few small pictures.
 LOG_BYTES = 2**20
+
+
+class AboveBars(logging.Handler):
+    """Writes to stderr, above the progress bars there, whose line it would go on with otherwise."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or nothing where nobody reads."""
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def begin(names: list[str], speaks: bool) -> None:
@@ -25,7 +37,10 @@ def begin(names: list[str], speaks: bool) -> None:
         speaks: this is the process of its machine that does.
     """
     logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING if speaks else logging.ERROR
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING if speaks else logging.ERROR,
+        handlers=[AboveBars()],
     )
     for name in names:
         logging.getLogger(name).setLevel(logging.INFO if speaks else logging.ERROR)

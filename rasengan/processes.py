@@ -84,7 +84,8 @@ def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None
     Raises:
         UserError: the device lacks the precision, or the processes would each train alone.
     """
-    on_cpu = not torch.cuda.is_available() or environment.get("ACCELERATE_USE_CPU", "false").lower() in {"true", "1"}
+    for_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in {"true", "1"}
+    on_cpu = for_cpu or not torch.cuda.is_available()
     precision = mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
     weight_dtype(precision, torch.device("cpu" if on_cpu else "cuda"))
     # NCCL refuses two processes on one GPU; gloo carries them.
@@ -103,6 +104,11 @@ def make_accelerator(environment: Mapping[str, str], mixed_precision: str | None
             "Several processes were asked for, but they would not train together. In the accelerate config set "
             "distributed_type: MULTI_GPU (with use_cpu: true on CPUs, as accelerate_configs/cpu.yaml does). If one is "
             "what you want, unset MASTER_ADDR, which SLURM sets."
+        )
+    if on_cpu and not for_cpu:
+        logger.warning(
+            "PyTorch finds no GPU: this runs on the CPU, which takes minutes for a GPU's second. If there is a GPU, "
+            "`python -c 'import torch; torch.zeros(1).cuda()'` says why."
         )
     if shared_gpu:
         logger.warning("%d processes share %d GPU(s), through gloo", here, torch.cuda.device_count())
@@ -276,6 +282,14 @@ class SteadyStream:
 
     def __init__(self, stream):
         self.stream = stream
+
+    def __eq__(self, other: object) -> bool:
+        """Be the stream itself for tqdm, which clears a bar where something else is written to its stream."""
+        return self.stream is getattr(other, "stream", other)
+
+    def __hash__(self) -> int:
+        """Fit the equality."""
+        return hash(self.stream)
 
     def write(self, text: str) -> None:
         """Write, if somebody reads."""

@@ -480,6 +480,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
     at_end.callback(loader.end_workers)
     progress = Progress(global_step, args.global_batch, device, resumed)
     bar = make_bar("Steps", max_train_steps, global_step)
+    at_end.callback(bar.close)  # an error has a line of its own
     first_step, saved_s = global_step, time.monotonic()
     rescue = Rescue(accelerator, writer, progress, state, train_step.release, planner, plan)
 

@@ -56,6 +56,18 @@ def test_each_meeting_with_a_process_that_was_killed_ends_with_an_error_that_say
     assert all("Another process of this run has ended (" in line for line in lines)
 
 
+@pytest.mark.parametrize("asked_for", ["true", "false"])
+def test_a_run_that_finds_no_gpu_says_so(asked_for):
+    """A driver that does not work would look like a run that is very slow."""
+    script = "import os; from rasengan import processes; print(processes.make_accelerator(os.environ, 'no').device)"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": asked_for}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout == "cpu\n"
+    assert ("PyTorch finds no GPU" in finished.stderr) == (asked_for == "false")
+
+
 def test_an_accumulation_of_the_environment_does_not_divide_gradients_once_more():
     script = "import os, torch; from rasengan import processes; p = torch.nn.Parameter(torch.ones(())); "
     script += "processes.make_accelerator(os.environ, 'no').backward(8 * p); print(p.grad.item())"
