@@ -116,7 +116,7 @@ def test_latest_leaves_out_what_is_damaged_and_says_why(saved, words, caplog):
     DAMAGE[words](saved / "checkpoint-10")
     assert checkpoint.find_checkpoint(saved, "latest") == saved / "checkpoint-2"
     assert f"checkpoint-10 is left out, since it is damaged: {words}" in caplog.text
-    with pytest.raises(UserError, match=f"checkpoint-10 is damaged: {words}.*the checkpoint before it"):
+    with pytest.raises(UserError, match=f"checkpoint-10 is damaged: {words}.*the one before it"):
         checkpoint.find_checkpoint(saved, "checkpoint-10")
 
 
