@@ -1,4 +1,4 @@
-"""The UNet's small passes, but for its norms (`norms.py`), and the gradients of its LoRA.
+"""The gradients of the UNet's LoRA, and the UNet's small passes, but for its norms (`norms.py`).
 
 By `kernels.cu` and `tensor_cores.cu` on CUDA, by PyTorch's operators elsewhere.
 

@@ -72,9 +72,9 @@ class Planner:
         self.run, self.recompute_blocks, self.flat, self.optimizer = run, recompute_blocks, flat, optimizer
         self.samples, self.batch_size, self.blocks, self.recompute = samples, batch_size, blocks, recompute
         self.sharing, self.update_bytes = sharing, update_bytes
-        # A budget that nobody gave is all that the card has left.
-        left = None if budget_gib is None else partial(left_gib, flat.device, sharing)
-        self.remedies = {"can_quantize": can_quantize, "left_gib": left}
+        # A budget that nobody gave is what the card has left, but for a margin that is needed.
+        room = None if budget_gib is None else partial(left_gib, flat.device, sharing)
+        self.remedies = {"can_quantize": can_quantize, "room_gib": room}
         self.budget_gib = limit(budget_gib, flat.device, sharing)
 
     def plan(self, remembered: list[int] | None = None, budget_gib: float | None = None) -> Plan:
@@ -140,7 +140,7 @@ def choose_plan(
     lift: Callable[[], object],
     budget_bytes: float,
     can_quantize: bool = True,
-    left_gib: Callable[[], float] | None = None,
+    room_gib: Callable[[], float] | None = None,
 ) -> Plan:
     """Return the fastest plan that fits, with the bytes that it was measured to take.
 
@@ -156,7 +156,7 @@ def choose_plan(
         lift: lifts the budget, so that the smallest plan can be measured when it does not fit.
         budget_bytes: that may be reserved.
         can_quantize: a quantized base would help.
-        left_gib: what the card has left, up to which a budget can be raised; None where it cannot.
+        room_gib: what the card has left, up to which a budget can be raised; None where it cannot.
 
     Raises:
         DoesNotFit: the smallest plan does not fit; the message says what it needs.
@@ -174,10 +174,12 @@ def choose_plan(
     smallest = Plan(1, 0 if recompute is False else blocks)
     lift()
     taken = measure(smallest)
-    # Rounded up, so that a budget of this figure suffices.
-    needed_gib = math.inf if taken is None else math.ceil(100 * (taken / GIB + SEGMENTS_GIB)) / 100
-    needs = "more than this card has" if taken is None else f"at least {needed_gib:.2f} GiB"
-    can_raise = left_gib is not None and needed_gib <= left_gib()
+    needs, can_raise = "more than this card has", False
+    if taken is not None:
+        # Rounded up, so that a budget of this figure suffices; but the card must have it.
+        needed_gib, left = math.ceil(100 * (taken / GIB + SEGMENTS_GIB)) / 100, room_gib() if room_gib else 0.0
+        can_raise = taken / GIB <= left
+        needs = f"at least {min(needed_gib, math.floor(100 * left) / 100) if can_raise else needed_gib:.2f} GiB"
     more = "raise --vram_budget_gib" if can_raise else "take a card with more memory"
     remedies = [more, "lower --resolution"]
     remedies += ["drop --no-gradient_checkpointing"] * (recompute is False)

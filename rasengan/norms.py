@@ -84,7 +84,7 @@ def _channels_of(x: torch.Tensor, skip: torch.Tensor | None) -> int:
 
 
 def _kernels_for_norm(x: torch.Tensor, skip: torch.Tensor | None) -> nvrtc.Kernels | None:
-    fits = (skip is None or x.shape[1] % 8 == 0) and len(x) <= nvrtc.MOST_PICTURES
+    fits = (skip is None or x.shape[1] % 8 == 0) and len(x) <= nvrtc.COUNTERS
     return nvrtc.kernels_for(x, _channels_of(x, skip), 4096) if fits else None
 
 

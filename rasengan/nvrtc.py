@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("kernels.cu", "tensor_cores.cu")
 MACROS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
-MOST_PICTURES = 4096  # of a norm; of heads whose attention several blocks share
+COUNTERS = 4096  # one for each picture of a norm, or each head whose attention several blocks share
 # Compute capability from which `tensor_cores.cu` has what it is made of.
 TENSOR_CORES_SINCE = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 
@@ -95,7 +95,7 @@ class Kernels:
         self.module, self.functions, self.at_once = ctypes.c_void_p(), {}, {}
         _check(self.driver.cuModuleLoadData(ctypes.byref(self.module), code), "cuModuleLoadData")
         # Blocks that are done with a picture, or a head of one, are counted here; each launch leaves it at zero.
-        self.counters = torch.zeros(MOST_PICTURES, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
     def bind(self) -> None:
         """Make the device's context this thread's; autograd's own threads may not have one yet."""

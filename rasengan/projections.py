@@ -78,7 +78,9 @@ class Projections:
     def cast_lora(self, dtype: torch.dtype) -> None:
         """Cast the LoRA matrices of all projections out of the flat parameter, all lora_A and all lora_B at once.
 
-        They lie in one place in every forward, and in every CUDA graph: each would hold a copy of its own otherwise.
+        They lie in one place in every forward, and in every CUDA graph: in 16 bits each would hold a copy of its own
+        otherwise. So the flat parameter must not change between a forward and its backward, which autograd would not
+        see.
         """
         middle, end = self.ends
         if dtype not in self.casts:

@@ -53,7 +53,7 @@ class _AttendToText(torch.autograd.Function):
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         rounds, name, threads = -(-tokens // BACKWARD_QUERIES), "attend_to_text_backward", BACKWARD_THREADS
         # Blocks of a head are counted where the norms count theirs of a picture.
-        most = min(MOST_SPLITS, rounds // LEAST_ROUNDS) if pictures * heads <= nvrtc.MOST_PICTURES else 1
+        most = min(MOST_SPLITS, rounds // LEAST_ROUNDS) if pictures * heads <= nvrtc.COUNTERS else 1
         grid = _blocks(q, rounds, ctx.kernels.blocks_at_once(name, threads), most), pictures * heads
         partial = q.new_empty(*grid, 2, MOST_KEYS, HEAD, dtype=torch.float32) if grid[0] > 1 else None
         arguments = *grads, partial, ctx.kernels.counters, tokens, heads, k.shape[1], k.stride(1)
@@ -66,8 +66,9 @@ def _kernels_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> nvrtc.Ker
     """Return the kernels where they can take such tensors, or None."""
     fits = q.shape[-1] == HEAD and k.shape[1] <= MOST_KEYS and q.shape[0] * q.shape[2] < 2**16  # of a grid's y
     is_countable = max(q.numel(), k.shape[0] * k.stride(0)) < 2**31
-    is_one_dtype = q.dtype == k.dtype == v.dtype
-    kernels = nvrtc.kernels_for(q, HEAD, HEAD) if fits and is_countable and is_one_dtype else None
+    is_alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape
+    is_alike &= (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+    kernels = nvrtc.kernels_for(q, HEAD, HEAD) if fits and is_countable and is_alike else None
     return kernels if kernels is not None and kernels.has_tensor_cores else None
 
 
@@ -91,8 +92,8 @@ def _of_one_stride(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
 def _blocks(q: torch.Tensor, rounds: int, at_once: int, most: int) -> int:
     """Return how many blocks share a head's queries, which one block would take in so many rounds.
 
-    No more than `most`, nor so many that a multiprocessor has more than `at_once`. All have the same number of rounds,
-    but for the last, which may have fewer.
+    One at least, but no more than `most`, nor so many that a multiprocessor has more than `at_once`. All have the same
+    number of rounds, but for the last, which may have fewer.
     """
     pictures, _, heads, _ = q.shape
     fit = at_once * nvrtc.multiprocessors(q.device) // (pictures * heads)

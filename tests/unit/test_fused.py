@@ -133,12 +133,18 @@ def test_the_lora_is_cast_to_one_place_in_every_forward(load_unet, batch):
     unet, flat, fused_unet = load_unet(fuse=True)
     projections = fused_unet.projections.with_lora
     losses_of(unet, batch)
-    places = [projection.lora.lora_B.data_ptr() for projection in projections]
+
+    def places():
+        return [(projection.lora.lora_A.data_ptr(), projection.lora.lora_B.data_ptr()) for projection in projections]
+
+    before = places()
     with torch.no_grad():
         flat += 0.01
     losses_of(unet, batch)
-    assert [projection.lora.lora_B.data_ptr() for projection in projections] == places
+    assert places() == before
     for projection in projections:
+        of_layers = torch.cat([layer.lora_A["default"].weight for layer in projection.layers])
+        torch.testing.assert_close(projection.lora.lora_A, of_layers, check_dtype=False)
         for part, layer in zip(projection.lora.lora_B, projection.layers, strict=True):
             torch.testing.assert_close(part, layer.lora_B["default"].weight * ALPHA / RANK, check_dtype=False)
 

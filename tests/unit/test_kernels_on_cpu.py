@@ -28,7 +28,7 @@ class Launcher:
     def __init__(self, library):
         self.library, self.counters = library, torch.zeros(4096, dtype=torch.int32)
         self.has_tensor_cores = library is not None and hasattr(library, "run_add_lora_gradients")
-        self.launched, self.grids, self.addresses = [], [], []
+        self.launched, self.grids = [], []
 
     def blocks_at_once(self, name, threads):
         return {"attend_to_text": 5, "attend_to_text_backward": 2}[name]  # as on an H200
@@ -36,12 +36,12 @@ class Launcher:
     def launch(self, name, grid, block, *arguments, shared_bytes=0):
         assert shared_bytes <= 48 * 1024  # what every card gives without being asked
         assert block[0] * block[1] <= 1024
+        assert all(t.data_ptr() % 16 == 0 for t in arguments if torch.is_tensor(t))  # as a card reads them
         values = [nvrtc.as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         getattr(self.library, f"run_{name}")((ctypes.c_int * 2)(*grid), (ctypes.c_int * 2)(*block), pointers)
         self.launched.append(name)
         self.grids.append(grid)
-        self.addresses += [t.data_ptr() for t in arguments if torch.is_tensor(t)]
 
 
 @pytest.fixture(scope="module", params=["", "-DAS_16_BITS -DLAST_WARP_FIRST"], ids=["fp32", "as 16 bits"])
@@ -291,7 +291,7 @@ def test_scores_that_overflow_downwards_are_no_result(tensor_core_launcher):
     assert text_attention.attend(q, k, random(1, 77, 1, 64).bfloat16()).isnan().all()
 
 
-@pytest.mark.parametrize("which", ["q", "k and v", "grad_y"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "k and v", "grad_y"])
 def test_attention_to_text_takes_tensors_that_lie_anywhere(tensor_core_launcher, which):
     """The kernels read 16 bytes at once, from where those begin."""
     q, grad_y = random(1, 40, 2, 64).bfloat16(), random(1, 40, 2, 64, like=2).bfloat16()
@@ -299,17 +299,17 @@ def test_attention_to_text_takes_tensors_that_lie_anywhere(tensor_core_launcher,
     expected = attended(q, k, v, grad_y)
 
     def moved(t, name):
-        return t if name != which else torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+        return t if name not in which.split(" and ") else torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
-    found = attended(moved(q, "q"), moved(k, "k and v"), moved(v, "k and v"), moved(grad_y, "grad_y"))
+    found = attended(moved(q, "q"), moved(k, "k"), moved(v, "v"), moved(grad_y, "grad_y"))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert all(address % 16 == 0 for address in tensor_core_launcher.addresses)
 
 
-def test_attention_to_text_of_unlike_dtypes_is_pytorchs(tensor_core_launcher):
-    q, k, v = random(1, 4, 1, 64).bfloat16(), random(1, 5, 1, 64), random(1, 5, 1, 64)
+def test_attention_to_text_of_unlike_tensors_is_pytorchs(tensor_core_launcher):
+    q, k, of_two = random(1, 4, 1, 64).bfloat16(), random(1, 5, 1, 64).bfloat16(), random(1, 5, 2, 64).bfloat16()
     with pytest.raises(RuntimeError, match="dtype"):
-        text_attention.attend(q, k, v)
+        text_attention.attend(q, k.float(), k.float())
+    assert text_attention.attend(q, of_two, of_two).shape == (1, 4, 2, 64)  # one head of queries for two of keys
     assert not tensor_core_launcher.launched
 
 

@@ -47,7 +47,7 @@ def make_planner(run, *, samples=1, recompute=None, budget_gib, can_quantize=Tru
 def choose(budget_gib, samples, batch_size, recompute=None):
     card = Card(budget_gib)
     plan = memory_plan.choose_plan(
-        samples, batch_size, BLOCKS, recompute, card.measure, card.lift, budget_gib * GIB, left_gib=lambda: 8.0
+        samples, batch_size, BLOCKS, recompute, card.measure, card.lift, budget_gib * GIB, room_gib=lambda: 8.0
     )
     return plan, card
 
@@ -122,19 +122,22 @@ def test_a_quantized_base_is_not_offered_to_one_who_has_it():
 
 
 @pytest.mark.parametrize(
-    ("left_gib", "remedy"),
+    ("room_gib", "needed", "remedy"),
     [
-        (None, "take a card with more memory"),  # nobody gave a budget
-        (lambda: 4.05, "take a card with more memory"),
-        (lambda: 4.06, "raise --vram_budget_gib"),
+        (None, "4.06", "take a card with more memory"),  # nobody gave a budget
+        (lambda: 3.99, "4.06", "take a card with more memory"),
+        (lambda: 4.05, "4.05", "raise --vram_budget_gib"),
+        (lambda: 5.0, "4.06", "raise --vram_budget_gib"),
     ],
 )
-def test_a_budget_is_to_be_raised_where_the_card_has_what_is_needed(left_gib, remedy):
+def test_a_budget_is_to_be_raised_where_the_card_has_what_is_needed(room_gib, needed, remedy):
     def measure(plan):
         return 4 * GIB
 
-    with pytest.raises(memory.DoesNotFit, match=f"at least 4.06 GiB.* To make it fit: {remedy}, or lower") as error:
-        memory_plan.choose_plan(1, 1, BLOCKS, None, measure, lambda: None, GIB, left_gib=left_gib)
+    with pytest.raises(
+        memory.DoesNotFit, match=f"at least {needed} GiB.* To make it fit: {remedy}, or lower"
+    ) as error:
+        memory_plan.choose_plan(1, 1, BLOCKS, None, measure, lambda: None, GIB, room_gib=room_gib)
     assert str(error.value).count("--vram_budget_gib") == remedy.count("--vram_budget_gib")
 
 
@@ -190,7 +193,7 @@ def test_a_budget_below_the_weights_is_an_error_with_what_the_smallest_plan_take
 
 def test_a_card_that_is_too_small_by_itself_is_an_error_too():
     with pytest.raises(UserError, match="needs more than this card has.* take a card with more memory") as error:
-        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, left_gib=lambda: 2.0)
+        memory_plan.choose_plan(1, 1, BLOCKS, None, lambda plan: None, lambda: None, GIB, room_gib=lambda: 2.0)
     assert "--vram_budget_gib" not in str(error.value)  # which was given, but can no more be raised
 
 
