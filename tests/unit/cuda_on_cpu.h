@@ -1,7 +1,8 @@
 // Enough of CUDA for the kernels to run on a CPU, in fp32, or in bf16 where BF16 is defined. Blocks run one after the
 // other, and so do the warps of a block: each until it is done or waits at a barrier, the first warp first or, where
 // LAST_WARP_FIRST is defined, the last, so that a barrier that is missing within a block is a wrong result in one of the
-// two; what blocks tell each other would be wrong on a card alone. The threads of a warp take turns. Included before kernels.cu; RUN(name) exports a kernel.
+// two; what blocks tell each other would be wrong on a card alone. The threads of a warp take turns. Included before
+// kernels.cu; RUN(name) exports a kernel.
 
 #include <ucontext.h>
 
