@@ -106,6 +106,24 @@ def run_instrumented(command: list[str], log: Path, options: list[str] = (), **h
     return found
 
 
+def outside_ms(short: dict, long: dict) -> float | None:
+    """Return the wall time of a step: what the longer of two whole runs took more, by the steps that it did more.
+
+    Each counts from its first step's end until its process's: starts, of ten seconds and more, differ by more than
+    some steps take. None where the runs do not tell it: a step takes no less from outside than inside, but for 2 %, by
+    which the few steps of a short run are slower.
+
+    Args:
+        short: what `run_instrumented` returned, and its `steps`.
+        long: likewise.
+    """
+    if not all({"wall_s", "first_step_s", "steps", "step_ms_median"} <= found.keys() for found in (short, long)):
+        return None
+    more_s = (long["wall_s"] - long["first_step_s"]) - (short["wall_s"] - short["first_step_s"])
+    found_ms = 1e3 * more_s / (long["steps"] - short["steps"])
+    return found_ms if found_ms >= 0.98 * long["step_ms_median"] else None
+
+
 # --- say what it ran on ---
 
 

@@ -5,9 +5,11 @@ python benchmarks/table.py RESULT.json... [--plot PLOT.svg]
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from measure import outside_ms
 from programs import exit_cleanly
 
 from rasengan import UserError
@@ -34,12 +36,8 @@ def ratio(peer: dict, ours: list[dict], read) -> str:
 
 
 def wall_ms(run: dict) -> float | None:
-    """Return the wall time of a step, which only the difference of two whole runs gives; None where starts made it.
-
-    A step from outside takes no less than inside: then the two runs' starts differed by more than their steps.
-    """
-    wall_ms = run.get("wall_ms_per_step")
-    return wall_ms if wall_ms is not None and wall_ms >= run["long"]["step_ms_median"] else None
+    """Return the wall time of a step, which only the difference of two whole runs gives."""
+    return outside_ms(run["short"], run["long"]) if "short" in run and "long" in run else None
 
 
 def inside_ms(run: dict) -> float | None:
@@ -85,7 +83,7 @@ def step_table(runs: list[dict], invocations: list[dict]) -> str:
                 f"{case}, {program}, {variant}{': ' * bool(errors)}{' '.join(errors)}",
                 number(wall_ms(walled)),
                 ratio(walled, ours, wall_ms),
-                number(walled.get("wall_ms_per_image")),
+                number(wall_ms(walled) / int(re.search(r" b(\d+)", case)[1]) if walled else None),
                 number(inside_ms(timed)),
                 ratio(timed, ours, inside_ms),
                 number(busy_ms(busied)),

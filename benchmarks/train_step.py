@@ -4,14 +4,15 @@
 
 Full-size SDXL with random weights, 96 JPEG files. Each variant trains three times: `profile` builds the caches anew
 and profiles three steps (what keeps the GPU busy); `short` and `long` are whole runs whose caches are warm, and the
-wall time of a step is what the longer took more, by the steps that it did more. A ratio compares runs of one command.
+wall time of a step is what the longer took more after its first step, by the steps that it did more. A ratio compares
+runs of one command.
 --cases, --programs, --variants and --runs keep a command short; what several find adds up in --out.
 """
 
 import math
 import sys
 
-from measure import run
+from measure import outside_ms, run
 from programs import Bench, Case, exit_cleanly, make_parser, open_bench
 
 from rasengan import UserError
@@ -84,12 +85,12 @@ def measure_steps(bench: Bench, case: str, program: str, variant: str, runs: lis
         result = bench.run(program, CASES[case], steps, arguments, options, fresh=name == "profile")
         found[name] = {"steps": steps} | result
         if name == "long" and result["exit_code"] == 0 and "short" in found:
-            more_s = result["wall_s"] - found["short"]["wall_s"]
-            wall_ms = 1e3 * more_s / (steps - found["short"]["steps"])
-            found["wall_ms_per_step"] = round(wall_ms, 2)
-            found["wall_ms_per_image"] = round(wall_ms / CASES[case].batch_size, 2)
-            if wall_ms < result["step_ms_median"]:
-                print(f"{name}: the starts differed by more than the steps; give more --seconds", flush=True)
+            wall_ms = outside_ms(found["short"], found["long"])
+            if wall_ms is None:
+                print(f"{name}: the runs' ends differed by more than the steps; give more --seconds", flush=True)
+            else:
+                found["wall_ms_per_step"] = round(wall_ms, 2)
+                found["wall_ms_per_image"] = round(wall_ms / CASES[case].batch_size, 2)
         bench.results.keep(names, found)
         if result["exit_code"]:
             break
