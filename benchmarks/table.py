@@ -157,7 +157,7 @@ def load_pyplot():
 
 
 def plot(results: list[dict], file: Path) -> None:
-    """Draw the time of a step, of the latest command that compared programs in each case, as PNG or SVG.
+    """Draw the time of a step, of the latest command that compared the most programs in each case, as PNG or SVG.
 
     Raises:
         UserError: matplotlib is missing, or nothing was timed.
@@ -165,8 +165,12 @@ def plot(results: list[dict], file: Path) -> None:
     pyplot = load_pyplot()
     runs = [run for result in results for run in result["runs"] if "case" in run and inside_ms(run) is not None]
     cases = {}
+
+    def worth(group):  # programs first, then long runs, whose median is of many steps
+        return len({run["program"] for run in group}), any("step_ms_median" in run.get("long", {}) for run in group)
+
     for (case, _), group in grouped(runs, "case", "invocation").items():
-        if len({run["program"] for run in group}) >= len({run["program"] for run in cases.get(case, [])}):
+        if worth(group) >= worth(cases.get(case, [])):
             cases[case] = group
     if not cases:
         raise UserError("--plot has nothing to draw: no result holds a step's time.")
