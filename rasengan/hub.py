@@ -60,13 +60,19 @@ def create_repository(name: str, token: str | None) -> str:
         ) from error
 
 
-def upload(repo_id: str, token: str | None, directory: Path) -> None:
-    """Upload both kinds of adapter, the model card and its grid.
+def upload(repo_id: str, token: str | None, directory: Path, with_grid: bool) -> None:
+    """Upload both kinds of adapter and the model card.
+
+    Args:
+        repo_id: of the repository.
+        token: None takes the one of the environment, or of `hf auth login`.
+        directory: of the adapter.
+        with_grid: the grid there too; it is this run's, not an earlier one's.
 
     Raises:
         UserError: the hub cannot be reached, or refuses; the files stay where they are.
     """
-    patterns = [DIFFUSERS_FILE, "peft/*", "README.md", GRID_FILE]
+    patterns = [DIFFUSERS_FILE, "peft/*", "README.md", *[GRID_FILE] * with_grid]
     try:
         HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=patterns)
     except (HTTPError, OSError, *NO_HUB) as error:

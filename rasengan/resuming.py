@@ -148,4 +148,5 @@ def _change(name: str, state: dict, settings: dict) -> str:
         )
     if name == "total_steps":
         return f"the run was to have {state[name]} steps, and is to have {settings[name]}"
-    return f"--{name} was {state[name]}, and is {settings[name]}"
+    was, now = ("not given" if value is None else value for value in (state[name], settings[name]))
+    return f"--{name} was {was}, and is {now}"

@@ -319,7 +319,9 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         for text_encoder in prompts.text_encoders:
             lora.add_lora(text_encoder, make_config(target_modules=lora.TEXT_ENCODER_TARGETS))
             if args.gradient_checkpointing is not False:
-                text_encoder.gradient_checkpointing_enable()
+                # Later versions of transformers warn of the older name.
+                name = "activation_checkpointing_enable"
+                getattr(text_encoder, name, text_encoder.gradient_checkpointing_enable)()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     for model in models.values():
@@ -601,7 +603,7 @@ def train(args: argparse.Namespace, began_s: float, at_end: contextlib.ExitStack
         if args.push_to_hub and was_asked:
             logger.warning("Not uploaded, since a signal came: resume from 'latest' with --push_to_hub")
         elif args.push_to_hub:
-            hub.upload(hub_model_id, args.hub_token, output_dir)
+            hub.upload(hub_model_id, args.hub_token, output_dir, bool(args.validation_prompt))
     accelerator.end_training()
     if is_main and was_asked:
         stopper.say_ended("before all was measured and shown", resume_command)

@@ -6,7 +6,10 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
+
+from rasengan.hub import upload
 
 
 TOKEN = "hf_the_token_of_the_flag"
@@ -108,3 +111,15 @@ def test_the_adapter_the_card_and_the_grid_arrive_and_the_token_does_not(hub, ru
     everything += b"".join(path.read_bytes() for path in output_dir.rglob("*") if path.is_file())
     assert TOKEN.encode() not in everything
     assert OTHER_TOKEN.encode() not in everything
+
+
+def test_an_earlier_runs_grid_does_not_arrive(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.address)
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "validation.png"):
+        (tmp_path / name).write_text(name)
+    upload("me/my-lora", TOKEN, tmp_path, with_grid=False)
+    assert set(hub.files) == {"pytorch_lora_weights.safetensors", "README.md"}
+    upload("me/my-lora", TOKEN, tmp_path, with_grid=True)
+    assert "validation.png" in hub.files

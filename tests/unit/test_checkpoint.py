@@ -239,7 +239,9 @@ def test_other_changed_settings_need_a_flag_and_are_listed(saved, caplog):
         resuming.check_resumable(path, STATE | {"output_dir": "there", "max_train_steps": 9, "validation_epochs": 3})
     assert caplog.records == []
     changed = STATE | {"noise_offset": 0.1, "snr_gamma": 5.0, "global_batch": 8}
-    listed = "--noise_offset was 0.0, and is 0.1; --snr_gamma was None, and is 5.0; a step took 4 samples, and takes 8"
+    listed = (
+        "--noise_offset was 0.0, and is 0.1; --snr_gamma was not given, and is 5.0; a step took 4 samples, and takes 8"
+    )
     with pytest.raises(UserError, match=f"{listed}.*--resume_with_changes"):
         resuming.check_resumable(path, changed)
     resuming.check_resumable(path, changed, allow_changes=True)
