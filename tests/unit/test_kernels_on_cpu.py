@@ -165,8 +165,7 @@ def test_add_layer_norm(launcher, rows, width, has_delta):
     ("count", "channels", "side", "groups", "split"),
     [(2, 320, 7, 32, 320), (2, 320, 7, 32, 104), (1, 32, 5, 4, 8), (3, 640, 17, 32, 320), (1, 2560, 3, 32, 1280)],
 )
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("has_shift", [True, False])
+@pytest.mark.parametrize(("silu", "has_shift"), [(True, True), (False, False)])
 @pytest.mark.parametrize(("multiprocessors", "rounds"), [(132, 1), (40, 2), (1, 2)])
 def test_group_norm(
     launcher, count, channels, side, groups, split, silu, has_shift, multiprocessors, rounds, monkeypatch
