@@ -9,7 +9,8 @@ The same arithmetic as theirs, but for the order of rounding, in a third of the 
 - the attention to the text, whose keys are few, has kernels of its own (`text_attention.py`);
 - norms are fused with what stands around them, and pictures stay in channels_last throughout;
 - what the up blocks concatenate is read where it is;
-- nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`);
+- nothing is kept for the backward pass that a frozen layer does not need (`nodes.py`), and no gradient computed for
+  what stands before the first LoRA;
 - any number of blocks can be recomputed in the backward pass rather than kept.
 
 A UNet that has a LoRA runs so in training mode; in evaluation mode (`unet.eval()`) its modules run as diffusers and
@@ -289,8 +290,13 @@ def _up_block(
 
 def _resnet(module, x, skip, shift):
     # The biases of the convolutions are added where a pass is made anyway: the first one's is in the shift.
-    x, skip, y = _group_norm(x, module.norm1, silu=True, skip=skip)
-    y = _conv(module.conv1, y, with_bias=False)
+    if skip is None or skip.requires_grad:
+        x, skip, y = _group_norm(x, module.norm1, silu=True, skip=skip)
+        y = _conv(module.conv1, y, with_bias=False)
+    else:
+        norm, conv = module.norm1, module.conv1
+        options = norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.padding
+        x, y = nodes.GroupNormSiluConv.apply(x, skip, *options)
     _, _, y = _group_norm(y, module.norm2, silu=True, shift=shift)
     y = _conv(module.conv2, y, with_bias=False)
     bias, shortcut = module.conv2.bias, module.conv_shortcut

@@ -150,6 +150,36 @@ class GroupNormSilu(torch.autograd.Function):
         return grad_x, grad_skip, grad_shift, None, None, None, None, None
 
 
+class GroupNormSiluConv(torch.autograd.Function):
+    """(x, skip) -> (x, conv(silu(GroupNorm([x, skip])))), pictures, where only x requires a gradient.
+
+    So is it where skip comes from before the first LoRA. The backward pass leaves out the groups that have none of x's
+    channels, in the convolution's gradient as well. Keeps x, skip and the statistics.
+    """
+
+    @staticmethod
+    def forward(ctx, x, skip, weight, bias, groups, eps, conv_weight, padding):
+        y, statistics = norms.group_norm(x, None, weight, bias, groups, eps, True, skip)
+        ctx.save_for_backward(x, skip, statistics)
+        ctx.options = (weight, bias, groups, eps, conv_weight, padding)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), F.conv2d(y, conv_weight, None, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x, grad_y):
+        x, skip, statistics = ctx.saved_tensors
+        weight, bias, groups, eps, conv_weight, padding = ctx.options
+        if grad_y is not None:
+            groups, channels = norms.groups_with(x.shape[1], len(weight), groups)
+            weight, bias, statistics = weight[:channels], bias[:channels], statistics[:, :groups].contiguous()
+            skip = skip[:, : channels - x.shape[1]] if channels > x.shape[1] else None
+            grad_y = F.conv_transpose2d(grad_y, conv_weight[:, :channels], None, padding=padding)
+            options = None, weight, bias, groups, eps, True, statistics
+            grad_x, _ = norms.group_norm_backward(x, *options, grad_y, grad_x, skip)
+        return grad_x, *[None] * 7
+
+
 class Geglu(torch.autograd.Function):
     """h (T, 2 D) -> value * gelu(gate) (T, D); keeps h."""
 

@@ -182,6 +182,17 @@ def group_norm_forward(
     return y
 
 
+def groups_with(channels: int, all_channels: int, groups: int) -> tuple[int, int]:
+    """Return how many of a GroupNorm's groups have one of its first channels, and how many channels they have.
+
+    There may be some groups more, so that the kernels can take the channels, which they read in eights.
+    """
+    width = all_channels // groups
+    counts = range(-(-channels // width), groups)
+    count = next((count for count in counts if count * width % 8 == 0), groups)
+    return count, count * width
+
+
 def group_norm_backward(
     x: torch.Tensor,
     shift: torch.Tensor | None,

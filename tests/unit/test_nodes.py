@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from rasengan import kernels, nodes, side_stream
+from rasengan import kernels, nodes, norms, side_stream
 
 
 def random(*shape, grad=False):
@@ -124,6 +124,35 @@ def test_group_norm_silu(silu, shift, skipped):
     torch.testing.assert_close(y, torch.nn.functional.silu(expected) if silu else expected)
     assert torch.equal(past, x)
     assert torch.equal(past_skip, skip) if skipped else past_skip is None
+
+
+# x's channels of 32 in 8 groups of 4 end with a group, within one, and in the last: 2, 2 for packs of 8, 4, and all 8
+@pytest.mark.parametrize("channels", [8, 5, 13, 30])
+@pytest.mark.parametrize("is_past", [True, False])  # a gradient comes past the norm
+def test_a_norm_and_convolution_of_a_skip_without_gradient(channels, is_past):
+    x, skip = random(2, channels, 3, 4, grad=True), random(2, 32 - channels, 3, 4)
+    options = random(32), random(32), 8, 1e-5, random(6, 32, 3, 3), 1
+
+    def outputs(x):
+        return nodes.GroupNormSiluConv.apply(x, skip, *options)[not is_past :]
+
+    assert gradcheck(outputs, (x,))
+    weight, bias, groups, eps, conv_weight, padding = options
+    y = torch.nn.functional.group_norm(torch.cat([x, skip], dim=1), groups, weight, bias, eps)
+    expected = torch.nn.functional.conv2d(torch.nn.functional.silu(y), conv_weight, padding=padding)
+    torch.testing.assert_close(outputs(x)[-1], expected)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (outputs(x)[-1], expected)]
+    torch.testing.assert_close(*grads)
+    # It keeps x, skip and the statistics alone.
+    assert kept_bytes(lambda: outputs(x)) == sum(t.numel() * 8 for t in (x, skip)) + 2 * groups * 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("channels", "all_channels", "groups", "expected"),
+    [(640, 960, 32, (24, 720)), (320, 640, 32, (16, 320)), (8, 12, 4, (4, 12)), (960, 960, 32, (32, 960))],
+)
+def test_the_groups_that_have_a_channel(channels, all_channels, groups, expected):
+    assert norms.groups_with(channels, all_channels, groups) == expected
 
 
 @pytest.mark.parametrize("is_last", [True, False])
