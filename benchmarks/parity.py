@@ -5,7 +5,8 @@
 500 steps on the tiny SDXL and 200 on the full-size architecture (512 px, batch 1), random weights, fp16, r = 16, 8-bit
 AdamW, a gradient scaler: the same samples for each way of running the UNet. What two runs may differ by without being
 different is measured too, as the autocast run with another of PyTorch's attention kernels ("noise"). With the scaler
-"overflowing", which begins far too high and grows often, steps overflow and are skipped: are they the same ones?
+"overflowing", which begins far too high and grows often, steps overflow and are skipped: are they the same ones? There
+the fused step runs once more with the LoRA's gradients rounded to fp16, in which autocast sums them.
 """
 
 import argparse
@@ -28,7 +29,9 @@ SCALERS = {"default": {}, "overflowing": {"init_scale": 2.0**32, "growth_interva
 DEVICE = torch.device("cuda", 0)
 # size -> side of the latents, batch size, steps, learning rate
 SIZES = {"tiny": (8, 2, 500, 1e-3), "full size": (64, 1, 200, 1e-4)}
-WAYS = ("autocast", "noise", "fused", "fused, nf4")
+ROUNDED = "fused, LoRA's gradients in fp16"
+WAYS = {scaling: ["autocast", "noise", "fused", "fused, nf4"] for scaling in SCALERS}
+WAYS["overflowing"].append(ROUNDED)
 
 
 def samples(unet: torch.nn.Module, number: int, size: int, side: int) -> dict[str, torch.Tensor]:
@@ -48,7 +51,7 @@ def samples(unet: torch.nn.Module, number: int, size: int, side: int) -> dict[st
 
 
 def build(base: Path, way: str, scaling: str = "default"):
-    """Return the UNet with its LoRA, the flat parameter, the step run in one of WAYS, and one of SCALERS."""
+    """Return the UNet with its LoRA, the flat parameter, the step run in a way of WAYS, with one of SCALERS."""
     unet = components.load("unet", base / "unet", torch.float16)
     if way == "fused, nf4":
         quantization.quantize_base(unet, DEVICE, torch.float16)
@@ -72,7 +75,13 @@ def build(base: Path, way: str, scaling: str = "default"):
         weight_dtype=torch.float16,
         autocast=not is_fused,
     )
-    return unet, flat, step.TrainingStep(compute, lambda loss: scaler.scale(loss).backward(), flat, True), scaler
+
+    def backward(loss):
+        scaler.scale(loss).backward()
+        if way == ROUNDED:
+            flat.grad.copy_(flat.grad.half())
+
+    return unet, flat, step.TrainingStep(compute, backward, flat, True), scaler
 
 
 def train(base: Path, way: str, scaling: str, side: int, size: int, steps: int, learning_rate: float) -> dict:
@@ -138,7 +147,7 @@ def main() -> None:
                 (demo.build_tiny_sdxl if size == "tiny" else full_size.build)(base)
             for scaling in SCALERS:
                 runs = {}
-                for way in WAYS:
+                for way in WAYS[scaling]:
                     runs[way] = train(base, way, scaling, *SIZES[size])
                     if way == "autocast":
                         continue

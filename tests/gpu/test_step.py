@@ -1,5 +1,6 @@
 """The captured step against the eager one, on the tiny UNet in fp16."""
 
+import bisect
 import contextlib
 import functools
 import os
@@ -40,7 +41,7 @@ def load(folder, dtype=torch.float16, quantize=False, rank=RANK):
     return unet, flat, fused.FusedUNet(unet, flat, ALPHA / rank)
 
 
-def make_step(unet, flat, as_graph, scale=64.0, dtype=torch.float16):
+def make_step(unet, flat, as_graph, scale=64.0, dtype=torch.float16, autocast=False):
     scheduler = torch.linspace(0.999, 0.005, 1000, device=DEVICE)
     compute = functools.partial(
         step.compute_losses,
@@ -49,6 +50,7 @@ def make_step(unet, flat, as_graph, scale=64.0, dtype=torch.float16):
         prediction_type="epsilon",
         snr_gamma=5.0,
         weight_dtype=dtype,
+        autocast=autocast,
     )
     return step.TrainingStep(compute, lambda loss: (loss * scale).backward(), flat, as_graph)
 
@@ -335,3 +337,27 @@ def test_the_optimizers_train_the_flat_parameter_between_replays(use_8bit_adam, 
         losses.append(train_step(batch).mean().item())
         optimizer.step()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def least_overflow(unet, flat, batch, autocast, in_16_bits):
+    """Return the exponent of 2 from which on a loss scale lets the LoRA's gradient overflow."""
+
+    def overflows(exponent):
+        flat.grad.zero_()
+        make_step(unet, flat, False, 2.0**exponent, autocast=autocast)(batch)
+        return not (flat.grad.half() if in_16_bits else flat.grad).isfinite().all().item()
+
+    return bisect.bisect_left(range(32), True, key=overflows)
+
+
+def test_gradients_overflow_where_pefts_do_but_for_what_autocast_sums_in_16_bits(folder):
+    unet, flat, _ = load(folder)
+    found = []
+    for seed in range(6):
+        batch = make_batch(unet, 2, side=32, seed=seed)
+        as_fused = [least_overflow(unet.train(), flat, batch, False, in_16_bits) for in_16_bits in (False, True)]
+        found.append((least_overflow(unet.eval(), flat, batch, True, False), *as_fused))  # in evaluation it is PEFT's
+    assert all(fused >= autocast for autocast, fused, _ in found), found
+    # One of them may lie so near to the largest number that the order of rounding decides.
+    assert sum(rounded == autocast for autocast, _, rounded in found) >= 5, found
+    assert any(fused > autocast for autocast, fused, _ in found), found
