@@ -1,14 +1,16 @@
 """Where SDXL's components come from, each by a flag of its own or a base's; and the files they have there."""
 
 import fnmatch
+import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
-from rasengan import UserError
+from rasengan import UserError, first_line
 from rasengan.downloads import from_hub
 
 
@@ -21,6 +23,7 @@ COMPONENTS = (*TOKENIZERS, *WITH_WEIGHTS, "scheduler")
 COMPONENT_FLAGS = {name: f"--pretrained_{name}_name_or_path" for name in COMPONENTS if name != "vae"} | {
     "vae": "--pretrained_vae_model_name_or_path"
 }
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})")  # in the name of one of several files of weights
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
@@ -77,7 +80,8 @@ def fetch(component: str, source: Source, weights: bool = True) -> Path:
     With `weights=False` only its configuration is fetched, so that a wrong model is refused before gigabytes move.
 
     Raises:
-        UserError: there is no such folder or repository, or it holds no such component, or no safetensors weights.
+        UserError: there is no such folder or repository, or it holds no such component, or no whole safetensors
+            weights.
     """
     root = Path(source.name_or_path).expanduser()
     patterns = _weight_patterns(source.variant) if weights and component in WITH_WEIGHTS else []
@@ -105,7 +109,32 @@ def fetch(component: str, source: Source, weights: bool = True) -> Path:
             f"{folder} holds no {' or '.join(patterns[:2])} for the {component}; its weight files are: "
             f"{', '.join(found) or 'none'}. {remedy}, or give another folder by {COMPONENT_FLAGS[component]}."
         )
+    if patterns:
+        _check_whole(component, component_files(component, folder, source.variant))
     return folder
+
+
+def _check_whole(component: str, files: list[Path]) -> None:
+    """Check by their headers and sizes that no file of weights is cut off, and that none of several is missing.
+
+    Raises:
+        UserError: one is.
+    """
+    remedy = f"Fetch it again, or give another folder by {COMPONENT_FLAGS[component]}."
+    files = [file for file in files if file.suffix == ".safetensors"]
+    shards = [SHARD.search(file.name) for file in files]
+    if all(shards):
+        count = int(shards[0][2])
+        for number in range(1, count + 1):
+            file = files[0].with_name(SHARD.sub(f"-{number:05d}-of-{count:05d}", files[0].name))
+            if not file.is_file():
+                raise UserError(f"{file} is not there, one of {count} files of the {component}. {remedy}")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is damaged: {first_line(error).rstrip('.')}. {remedy}") from error
 
 
 def _download(component: str, source: Source, weight_patterns: list[str]) -> Path:

@@ -75,6 +75,32 @@ def test_weights_that_are_not_safetensors_or_not_there_are_refused(base, compone
     assert fetch(component, Source(str(base), component), weights=False) == base / component
 
 
+@pytest.mark.parametrize("component", MODELS)
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])  # bytes; a copy or a download that was cut off
+def test_cut_off_weights_are_refused_before_anything_is_loaded(base, component, kept):
+    file, source = weights_of(base / component), Source(str(base), component)
+    file.write_bytes(file.read_bytes()[:kept])
+    refuse(f"{file} is damaged: .*Fetch it again.*{COMPONENT_FLAGS[component]}", fetch, component, source)
+    assert fetch(component, source, weights=False) == base / component
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_shard_that_is_not_there_or_cut_off_is_named(base, variant):
+    folder, source = base / "unet", Source(str(base), "unet", variant=variant)
+    load("unet", folder).save_pretrained(folder, variant=variant, max_shard_size="50KB")
+    for file in folder.glob("diffusion_pytorch_model.safetensors"):
+        file.unlink()
+    assert fetch("unet", source) == folder
+    shard = next(file for file in folder.iterdir() if "-00002-of-" in file.name)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    refuse(f"{shard} is damaged", fetch, "unet", source)
+    shard.unlink()
+    refuse(f"{shard} is not there.*Fetch it again", fetch, "unet", source)
+    shard.write_bytes(whole)
+    assert fetch("unet", source) == folder
+
+
 @pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_a_variant_is_found_and_loaded_and_kept_apart(base, component, max_shard_size):
