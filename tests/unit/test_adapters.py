@@ -111,7 +111,7 @@ def write(path, adapter, layout, dtype=torch.float32):
 # --- merged = unmerged = diffusers' fuse_lora ---
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0, -1.5])
+@pytest.mark.parametrize("scale", [1.0, -1.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_answers_as_the_unmerged_adapter_does(tiny_base, live, kind, scale):
     model = copy.deepcopy(live[kind])
@@ -126,7 +126,7 @@ def test_a_merge_answers_as_the_unmerged_adapter_does(tiny_base, live, kind, sca
     assert_close(tuned.state_dict(), model.merge_and_unload().state_dict())
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.5, 2.0])
 @pytest.mark.parametrize(
     ("layout", "kind"),
     # Of kohya's layout diffusers drops DoRA's vectors, and every alpha but the commonest.
