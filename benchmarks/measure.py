@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rasengan import UserError
+from rasengan import UserError, first_line
 from rasengan.files import write_atomically
 
 
@@ -155,6 +155,21 @@ def command_line() -> str:
 # --- keep every result ---
 
 
+def read_results(file: Path) -> dict:
+    """Return what a file of `Results` holds.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as results: {first_line(error)}. Give another file.") from error
+    if not isinstance(found, dict) or not {"device", "versions", "invocations", "runs"} <= found.keys():
+        raise UserError(f"{file} holds no results of a benchmark. Give another file.")
+    return found
+
+
 class Results:
     """A JSON file that is written after every run, and to which later commands on the same card add.
 
@@ -166,13 +181,13 @@ class Results:
         """Open or begin the file.
 
         Raises:
-            UserError: it holds results of another card or set of versions.
+            UserError: it holds no results, or those of another card or set of versions.
         """
         self.file = file
         header = {"device": device_name(), "versions": versions()}
         self.data = header | {"peers": {}, "invocations": [], "runs": []}
         if file.exists():
-            old = json.loads(file.read_text())
+            old = read_results(file)
             for name, value in header.items():
                 if old.get(name) != value:
                     raise UserError(f"--out {file} has {name} {old.get(name)}, not {value}: give another --out.")

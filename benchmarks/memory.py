@@ -70,6 +70,7 @@ def main() -> None:
             built.add((program, case.resolution_px))
             found = bench.run(program, case, steps, arguments, *options, fresh=fresh)
             bench.results.keep(names, {"arguments": " ".join(arguments), "steps": steps} | found)
+    bench.end()
 
 
 if __name__ == "__main__":

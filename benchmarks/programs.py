@@ -76,6 +76,7 @@ class Bench:
     sd_scripts: Path | None = None
     sd_scripts_packages: Path | None = None
     output_count: int = field(default=0, init=False)
+    failed: list[str] = field(default_factory=list, init=False)  # the logs of runs that did not end well
 
     # --- inputs ---
 
@@ -167,7 +168,21 @@ class Bench:
             found |= {"plan": plans[0][-1], "predicted_gib": float(plans[1][-1])}
         shutil.rmtree(output, ignore_errors=True)
         print(slug, json.dumps(found), flush=True)
+        if found["exit_code"]:
+            self.failed.append(log.name)
         return found
+
+    def end(self) -> None:
+        """Say what went wrong.
+
+        Raises:
+            UserError: a run failed, or there was none.
+        """
+        if self.failed:
+            logs = f"{', '.join(self.failed)} in {self.logs}"
+            raise UserError(f"{len(self.failed)} of {self.output_count} runs failed. See {logs}.")
+        if not self.output_count:
+            raise UserError("There was nothing to run: what was picked does not go together, or --out has it already.")
 
     def ours(self, case: Case, steps: int, output: Path) -> tuple[list[str], dict]:
         """Return the command, and how to run it."""

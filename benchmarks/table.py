@@ -4,12 +4,11 @@ python benchmarks/table.py RESULT.json... [--plot PLOT.svg]
 """
 
 import argparse
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from measure import outside_ms
+from measure import outside_ms, read_results
 from programs import exit_cleanly
 
 from rasengan import UserError
@@ -112,7 +111,9 @@ def start_table(runs: list[dict], invocations: list[dict]) -> str:
         [
             run["program"],
             run["variant"],
-            number(run.get("first_step_s", run["wall_s"]), 1),
+            f"failed: {run.get('error', '')}"
+            if run["exit_code"]
+            else number(run["first_step_s"] if run["program"] == "ours" else run["wall_s"]),
             commits_of([run], invocations),
         ]
         for run in runs
@@ -199,17 +200,18 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="what train_step.py or memory.py wrote")
     parser.add_argument("--plot", type=Path, help="a PNG or SVG file to draw")
     args = parser.parse_args()
-    missing = [file for file in args.results if not file.is_file()]
-    if missing:
-        raise UserError(f"There is no {missing[0]}: train_step.py and memory.py write such files.")
-    results = [json.loads(file.read_text()) for file in args.results]
-    for result in results:
+    results = [read_results(file) for file in args.results]
+    if args.plot and not (args.plot.suffix in {".png", ".svg"} and args.plot.parent.is_dir()):
+        raise UserError(f"--plot {args.plot} is no .png or .svg file in a folder that is there.")
+    for file, result in zip(args.results, results, strict=True):
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         invocations = result["invocations"]
         commits = ", ".join({invocation["commit"][:10]: None for invocation in invocations})
         print(f"{result['device']}; {versions}; commit {commits}\n")
-        steps = [run for run in result["runs"] if "case" in run]
-        memory = [run for run in result["runs"] if "setting" in run]
+        steps = [run for run in result["runs"] if {"case", "program", "variant"} <= run.keys()]
+        memory = [run for run in result["runs"] if {"setting", "program"} <= run.keys()]
+        if not steps and not memory:
+            raise UserError(f"{file} holds nothing that train_step.py or memory.py found.")
         of_steps = [step_table(steps, invocations), start_table(steps, invocations)] if steps else []
         for table in (*of_steps, memory_table(memory) if memory else ""):
             if table:

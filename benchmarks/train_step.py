@@ -16,6 +16,7 @@ from measure import outside_ms, run
 from programs import Bench, Case, exit_cleanly, make_parser, open_bench
 
 from rasengan import UserError
+from rasengan.command_line import number_type
 
 
 SHORT_STEPS = 12
@@ -133,7 +134,12 @@ def main() -> None:
     add("--programs", help="of ours, diffusers, sd-scripts [those that have a path]")
     add("--variants", help=f"of {'; '.join(variants)}, separated by semicolons [all]")
     add("--runs", help=f"of {', '.join(RUNS)} [all]")
-    add("--seconds", type=float, default=20, help="how much longer the long run is than the short [%(default)s]")
+    add(
+        "--seconds",
+        type=number_type(0, float),
+        default=20,
+        help="how much longer the long run is than the short [%(default)s]",
+    )
     args = parser.parse_args()
     have = ["ours"] + ["diffusers"] * bool(args.diffusers_examples) + ["sd-scripts"] * bool(args.sd_scripts)
     cases, programs = chosen("--cases", args.cases, cases), chosen("--programs", args.programs, have)
@@ -146,6 +152,7 @@ def main() -> None:
             for variant in VARIANTS.get(case, {}).get(program, {}):
                 if variant in variants:
                     measure_steps(bench, case, program, variant, runs, args.seconds)
+    bench.end()
 
 
 if __name__ == "__main__":

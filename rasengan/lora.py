@@ -37,6 +37,8 @@ def check_targets(model: torch.nn.Module, target_modules: list[str]) -> None:
         UserError: one matches nothing, or something that is no linear layer.
     """
     for target in target_modules:
+        if not target:
+            raise UserError("--lora_target_modules has an empty name, as an unset variable is. Give modules' names.")
         matches = [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
         if not matches:
             raise UserError(

@@ -154,6 +154,8 @@ def _check_what_is_installed(settings: Mapping) -> None:
 
 def _check_optimization(settings: Mapping) -> None:
     optimizer, kind, rate = settings["optimizer"], settings["lr_scheduler"], settings["learning_rate"]
+    if rate == 0:
+        raise UserError("--learning_rate is 0, at which nothing is learned. Leave it out, or give 1e-4 for example.")
     if optimizer == "prodigy" and rate < 0.1:
         logger.warning("--learning_rate is a factor on the rate that prodigy finds: %g is small", rate)
     if kind == "piecewise_constant" and not settings["lr_step_rules"]:
@@ -161,10 +163,11 @@ def _check_optimization(settings: Mapping) -> None:
     try:
         schedule_of(settings, rate, 1)
     except ValueError as error:
-        raise UserError(f"--lr_scheduler {kind} cannot be used so: {first_line(error)}.") from error
+        rules = f" with --lr_step_rules {settings['lr_step_rules']}" if kind == "piecewise_constant" else ""
+        raise UserError(f"--lr_scheduler {kind}{rules} cannot be used so: {first_line(error)}.") from error
     try:
         make_optimizer(settings, torch.nn.Parameter(torch.zeros(1)), rate)
-    except ValueError as error:  # Prodigy takes no rate of 0, for example
+    except ValueError as error:
         raise UserError(f"--optimizer {optimizer} cannot be used so: {first_line(error)}.") from error
 
 

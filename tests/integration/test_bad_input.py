@@ -194,6 +194,13 @@ def test_a_plan_without_a_card_is_refused(train, refused):
     refused("--plan_only needs a CUDA GPU", train, "--plan_only")
 
 
+def test_a_training_that_learns_nothing_and_empty_or_wrong_words_are_refused(train, refused):
+    refused("--learning_rate is 0, at which nothing is learned", train, "--learning_rate", 0)
+    refused("--lora_target_modules has an empty name", train, "--lora_target_modules", "")
+    rules = ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "a:b"]
+    refused("piecewise_constant with --lr_step_rules a:b cannot be used so", train, *rules)
+
+
 def test_an_output_folder_among_the_pictures_is_refused(train, refused, picture_set, tmp_path):
     (tmp_path / "link").symlink_to(picture_set)
     refused("--output_dir .*run lies in --train_data_dir", train, output_dir=tmp_path / "link" / "run")
