@@ -155,7 +155,7 @@ def _check_what_is_installed(settings: Mapping) -> None:
 def _check_optimization(settings: Mapping) -> None:
     optimizer, kind, rate = settings["optimizer"], settings["lr_scheduler"], settings["learning_rate"]
     if rate == 0:
-        raise UserError("--learning_rate is 0, at which nothing is learned. Leave it out, or give 1e-4 for example.")
+        logger.warning("--learning_rate is 0: nothing is learned, and the adapter will change nothing")
     if optimizer == "prodigy" and rate < 0.1:
         logger.warning("--learning_rate is a factor on the rate that prodigy finds: %g is small", rate)
     if kind == "piecewise_constant" and not settings["lr_step_rules"]:
@@ -167,7 +167,7 @@ def _check_optimization(settings: Mapping) -> None:
         raise UserError(f"--lr_scheduler {kind}{rules} cannot be used so: {first_line(error)}.") from error
     try:
         make_optimizer(settings, torch.nn.Parameter(torch.zeros(1)), rate)
-    except ValueError as error:
+    except ValueError as error:  # Prodigy takes no rate of 0, for example
         raise UserError(f"--optimizer {optimizer} cannot be used so: {first_line(error)}.") from error
 
 

@@ -162,11 +162,12 @@ def test_text_encoders_are_trained_and_their_adapters_are_merged(train, draw, ca
         assert pictures["file"][name].tobytes() == pictures["peft"][name].tobytes()
 
 
-def test_the_loss_falls_under_that_of_the_untrained_model(train, read_scalars):
+def test_the_loss_falls_under_that_of_the_untrained_model(train, read_scalars, caplog):
     # A sample's noise and timestep follow from the seed alone, so the two runs meet the same tasks, step by step:
     # what remains between their losses is what was learned.
     run = ["--max_train_samples", 2, "--train_batch_size", 1, "--max_train_steps", 60, "--checkpointing_steps", 99]
     losses = [list(read_scalars(train(*run, "--learning_rate", lr), "train_loss").values()) for lr in (1e-3, 0)]
+    assert "--learning_rate is 0: nothing is learned" in caplog.text
     trained, untrained = torch.tensor(losses)
     assert trained[0] == untrained[0]
     assert trained[-20:].mean() < 0.98 * untrained[-20:].mean()
