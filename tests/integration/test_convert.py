@@ -304,10 +304,13 @@ def test_a_damaged_model_has_no_lora(convert, tuned, tuned_file, tiny_base, tmp_
     (tmp_path / "cut.safetensors").write_bytes(tuned_file.read_bytes()[:100_000])
     shutil.copytree(tuned, tmp_path / "cut")
     (tmp_path / "cut" / UNET).write_bytes((tuned / UNET).read_bytes()[:100_000])
-    for place in (tmp_path / "cut.safetensors", tmp_path / "cut"):
-        for places in ((place, tiny_base), (tiny_base, place)):
+    for place, said in (
+        (tmp_path / "cut.safetensors", "cut.* cannot be read: .* Give a whole .safetensors file"),
+        (tmp_path / "cut", "cut.* is damaged: .* Fetch it again, or give another folder by {flag}"),
+    ):
+        for flag, places in (("--extract_from", (place, tiny_base)), ("--base", (tiny_base, place))):
             words = ["--extract_from", places[0], "--base", places[1], "--rank", 4, "--format", "kohya"]
-            with pytest.raises(UserError, match="cut.* cannot be read: .* Give a whole .safetensors file"):
+            with pytest.raises(UserError, match=said.format(flag=flag)):
                 convert(tmp_path / "a.safetensors", *words)
 
 
